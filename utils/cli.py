@@ -1,0 +1,271 @@
+"""Options, declared once: each group is a frozen dataclass whose fields are the command line.
+
+    @dataclass(frozen=True, kw_only=True)
+    class VaeOptions:
+        \"\"\"VAE\"\"\"                                            # the group's heading in --help
+        vae: Path = option(help="VAE checkpoint", path="any")    # no default: required
+
+    vae, run = parse_options("Caches latents.", VaeOptions, RunOptions)
+
+The type follows the annotation: `bool` is a flag, `list[T]` takes any number of values, `tuple[T, T]` exactly two,
+`Path` is cleaned and, with `path=`, checked to exist. `--config_file FILE.toml` gives the same options from a file,
+checked the same way; the command line wins. Nothing heavy is imported here, so that --help and errors answer at once.
+"""
+
+import argparse
+import dataclasses
+import os
+import sys
+import types
+import typing
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NoReturn, TypeVar
+
+from utils.errors import UserError, did_you_mean, one_line
+from utils.files import clean_path, read_toml
+
+T = TypeVar("T")
+_UNSET = object()
+
+
+def option(
+    default: Any = dataclasses.MISSING,
+    *,
+    help: str,
+    choices: Sequence[str] | None = None,
+    minimum: float | None = None,
+    maximum: float | None = None,
+    path: str | None = None,
+) -> Any:
+    """A dataclass field that is a command-line option.
+
+    Args:
+        default: value when the option is not given; without it the option is required. A list or tuple is copied.
+        help: one sentence for --help.
+        choices: the allowed words.
+        minimum, maximum: inclusive bounds of a number.
+        path: "file", "dir" or "any": the path must exist and be that.
+    """
+    metadata = {"help": help, "choices": choices, "minimum": minimum, "maximum": maximum, "path": path}
+    if isinstance(default, list):
+        return dataclasses.field(default_factory=lambda: list(default), metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Option:
+    """One field of one group, seen as a command-line option."""
+
+    name: str
+    kind: type
+    count: int | str | None  # None: one value; int: exactly so many; "*": any number
+    required: bool
+    default: Any
+    help: str
+    choices: Sequence[str] | None
+    minimum: float | None
+    maximum: float | None
+    path: str | None
+
+    @classmethod
+    def from_field(cls, field: dataclasses.Field, annotation: Any) -> "_Option":
+        kind, count = _value_type(annotation)
+        has_factory = field.default_factory is not dataclasses.MISSING
+        default = field.default_factory() if has_factory else field.default
+        required = default is dataclasses.MISSING
+        return cls(field.name, kind, count, required, None if required else default, **field.metadata)
+
+    def add_to(self, group: argparse._ArgumentGroup) -> None:
+        flag = f"--{self.name}"
+        text = self.help.replace("%", "%%")
+        if self.required:
+            text += " (required)"
+        elif self.default not in (None, False, [], ()):
+            text += f" (default: {_shown(self.default)})"
+        if self.kind is bool:
+            group.add_argument(flag, action="store_true", default=_UNSET, help=text)
+            return
+        metavar = "{" + ",".join(self.choices) + "}" if self.choices else self.kind.__name__.upper()
+        group.add_argument(flag, type=self.convert, nargs=self.count, default=_UNSET, metavar=metavar, help=text)
+
+    def convert(self, text: str) -> Any:
+        """One value from its text, or an ArgumentTypeError that says what was expected."""
+        if self.kind is Path:
+            return self._existing(Path(clean_path(text)).expanduser())
+        if self.choices is not None and text not in self.choices:
+            hint = did_you_mean(text, list(self.choices))
+            raise argparse.ArgumentTypeError(f"'{text}' is not one of {', '.join(self.choices)}{hint}")
+        try:
+            value = self.kind(text)
+        except ValueError:
+            expected = {int: "a whole number", float: "a number"}.get(self.kind, self.kind.__name__)
+            raise argparse.ArgumentTypeError(f"'{text}' is not {expected}") from None
+        if self.kind in (int, float):
+            self._check_range(value, text)
+        return value
+
+    def _check_range(self, value: float, text: str) -> None:
+        if value != value or value in (float("inf"), float("-inf")):
+            raise argparse.ArgumentTypeError(f"{text} is not a finite number")
+        if self.minimum is not None and value < self.minimum:
+            raise argparse.ArgumentTypeError(f"{text} is too small: the minimum is {self.minimum}")
+        if self.maximum is not None and value > self.maximum:
+            raise argparse.ArgumentTypeError(f"{text} is too large: the maximum is {self.maximum}")
+
+    def _existing(self, path: Path) -> Path:
+        if self.path is None:
+            return path
+        if not path.exists():
+            raise argparse.ArgumentTypeError(f"{path}: no such file or folder")
+        if self.path == "file" and not path.is_file():
+            raise argparse.ArgumentTypeError(f"{path}: is a folder, a file is expected")
+        if self.path == "dir" and not path.is_dir():
+            raise argparse.ArgumentTypeError(f"{path}: is a file, a folder is expected")
+        return path
+
+
+def _value_type(annotation: Any) -> tuple[type, int | str | None]:
+    """The type of one value and how many: `int | None` -> (int, None), `list[str]` -> (str, "*"), ..."""
+    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin in (types.UnionType, typing.Union):
+        (annotation,) = [argument for argument in arguments if argument is not type(None)]
+        return _value_type(annotation)
+    if origin is list:
+        return arguments[0], "*"
+    if origin is tuple:
+        return arguments[0], len(arguments)
+    return annotation, None
+
+
+def _shown(default: Any) -> str:
+    return " ".join(map(str, default)) if isinstance(default, (list, tuple)) else str(default)
+
+
+def _options_of(group: type) -> list[_Option]:
+    annotations = typing.get_type_hints(group)
+    return [_Option.from_field(field, annotations[field.name]) for field in dataclasses.fields(group) if field.metadata]
+
+
+class _Parser(argparse.ArgumentParser):
+    """An ArgumentParser whose errors are UserErrors and whose unknown options get a suggestion."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(message.removeprefix("argument "))
+
+    def refuse_unknown(self, words: Sequence[str], prefix: str = "") -> None:
+        if words:
+            name = words[0].split("=")[0]
+            known = [flag for action in self._actions for flag in action.option_strings]
+            raise UserError(f"{prefix}unknown option {name}{did_you_mean(name, known)}; --help lists all")
+
+
+def _config_words(path: Path, options: dict[str, _Option]) -> list[str]:
+    """The settings of a TOML file as command-line words; sections are only headings.
+
+    Raises:
+        UserError: a key that is no option, a key given twice, a value of the wrong kind.
+    """
+    table: dict[str, Any] = {}
+    for key, value in read_toml(path, "config file").items():
+        for name, setting in value.items() if isinstance(value, dict) else [(key, value)]:
+            if name in table:
+                raise UserError(f"{path}: '{name}' is given twice")
+            table[name] = setting
+    words: list[str] = []
+    for name, value in table.items():
+        known = options.get(name)
+        if known is None:
+            raise UserError(f"{path}: unknown option '{name}'{did_you_mean(name, list(options))}")
+        if known.kind is bool or isinstance(value, bool):
+            if known.kind is not bool or not isinstance(value, bool):
+                expected = "true or false" if known.kind is bool else f"a {known.kind.__name__}"
+                raise UserError(f"{path}: {name} = {value!r}: {expected} is expected")
+            words += [f"--{name}"] if value else []
+        elif isinstance(value, list):
+            if known.count is None:
+                raise UserError(f"{path}: {name} = {value!r}: one value is expected, not a list")
+            words += [f"--{name}", *map(str, value)]
+        elif known.kind is Path or known.kind is str or isinstance(value, (int, float)):
+            words += [f"--{name}={value}"] if known.count is None else [f"--{name}", str(value)]
+        else:
+            raise UserError(f"{path}: {name} = {value!r}: a {known.kind.__name__} is expected")
+    return words
+
+
+def parse_options(description: str, *groups: type, argv: Sequence[str] | None = None) -> list[Any]:
+    """Parses the command line (and `--config_file`) into one instance of each group, in order.
+
+    Checks of several options together belong into a group's `__post_init__`, as UserError.
+
+    Raises:
+        UserError: anything wrong with the command line or the config file.
+        SystemExit: after --help.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    parser = _Parser(description=description, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
+    per_group = {group: _options_of(group) for group in groups}
+    options = {known.name: known for members in per_group.values() for known in members}
+    for group, members in per_group.items():
+        heading = parser.add_argument_group((group.__doc__ or group.__name__).strip().splitlines()[0])
+        for known in members:
+            known.add_to(heading)
+    parser.add_argument("--config_file", type=Path, help="TOML file with these options; the command line wins")
+
+    given, unknown = parser.parse_known_args(argv)
+    parser.refuse_unknown(unknown)
+    values = vars(given)
+    if given.config_file is not None:
+        values = _from_config(parser, given.config_file, options) | {k: v for k, v in values.items() if v is not _UNSET}
+
+    missing = [f"--{name}" for name, known in options.items() if known.required and values[name] is _UNSET]
+    if missing:
+        raise UserError(f"required and not given: {', '.join(missing)}")
+    return [
+        group(**{known.name: _final(known, values[known.name]) for known in members})
+        for group, members in per_group.items()
+    ]
+
+
+def _from_config(parser: _Parser, path: Path, options: dict[str, _Option]) -> dict[str, Any]:
+    words = _config_words(path, options)
+    try:
+        parsed, unknown = parser.parse_known_args(words)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
+    parser.refuse_unknown(unknown, f"{path}: ")
+    return vars(parsed)
+
+
+def _final(known: _Option, value: Any) -> Any:
+    if value is _UNSET:
+        return known.default
+    return tuple(value) if isinstance(known.count, int) else value
+
+
+def run_script(main: Callable[[], None]) -> NoReturn:
+    """Runs a script's main: UserError -> one line and exit 2, Ctrl+C -> exit 130; other errors are our bugs."""
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="backslashreplace")  # a Windows console may lack the characters of a file's name
+    try:
+        main()
+    except UserError as error:
+        print(f"error: {one_line(error)}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
+    except BrokenPipeError:
+        os._exit(1)
+    sys.exit(0)
+
+
+def print_table(title: str, rows: Sequence[Sequence[object]], header: Sequence[str] = ()) -> None:
+    """A short table of plain text on stdout, columns aligned; used at the end of every script."""
+    lines = [[str(cell) for cell in row] for row in ([header] if header else []) + list(rows)]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    print(f"\n{title}")
+    for index, line in enumerate(lines):
+        print("  " + "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
+        if header and index == 0:
+            print("  " + "  ".join("-" * width for width in widths))

@@ -1,0 +1,43 @@
+"""Devices and dtypes by the names that users type."""
+
+import torch
+
+from utils.errors import UserError
+
+DTYPES = {
+    "float32": torch.float32,
+    "fp32": torch.float32,
+    "float": torch.float32,
+    "float16": torch.float16,
+    "fp16": torch.float16,
+    "bfloat16": torch.bfloat16,
+    "bf16": torch.bfloat16,
+}
+
+
+def resolve_device(name: str | None = None) -> torch.device:
+    """The device called `name`, or CUDA if available, else the CPU.
+
+    Raises:
+        UserError: torch does not know the name or cannot reach the device.
+    """
+    try:
+        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"--device {name}: {str(error).splitlines()[0]}") from None
+    return device
+
+
+def dtype_word(dtype: torch.dtype) -> str:
+    """`torch.bfloat16` -> `bfloat16`, the word used in file names and cache keys."""
+    return str(dtype).removeprefix("torch.")
+
+
+def release_memory(device: torch.device) -> None:
+    """Hands cached blocks of an accelerator back after a model was deleted."""
+    import gc
+
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()

@@ -1,0 +1,67 @@
+"""Files that are either whole or not there."""
+
+import contextlib
+import os
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+
+from utils.errors import UserError, one_line
+
+TEMPORARY_SUFFIX = ".partial"
+# Characters that text editors and file managers add unseen: byte-order mark, zero-width and bidirectional marks.
+INVISIBLE_CHARACTERS = dict.fromkeys([0xFEFF, *range(0x200B, 0x2010), *range(0x202A, 0x202F), *range(0x2066, 0x206A)])
+
+
+@contextlib.contextmanager
+def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
+    """Yields a temporary path beside `path`; on success it is flushed to disk and renamed, on failure removed.
+
+    The temporary name ends in `.{process id}.partial`: processes never share one, and leftovers are recognisable.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # Long file names are legal up to 255 bytes; the temporary name must not be longer than the final one allows.
+    stem = path.name.encode()[:200].decode(errors="ignore")
+    temporary = path.with_name(f"{stem}.{os.getpid()}{TEMPORARY_SUFFIX}")
+    try:
+        yield temporary
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def write_text(path: str | os.PathLike, text: str) -> None:
+    """Writes UTF-8 text atomically."""
+    with atomic_path(path) as temporary:
+        temporary.write_text(text, encoding="utf-8", newline="\n")
+
+
+def clean_path(text: str) -> str:
+    """A path as the user meant it: without invisible characters and surrounding white space."""
+    return text.translate(INVISIBLE_CHARACTERS).strip()
+
+
+def read_text(path: str | os.PathLike, what: str) -> str:
+    """Reads UTF-8 text, with or without a byte-order mark; `what` names the file in the error."""
+    try:
+        return Path(path).read_text(encoding="utf-8-sig")
+    except FileNotFoundError:
+        raise UserError(f"{path}: {what} not found") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: {what} is not UTF-8 (byte {error.start}); save it as UTF-8") from None
+    except OSError as error:
+        raise UserError(f"{path}: {what} cannot be read: {error.strerror}") from None
+
+
+def read_toml(path: str | os.PathLike, what: str) -> dict:
+    """Parses a TOML file; a syntax error names file, line and, for Windows paths, the cure."""
+    text = read_text(path, what)
+    try:
+        return tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        hint = "; write Windows paths with / or in 'single quotes'" if "\\" in text else ""
+        raise UserError(f"{path}: {what} is not valid TOML: {one_line(error)}{hint}") from None

@@ -1,0 +1,87 @@
+"""Option groups that several scripts share; names and meaning follow the reference tool (docs/options.md)."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from utils.cli import option
+from utils.errors import UserError
+
+DTYPE_WORDS = ("float32", "fp32", "float", "float16", "fp16", "bfloat16", "bf16")
+ATTENTION_MODES = ("torch", "sdpa", "flash", "flash3", "sageattn", "xformers")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DeviceOptions:
+    """device"""
+
+    device: str | None = option(None, help="device, for example cuda, cuda:1 or cpu; CUDA if available")
+
+
+@dataclass(frozen=True, kw_only=True)
+class VaeOptions:
+    """VAE"""
+
+    vae: Path | None = option(None, help="VAE: official pytorch_model.pt, .safetensors or diffusers folder", path="any")
+    vae_dtype: str | None = option(
+        None,
+        help="dtype of the VAE; unset: float16 on a GPU, float32 on a CPU, and float16 in caches",
+        choices=DTYPE_WORDS,
+    )
+    vae_tiling: bool = option(False, help="encode and decode in overlapping tiles to save memory")
+    vae_chunk_size: int | None = option(None, help="frames that a causal convolution sees at once, e.g. 32", minimum=1)
+    vae_spatial_tile_sample_min_size: int | None = option(
+        None, help="tile size in pixels; switches tiling on, 256 when only --vae_tiling is given", minimum=32
+    )
+
+    @property
+    def tile_size(self) -> int | None:
+        """Tile size in pixels, or None without tiling."""
+        return self.vae_spatial_tile_sample_min_size or (256 if self.vae_tiling else None)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextEncoderOptions:
+    """text encoders"""
+
+    text_encoder1: Path | None = option(
+        None, help="LLaVA-Llama-3-8B language model: Hugging Face folder or one .safetensors file", path="any"
+    )
+    text_encoder2: Path | None = option(
+        None, help="CLIP-L text model: Hugging Face folder or one .safetensors file", path="any"
+    )
+    tokenizer1: Path | None = option(
+        None, help="tokenizer of text encoder 1 (folder or tokenizer.json) where the model is one file", path="any"
+    )
+    tokenizer2: Path | None = option(
+        None, help="tokenizer of text encoder 2 (folder or tokenizer.json) where the model is one file", path="any"
+    )
+    text_encoder_dtype: str | None = option(
+        None,
+        help="dtype of the text encoders; unset: float16 on a GPU, float32 on a CPU, and float16 in caches",
+        choices=DTYPE_WORDS,
+    )
+    fp8_llm: bool = option(False, help="keep the weights of text encoder 1 as float8, half the memory of float16")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DitOptions:
+    """DiT"""
+
+    dit: Path | None = option(
+        None, help="DiT: official .pt, .safetensors (official, ComfyUI or fp8) or diffusers folder", path="any"
+    )
+    dit_dtype: str | None = option(
+        None, help="dtype of the DiT; bfloat16 on a GPU, float32 on a CPU", choices=DTYPE_WORDS
+    )
+    dit_in_channels: int | None = option(None, help="checked against the file, which decides", minimum=1)
+
+
+def require(options: object, *names: str) -> None:
+    """Refuses a group in which one of the named options was neither typed nor given by --config_file.
+
+    Raises:
+        UserError: names every missing option.
+    """
+    missing = [f"--{name}" for name in names if getattr(options, name) is None]
+    if missing:
+        raise UserError(f"required and not given: {', '.join(missing)}")

@@ -1,0 +1,102 @@
+"""The one reader and the one writer of safetensors files."""
+
+import json
+import math
+import os
+import struct
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file as _save_file
+
+from utils.errors import UserError, one_line
+from utils.files import atomic_path
+
+# Names of the format's dtypes: https://github.com/huggingface/safetensors, "Format".
+TORCH_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+# The reference implementation refuses longer headers.
+MAX_HEADER_BYTES = 100_000_000
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """What a header says of one tensor."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+def read_header(path: str | os.PathLike) -> tuple[dict[str, TensorInfo], dict[str, str]]:
+    """Tensor infos by name and the metadata, from the header alone.
+
+    Raises:
+        UserError: the file is missing, empty, truncated, or no safetensors file.
+    """
+    path = Path(path)
+    try:
+        size = path.stat().st_size
+        with open(path, "rb") as file:
+            prefix = file.read(8)
+            length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else 0
+            if not 2 <= length <= min(MAX_HEADER_BYTES, size - 8):
+                found = "the file is empty" if size == 0 else f"{size:,} bytes, header of {length:,} bytes claimed"
+                raise UserError(f"{path}: not a safetensors file, or cut off ({found}); download or make it again")
+            header = json.loads(file.read(length))
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
+    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError):
+        raise UserError(f"{path}: not a safetensors file (its header is not JSON)") from None
+    try:
+        metadata = header.pop("__metadata__", None) or {}
+        infos = {name: TensorInfo(TORCH_DTYPES[i["dtype"]], tuple(i["shape"])) for name, i in header.items()}
+        end = max((info["data_offsets"][1] for info in header.values()), default=0)
+    except (AttributeError, KeyError, TypeError, IndexError) as error:
+        raise UserError(f"{path}: not a safetensors file this version reads: {one_line(repr(error))}") from None
+    if size < 8 + length + end:
+        raise UserError(f"{path}: cut off: {size:,} bytes of {8 + length + end:,}; download or make it again")
+    return infos, metadata
+
+
+def iterate_tensors(path: str | os.PathLike, device: torch.device | str = "cpu") -> Iterator[tuple[str, torch.Tensor]]:
+    """Yields (name, tensor) one by one, so that at most one tensor more than the caller keeps is in memory."""
+    read_header(path)
+    try:
+        with safe_open(path, framework="pt", device=str(device)) as file:
+            for name in file.keys():  # noqa: SIM118 - safe_open is no mapping
+                yield name, file.get_tensor(name)
+    except SafetensorError as error:
+        raise UserError(f"{path}: cannot be read: {one_line(error)}") from None
+
+
+def load_file(path: str | os.PathLike, device: torch.device | str = "cpu") -> dict[str, torch.Tensor]:
+    """All tensors of a file by name."""
+    return dict(iterate_tensors(path, device))
+
+
+def save_file(
+    tensors: Mapping[str, torch.Tensor], path: str | os.PathLike, metadata: Mapping[str, str] | None = None
+) -> None:
+    """Writes the file whole: temporary file in the same folder, fsync, rename."""
+    contiguous = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
+    with atomic_path(path) as temporary:
+        _save_file(contiguous, temporary, metadata=dict(metadata) if metadata else None)
