@@ -76,6 +76,35 @@ class DitOptions:
     dit_in_channels: int | None = option(None, help="checked against the file, which decides", minimum=1)
 
 
+@dataclass(frozen=True, kw_only=True)
+class CompileOptions:
+    """torch.compile"""
+
+    compile: bool = option(False, help="compile every block of the DiT (needs a compiler: Triton on a GPU)")
+    compile_backend: str = option("inductor", help="backend of torch.compile")
+    compile_mode: str = option(
+        "default",
+        help="mode of torch.compile",
+        choices=("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"),
+    )
+    compile_dynamic: str | None = option(None, help="dynamic shapes; unset is auto", choices=("true", "false", "auto"))
+    compile_fullgraph: bool = option(False, help="refuse graph breaks")
+    compile_cache_size_limit: int | None = option(None, help="graphs that torch keeps per block", minimum=1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class BlockSwapOptions:
+    """block swap"""
+
+    blocks_to_swap: int | None = option(
+        None, help="blocks of the DiT that wait in host memory and are streamed to the GPU", minimum=0
+    )
+    use_pinned_memory_for_block_swap: bool = option(
+        False, help="pin the host memory of the swapped blocks: faster, counts as shared GPU memory on Windows"
+    )
+    img_in_txt_in_offloading: bool = option(False, help="keep the embedders of image and text in host memory as well")
+
+
 def require(options: object, *names: str) -> None:
     """Refuses a group in which one of the named options was neither typed nor given by --config_file.
 
