@@ -7,9 +7,9 @@ import struct
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file as _save_file
 
 from utils.errors import UserError, one_line
@@ -40,6 +40,7 @@ class TensorInfo:
 
     dtype: torch.dtype
     shape: tuple[int, ...]
+    offset: int  # of its first byte in the file
 
     @property
     def nbytes(self) -> int:
@@ -68,10 +69,17 @@ def read_header(path: str | os.PathLike) -> tuple[dict[str, TensorInfo], dict[st
         raise UserError(f"{path}: not a safetensors file (its header is not JSON)") from None
     try:
         metadata = header.pop("__metadata__", None) or {}
-        infos = {name: TensorInfo(TORCH_DTYPES[i["dtype"]], tuple(i["shape"])) for name, i in header.items()}
-        end = max((info["data_offsets"][1] for info in header.values()), default=0)
-    except (AttributeError, KeyError, TypeError, IndexError) as error:
+        infos = {
+            name: TensorInfo(TORCH_DTYPES[i["dtype"]], tuple(map(int, i["shape"])), 8 + length + i["data_offsets"][0])
+            for name, i in header.items()
+        }
+        spans = {name: info["data_offsets"] for name, info in header.items()}
+        end = max((span[1] for span in spans.values()), default=0)
+        broken = [name for name, (start, stop) in spans.items() if start < 0 or stop - start != infos[name].nbytes]
+    except (AttributeError, KeyError, TypeError, ValueError, IndexError) as error:
         raise UserError(f"{path}: not a safetensors file this version reads: {one_line(repr(error))}") from None
+    if broken:
+        raise UserError(f"{path}: broken safetensors file: the bytes of {broken[0]} do not fit its shape")
     if size < 8 + length + end:
         raise UserError(f"{path}: cut off: {size:,} bytes of {8 + length + end:,}; download or make it again")
     return infos, metadata
@@ -79,13 +87,23 @@ def read_header(path: str | os.PathLike) -> tuple[dict[str, TensorInfo], dict[st
 
 def iterate_tensors(path: str | os.PathLike, device: torch.device | str = "cpu") -> Iterator[tuple[str, torch.Tensor]]:
     """Yields (name, tensor) one by one, so that at most one tensor more than the caller keeps is in memory."""
-    read_header(path)
-    try:
-        with safe_open(path, framework="pt", device=str(device)) as file:
-            for name in file.keys():  # noqa: SIM118 - safe_open is no mapping
-                yield name, file.get_tensor(name)
-    except SafetensorError as error:
-        raise UserError(f"{path}: cannot be read: {one_line(error)}") from None
+    infos, _ = read_header(path)
+    with open(path, "rb") as file:
+        for name, info in infos.items():
+            yield name, read_tensor(file, info).to(device)
+
+
+def read_tensor(file: BinaryIO, info: TensorInfo) -> torch.Tensor:
+    """One tensor read into memory of its own: unlike a memory map, nothing of the file stays resident.
+
+    Raises:
+        UserError: the file ends early.
+    """
+    tensor = torch.empty(info.shape, dtype=info.dtype)
+    file.seek(info.offset)
+    if file.readinto(memoryview(tensor.view(-1).view(torch.uint8).numpy())) != info.nbytes:
+        raise UserError(f"{file.name}: cut off while it was read; download or make it again")
+    return tensor
 
 
 def load_file(path: str | os.PathLike, device: torch.device | str = "cpu") -> dict[str, torch.Tensor]:
