@@ -1,0 +1,265 @@
+"""What every adapter shares: it is applied to a DiT from outside, trained, saved, loaded and merged the same way."""
+
+import os
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+
+from networks.lora_files import load_native, save_native
+from networks.merging import write_weight
+from utils.errors import UserError
+
+PREFIX = "lora_unet_"
+
+
+class AdapterModule(nn.Module):
+    """Adds a trained update to the output of one frozen Linear; the Linear itself does not know.
+
+    A subclass says what the update is: `update(x)` for the forward pass, `weight_update()` for merging.
+
+    Args:
+        target: a Linear, plain or quantised: in_features, out_features, weight (out, in).
+        rank: inner size of the factors.
+        alpha: the update is scaled by alpha / rank.
+        multiplier: strength of the whole update.
+        dropout: share of the inner values that is dropped in training.
+        rank_dropout: share of the ranks that is dropped for a whole sample.
+        module_dropout: how often the whole update is dropped.
+    """
+
+    def __init__(
+        self,
+        target: nn.Module,
+        rank: int,
+        alpha: float,
+        multiplier: float = 1.0,
+        dropout: float | None = None,
+        rank_dropout: float | None = None,
+        module_dropout: float | None = None,
+    ):
+        super().__init__()
+        self.in_features, self.out_features = target.in_features, target.out_features
+        self.rank = rank
+        self.multiplier = multiplier
+        self.dropout, self.rank_dropout, self.module_dropout = (
+            dropout or 0.0,
+            rank_dropout or 0.0,
+            module_dropout or 0.0,
+        )
+        self.register_buffer("alpha", torch.tensor(float(alpha)))
+        self.scale = float(alpha) / rank
+        # In a tuple, so that the target does not become a part of the network.
+        self._target = (target,)
+        self._target_forward = target.forward
+
+    @property
+    def target(self) -> nn.Module:
+        return self._target[0]
+
+    def apply_to_target(self) -> None:
+        self.target.forward = self.forward
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x (..., in_features) -> (..., out_features)"""
+        y = self._target_forward(x)
+        if self.training and self.module_dropout and torch.rand(()) < self.module_dropout:
+            return y
+        return self.adapted(x, y)
+
+    def adapted(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        """The target's output y with the update."""
+        return y + self.update(x, self.scale * self.multiplier).to(y.dtype)
+
+    def update(self, x: torch.Tensor, scale: float) -> torch.Tensor:
+        """`scale` times what is added to the target's output: (..., in_features) -> (..., out_features)."""
+        raise NotImplementedError
+
+    def weight_update(self) -> torch.Tensor:
+        """The same as a float32 matrix (out_features, in_features), scaled by alpha / rank but not by `multiplier`."""
+        raise NotImplementedError
+
+    def merged_weight(self, weight: torch.Tensor) -> torch.Tensor:
+        """The target's float32 weight with the update in it."""
+        return weight + self.multiplier * self.weight_update()
+
+    def limit_norm(self, max_norm: float) -> tuple[float, bool]:
+        """Shrinks the factors so that the update's Frobenius norm is at most `max_norm`: (norm, whether shrunk)."""
+        norm = self.update_norm()
+        if norm <= max_norm:
+            return norm, False
+        self.shrink(max_norm / norm)
+        return max_norm, True
+
+    def update_norm(self) -> float:
+        return self.weight_update().norm().item()
+
+    def shrink(self, ratio: float) -> None:
+        """Multiplies the update by `ratio`, spread evenly over the factors."""
+        factors = [parameter for name, parameter in self.named_parameters() if name != "dora_scale"]
+        for parameter in factors:
+            parameter.mul_(ratio ** (1 / len(factors)))
+
+    def keep_mask(self, shape: list[int], like: torch.Tensor) -> torch.Tensor:
+        """Zeros with probability `rank_dropout`, else 1 / (1 - rank_dropout), so that the mean stays."""
+        keep = torch.rand(shape, device=like.device) >= self.rank_dropout
+        return keep.to(like.dtype) / (1 - self.rank_dropout)
+
+
+class AdapterNetwork(nn.Module):
+    """The adapters of a DiT, in the order of its modules; keys are kohya's flattened names (FORMATS.md 2.4)."""
+
+    # The keys of the second factor: what LoRA+ trains faster.
+    PLUS_KEYS: ClassVar[tuple[str, ...]] = ("lora_up",)
+
+    def __init__(self, adapters: Mapping[str, AdapterModule], loraplus_lr_ratio: float | None = None):
+        super().__init__()
+        self.loraplus_lr_ratio = loraplus_lr_ratio
+        for name, adapter in adapters.items():
+            self.add_module(native_name(name), adapter)
+        self.names = dict(zip(self._modules, adapters))
+
+    @classmethod
+    def from_weights(
+        cls,
+        tensors: Mapping[str, torch.Tensor],
+        model: nn.Module,
+        build: Callable[[nn.Module, Mapping[str, torch.Tensor]], AdapterModule],
+    ) -> "AdapterNetwork":
+        """The network of a native state dict: `build(target, tensors by suffix)` makes each adapter.
+
+        Raises:
+            UserError: a module of the state dict is not in the model, or a shape differs.
+        """
+        per_module: dict[str, dict[str, torch.Tensor]] = {}
+        for key, tensor in tensors.items():
+            module, suffix = key.split(".", 1)
+            per_module.setdefault(module, {})[suffix] = tensor
+        targets = {native_name(name): (name, module) for name, module in model.named_modules()}
+        for module in per_module:
+            if module not in targets:
+                raise UserError(f"{module}: this module of the weights is not in the DiT")
+        network = cls({targets[module][0]: build(targets[module][1], own) for module, own in per_module.items()})
+        network.load_native(tensors, "weights")
+        return network
+
+    @property
+    def adapters(self) -> list[AdapterModule]:
+        return list(self.children())
+
+    def apply_to(
+        self, text_encoders: Any, unet: nn.Module, apply_text_encoder: bool = False, apply_unet: bool = True
+    ) -> None:
+        """From now on the DiT's targets compute with their updates. Text encoders are never adapted."""
+        for adapter in self.adapters if apply_unet else []:
+            adapter.apply_to_target()
+
+    def set_multiplier(self, multiplier: float) -> None:
+        for adapter in self.adapters:
+            adapter.multiplier = multiplier
+
+    def prepare_optimizer_params(self, unet_lr: float | None = None, **_: Any) -> tuple[list[dict], list[str]]:
+        """Parameter groups and their descriptions; with LoRA+ the second factors are a group with a higher rate."""
+        plain, plus = [], []
+        for name, parameter in self.named_parameters():
+            is_plus = self.loraplus_lr_ratio is not None and any(key in name for key in self.PLUS_KEYS)
+            (plus if is_plus else plain).append(parameter)
+        groups, descriptions = [_group(plain, unet_lr)], ["unet"]
+        if plus:
+            groups.append(_group(plus, None if unet_lr is None else unet_lr * self.loraplus_lr_ratio))
+            descriptions.append("unet plus")
+        return groups, descriptions
+
+    def prepare_grad_etc(self, unet: nn.Module) -> None:
+        self.requires_grad_(True)
+
+    def enable_gradient_checkpointing(self) -> None:
+        """Nothing to do: the adapters run inside the DiT's blocks and are recomputed with them."""
+
+    def on_epoch_start(self, unet: nn.Module) -> None:
+        self.train()
+
+    def on_step_start(self) -> None:
+        """Nothing changes between the steps of an epoch."""
+
+    def get_trainable_params(self) -> list[nn.Parameter]:
+        return [parameter for parameter in self.parameters() if parameter.requires_grad]
+
+    def save_weights(
+        self, file: str | os.PathLike, dtype: torch.dtype | None = None, metadata: Mapping[str, str] | None = None
+    ) -> None:
+        """Writes the native file; the hashes of FORMATS.md 2.5 are added to the metadata."""
+        save_native(self.state_dict(), file, dtype, metadata)
+
+    def load_weights(self, file: str | os.PathLike) -> str:
+        """Loads a LoRA file of any format whose modules are this network's.
+
+        Raises:
+            UserError: modules or shapes differ.
+        """
+        self.load_native(load_native(file), str(file))
+        return f"{file}: {len(self.adapters)} modules loaded"
+
+    def load_native(self, tensors: Mapping[str, torch.Tensor], source: str) -> None:
+        """Loads tensors with native keys; `source` names them in the error."""
+        own = self.state_dict()
+        for problem, keys in {"lacks": own.keys() - tensors.keys(), "has unknown": tensors.keys() - own.keys()}.items():
+            if keys:
+                raise UserError(
+                    f"{source}: {problem} {len(keys)} of {len(own)} keys of this network, such as {min(keys)}"
+                )
+        for key, tensor in tensors.items():
+            if tensor.shape != own[key].shape:
+                raise UserError(
+                    f"{source}: {key} is {tuple(tensor.shape)}, this network has {tuple(own[key].shape)}; "
+                    "give the --network_dim of the file, or --dim_from_weights"
+                )
+        self.load_state_dict(tensors)
+        for adapter in self.adapters:
+            adapter.scale = adapter.alpha.item() / adapter.rank
+
+    @torch.no_grad()
+    def apply_max_norm_regularization(
+        self, max_norm: float, device: torch.device | None = None
+    ) -> tuple[int, float, float]:
+        """Shrinks every update to at most `max_norm`: (how many were shrunk, mean norm, largest norm)."""
+        results = [adapter.limit_norm(max_norm) for adapter in self.adapters]
+        norms = [norm for norm, _ in results]
+        return sum(shrunk for _, shrunk in results), sum(norms) / len(norms), max(norms)
+
+    @torch.no_grad()
+    def merge_to(
+        self,
+        text_encoders: Any,
+        unet: nn.Module,
+        weights_sd: Mapping[str, torch.Tensor] | None = None,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> None:
+        """Puts the updates into the DiT's weights, each computed in float32; the adapters are then no longer needed."""
+        if weights_sd is not None:
+            self.load_native(weights_sd, "weights_sd")
+        for adapter in self.adapters:
+            write_weight(adapter.target, adapter.merged_weight, device)
+
+
+def native_name(name: str) -> str:
+    """`double_blocks.0.img_mlp.fc1` -> `lora_unet_double_blocks_0_img_mlp_fc1`"""
+    return PREFIX + name.replace(".", "_")
+
+
+def _group(parameters: list[nn.Parameter], learning_rate: float | None) -> dict[str, Any]:
+    return {"params": parameters} if learning_rate is None else {"params": parameters, "lr": learning_rate}
+
+
+def announce(kind: str, network: AdapterNetwork, rank: int, alpha: float, verbose: bool = False) -> None:
+    """One line on what was made: how many modules, how many parameters, and the scale that users ask about."""
+    parameters = sum(parameter.numel() for parameter in network.parameters())
+    print(
+        f"{kind}: {len(network.adapters)} modules, {parameters:,} parameters, "
+        f"rank {rank}, alpha {alpha:g}, scale alpha/rank = {alpha / rank:g}"
+    )
+    if verbose:
+        for name, adapter in zip(network.names.values(), network.adapters):
+            print(f"  {name}: {adapter.in_features} -> {adapter.out_features}, rank {adapter.rank}")

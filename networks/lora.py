@@ -1,0 +1,155 @@
+"""LoRA (Hu et al. 2021, arXiv:2106.09685) and, with use_dora=True, DoRA (Liu et al. 2024, arXiv:2402.09353).
+
+The update of a weight W (out, in) is alpha / rank * up @ down with down (rank, in) and up (out, rank). DoRA trains the
+length of each row of W apart from its direction: W' = dora_scale * (W + update) / |W + update|, row by row.
+"""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from networks.adapters import AdapterModule, AdapterNetwork, announce
+from networks.merging import dense_weight
+from networks.targets import find_targets, read_arguments
+
+DEFAULT_RANK = 4
+KNOWN_ARGUMENTS = [
+    "rank_dropout",
+    "module_dropout",
+    "loraplus_lr_ratio",
+    "use_dora",
+    "exclude_patterns",
+    "include_patterns",
+    "verbose",
+    "conv_dim",
+    "conv_alpha",
+]
+
+
+class LoraModule(AdapterModule):
+    """LoRA of one Linear. Starts as no change: `lora_up` is zero."""
+
+    def __init__(self, target: nn.Module, rank: int, alpha: float, use_dora: bool = False, **settings: Any):
+        super().__init__(target, rank, alpha, **settings)
+        self.lora_down = nn.Linear(self.in_features, rank, bias=False)
+        self.lora_up = nn.Linear(rank, self.out_features, bias=False)
+        nn.init.kaiming_uniform_(self.lora_down.weight, a=math.sqrt(5))
+        nn.init.zeros_(self.lora_up.weight)
+        self.dora_scale = None
+        if use_dora:
+            norm = dense_weight(target).norm(dim=1, keepdim=True)  # (out, 1)
+            self.dora_scale = nn.Parameter(norm)
+            self.register_buffer("target_norm", norm.flatten().clone(), persistent=False)
+
+    def update(self, x: torch.Tensor, scale: float) -> torch.Tensor:
+        # The scale and the dropouts act on the small inner tensor, so that backward keeps only x and this.
+        inner = F.linear(x, self.lora_down.weight.to(x.dtype)) * scale  # (..., rank)
+        if self.training and self.dropout:
+            inner = F.dropout(inner, self.dropout)
+        if self.training and self.rank_dropout:
+            inner = inner * self.keep_mask([len(inner), *[1] * (inner.dim() - 2), self.rank], inner)
+        return F.linear(inner, self.lora_up.weight.to(inner.dtype))
+
+    def adapted(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        if self.dora_scale is None:
+            return super().adapted(x, y)
+        bias = 0.0 if self.target.bias is None else self.target.bias.to(y.dtype)
+        stretch = (self.dora_scale.flatten() / self.direction_norm(x.dtype)).to(y.dtype)  # (out,)
+        change = (y - bias + self.update(x, self.scale).to(y.dtype)) * stretch + bias - y
+        return y + self.multiplier * change
+
+    @torch.no_grad()
+    def direction_norm(self, dtype: torch.dtype) -> torch.Tensor:
+        """|W + update| of each row (out,), a constant for the gradient (section 4.3 of the paper).
+
+        From |W|^2 + 2 W.update + |update|^2, so that no matrix of W's size is made: W @ down.T is the target's own
+        forward, whatever its weights are stored as.
+        """
+        down, up = self.lora_down.weight, self.lora_up.weight * self.scale
+        bias = 0.0 if self.target.bias is None else self.target.bias
+        projected = (self._target_forward(down.to(dtype)) - bias).T.float()  # (out, rank)
+        square = self.target_norm**2 + 2 * (projected * up).sum(1) + ((up @ (down @ down.T)) * up).sum(1)
+        return square.clamp_min(torch.finfo(torch.float32).tiny).sqrt()
+
+    def weight_update(self) -> torch.Tensor:
+        return (self.lora_up.weight.float() * self.scale) @ self.lora_down.weight.float()
+
+    def merged_weight(self, weight: torch.Tensor) -> torch.Tensor:
+        if self.dora_scale is None:
+            return super().merged_weight(weight)
+        direction = weight + self.weight_update()
+        merged = self.dora_scale.float() * direction / direction.norm(dim=1, keepdim=True)
+        return weight + self.multiplier * (merged - weight)
+
+    def update_norm(self) -> float:
+        """|update| from the two small Gram matrices."""
+        down, up = self.lora_down.weight.float(), self.lora_up.weight.float()
+        square = ((up.T @ up) * (down @ down.T)).sum()
+        return abs(self.scale) * square.clamp_min(0).sqrt().item()
+
+
+def create_arch_network(
+    multiplier: float,
+    network_dim: int | None,
+    network_alpha: float | None,
+    vae: Any,
+    text_encoders: Any,
+    unet: nn.Module,
+    neuron_dropout: float | None = None,
+    **network_args: Any,
+) -> AdapterNetwork:
+    """LoRA for every target of `unet` (the DiT), all of one rank.
+
+    Args:
+        multiplier: strength of the updates.
+        network_dim: rank, 4 if None.
+        network_alpha: alpha, 1 if None.
+        vae, text_encoders: never adapted.
+        neuron_dropout: dropout of the inner values.
+        network_args: values of --network_args as strings (OPTIONS.md 1.9).
+
+    Raises:
+        UserError: an unknown or unreadable argument, or no target.
+    """
+    arguments = read_arguments(network_args, KNOWN_ARGUMENTS)
+    rank, alpha = network_dim or DEFAULT_RANK, 1.0 if network_alpha is None else network_alpha
+    targets = find_targets(unet, arguments.get("exclude_patterns"), arguments.get("include_patterns"))
+    settings = {
+        "multiplier": multiplier,
+        "dropout": neuron_dropout,
+        "rank_dropout": arguments.get("rank_dropout"),
+        "module_dropout": arguments.get("module_dropout"),
+        "use_dora": arguments.get("use_dora", False),
+    }
+    network = AdapterNetwork(
+        {name: LoraModule(target, rank, alpha, **settings) for name, target in targets.items()},
+        arguments.get("loraplus_lr_ratio"),
+    )
+    announce("DoRA" if settings["use_dora"] else "LoRA", network, rank, alpha, arguments.get("verbose", False))
+    return network
+
+
+def create_arch_network_from_weights(
+    multiplier: float,
+    weights_sd: Mapping[str, torch.Tensor],
+    text_encoders: Any = None,
+    unet: nn.Module | None = None,
+    for_inference: bool = False,
+    **_: Any,
+) -> AdapterNetwork:
+    """LoRA with the modules, ranks and values of a native state dict, ready to be applied or merged.
+
+    Raises:
+        UserError: a module of the file is not in the DiT, or its shape differs.
+    """
+
+    def build(target: nn.Module, tensors: Mapping[str, torch.Tensor]) -> LoraModule:
+        rank = len(tensors["lora_down.weight"])
+        alpha = tensors.get("alpha", torch.tensor(rank)).item()
+        return LoraModule(target, rank, alpha, use_dora="dora_scale" in tensors, multiplier=multiplier)
+
+    return AdapterNetwork.from_weights(weights_sd, unet, build)
