@@ -1,0 +1,43 @@
+"""How a person stops a run, or asks it to save: Ctrl+C, SIGTERM, a file `save` or `save_quit` in the output folder."""
+
+import signal
+import sys
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+SAVE_FILE, SAVE_AND_QUIT_FILE = "save", "save_quit"
+
+
+class StopRequests:
+    """Context in which signals ask for a clean stop; a second Ctrl+C interrupts at once."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.quit = False
+        self.save = False
+        self._previous: dict[int, Any] = {}
+
+    def __enter__(self) -> "StopRequests":
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self._previous[number] = signal.signal(number, self._on_signal)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def _on_signal(self, number: int, _frame: FrameType | None) -> None:
+        if self.quit:
+            raise KeyboardInterrupt
+        self.quit = True
+        print(f"\n{signal.Signals(number).name}: saving after this step; once more stops at once", file=sys.stderr)
+
+    def poll_files(self) -> None:
+        """Takes notice of the request files and removes them; for the process that writes."""
+        for name in (SAVE_FILE, SAVE_AND_QUIT_FILE):
+            path = self.folder / name
+            if path.is_file():
+                path.unlink(missing_ok=True)
+                self.save = True
+                self.quit |= name == SAVE_AND_QUIT_FILE

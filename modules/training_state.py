@@ -1,0 +1,126 @@
+"""What a run must remember to continue exactly: counters as JSON, tensors beside it, in one folder that is whole.
+
+Noise, timesteps, dropout and data order are functions of (seed, step), so no random state is kept.
+"""
+
+import dataclasses
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from utils.errors import UserError
+from utils.files import TEMPORARY_SUFFIX, atomic_path, write_text
+from utils.safetensors_utils import load_file, save_file
+from utils.training_files import PROGRESS_FILE, STATE_VERSION, read_progress
+
+TRAINED_FILE = "trained.safetensors"
+OPTIMIZER_FILE = "optimizer.pt"
+
+
+@dataclass
+class Progress:
+    """The counters of a run: what changes from step to step besides tensors."""
+
+    seed: int
+    step: int = 0
+    nonfinite_in_a_row: int = 0
+    smoothed_loss: float | None = None
+    loss_by_band: dict[str, float] = field(default_factory=dict)
+    base_validation_loss: float | None = None
+    validation_loss: float | None = None
+    validation_step: int | None = None
+    best: list[tuple[float, int]] = field(default_factory=list)  # (validation loss, step), best first
+    started_at: float = 0.0
+    arithmetic: dict[str, Any] = field(default_factory=dict)  # what the steps mean: batches per step, per epoch, data
+
+    @classmethod
+    def load(cls, folder: Path) -> "Progress":
+        """Reads the counters of a state folder; UserError as `utils.training_files.read_progress`."""
+        values = read_progress(folder)
+        names = {known.name for known in dataclasses.fields(cls)}
+        progress = cls(**{name: value for name, value in values.items() if name in names})
+        progress.best = [tuple(entry) for entry in progress.best]
+        return progress
+
+    def differences(self, arithmetic: Mapping[str, Any]) -> list[str]:
+        """What the current run counts otherwise than the one that saved this state, in words."""
+        return [
+            f"{name} was {self.arithmetic[name]}, is {value}"
+            for name, value in arithmetic.items()
+            if name in self.arithmetic and self.arithmetic[name] != value
+        ]
+
+
+@contextmanager
+def whole_folder(folder: Path) -> Iterator[Path]:
+    """Yields a temporary folder beside `folder` that takes its place on success and vanishes on failure."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    for leftover in folder.parent.glob(f"{folder.name}.*{TEMPORARY_SUFFIX}"):
+        shutil.rmtree(leftover, ignore_errors=True)
+    temporary = folder.with_name(f"{folder.name}.{os.getpid()}{TEMPORARY_SUFFIX}")
+    replaced = folder.with_name(f"{folder.name}.old{TEMPORARY_SUFFIX}")
+    temporary.mkdir()
+    try:
+        yield temporary
+        if folder.exists():
+            os.replace(folder, replaced)
+        os.replace(temporary, folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+        shutil.rmtree(replaced, ignore_errors=True)
+
+
+def save_state(
+    folder: Path, progress: Progress, trained: Mapping[str, Tensor], stateful: Mapping[str, Any], settings: str
+) -> None:
+    """Writes a state folder, whole or not at all.
+
+    Args:
+        trained: every trained tensor by name.
+        stateful: optimizer, scheduler, ... by name: objects with `state_dict()`.
+        settings: the run's resolved settings, as TOML.
+    """
+    with whole_folder(folder) as temporary:
+        save_file(trained, temporary / TRAINED_FILE)
+        with atomic_path(temporary / OPTIMIZER_FILE) as path:
+            torch.save({name: part.state_dict() for name, part in stateful.items()}, path)
+        write_text(temporary / "settings.toml", settings)
+        content = {"version": STATE_VERSION, **dataclasses.asdict(progress)}
+        write_text(temporary / PROGRESS_FILE, json.dumps(content, indent=2, allow_nan=False) + "\n")
+
+
+def load_state(folder: Path, trained: Mapping[str, Tensor], stateful: Mapping[str, Any]) -> None:
+    """Puts the tensors of a state folder back, in place.
+
+    Raises:
+        UserError: the state belongs to another network or optimizer, or is damaged.
+    """
+    saved = load_file(folder / TRAINED_FILE)
+    shapes = {name: tuple(tensor.shape) for name, tensor in trained.items()}
+    found = {name: tuple(tensor.shape) for name, tensor in saved.items()}
+    if shapes != found:
+        different = sorted(name for name in shapes.keys() | found.keys() if shapes.get(name) != found.get(name))
+        raise UserError(
+            f"{folder}: saved from another network: {different[0]} is {found.get(different[0], 'absent')} in the state "
+            f"and {shapes.get(different[0], 'absent')} here; use the --network_* options of the saved run"
+        )
+    with torch.no_grad():
+        for name, tensor in trained.items():
+            tensor.copy_(saved[name])
+    try:
+        states = torch.load(folder / OPTIMIZER_FILE, map_location="cpu", weights_only=True)
+        for name, part in stateful.items():
+            part.load_state_dict(states[name])
+    except (KeyError, ValueError, RuntimeError, OSError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(
+            f"{folder}: its optimizer state does not fit: {reason}; use --optimizer_type of the saved run"
+        ) from None
