@@ -1,0 +1,211 @@
+"""Tensors by name, whatever holds them: one safetensors file, one .pt file, or a folder of shards.
+
+Headers are read when a checkpoint is opened; the tensors one by one, when asked for.
+"""
+
+import json
+import pickle
+import re
+import zipfile
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from utils.errors import UserError, one_line
+from utils.files import read_text
+from utils.safetensors_utils import TensorInfo, read_header, read_tensor
+
+# Keys under which trainers wrap a state dict; the official DiT has `module` (DeepSpeed), the VAE `state_dict`.
+WRAPPERS = ("module", "state_dict", "model", "ema", "model_state_dict")
+# Mapped pages stay resident until the file is unmapped, so it is mapped anew after so many bytes.
+REMAP_BYTES = 128 << 20
+
+
+class TensorFile(Protocol):
+    """One file: what its header says, and a way to read one tensor."""
+
+    infos: dict[str, TensorInfo]
+    metadata: dict[str, str]
+
+    def read(self, name: str) -> Tensor:
+        """The tensor on the CPU; it may be a view of the file, valid until the next read."""
+        ...
+
+
+class SafetensorsFile:
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.infos, self.metadata = read_header(path)
+        self.wrapper = ""
+
+    def read(self, name: str) -> Tensor:
+        with open(self.path, "rb") as file:
+            return read_tensor(file, self.infos[name])
+
+
+class PtFile:
+    """A file of `torch.save`, memory-mapped, and loaded without running any code that it may contain."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.metadata: dict[str, str] = {}
+        self.wrapper, self._tensors = self._map()
+        self._touched = 0
+        self.infos = {name: TensorInfo(tensor.dtype, tuple(tensor.shape), 0) for name, tensor in self._tensors.items()}
+
+    def _map(self) -> tuple[str, dict[str, Tensor]]:
+        wrapper, content = "", load_pickle(self.path)
+        while isinstance(content, Mapping):
+            inner = [key for key in WRAPPERS if isinstance(content.get(key), Mapping)]
+            if not inner:
+                tensors = {str(name): tensor for name, tensor in content.items() if isinstance(tensor, Tensor)}
+                return wrapper, tensors
+            wrapper, content = wrapper or inner[0], content[inner[0]]
+        raise UserError(f"{self.path}: holds a {type(content).__name__}, not a dictionary of tensors")
+
+    def read(self, name: str) -> Tensor:
+        size = self.infos[name].nbytes
+        if self._touched and self._touched + size > REMAP_BYTES:
+            self._tensors = {}
+            _, self._tensors = self._map()
+            self._touched = 0
+        self._touched += size
+        return self._tensors[name].detach()
+
+
+def load_pickle(path: Path) -> Any:
+    """The content of a `torch.save` file, memory-mapped.
+
+    Raises:
+        UserError: cut off, not of torch.save, older than torch 1.6, or with objects other than tensors.
+    """
+    if not zipfile.is_zipfile(path):
+        raise UserError(f"{path}: not a file of torch.save, or cut off, or older than torch 1.6; download it again")
+    try:
+        return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+    except pickle.UnpicklingError as error:
+        found = re.search(r"(?:GLOBAL|global) (\S+)", str(error))
+        what = f"it wants to run {found[1].rstrip('.')}" if found else one_line(error).split(".")[0]
+        raise UserError(
+            f"{path}: holds more than tensors ({what}) and was not loaded; use a .safetensors file"
+        ) from None
+    except (RuntimeError, EOFError, KeyError, ValueError, OSError) as error:
+        raise UserError(f"{path}: cannot be read, cut off or broken: {one_line(error)[:200]}") from None
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """All tensors of a file or of a folder's shards."""
+
+    path: Path
+    files: tuple[TensorFile, ...]
+    config: dict[str, Any] = field(default_factory=dict)  # of config.json beside it, or of the metadata key `config`
+
+    @property
+    def container(self) -> str:
+        """ "safetensors" or ".pt"."""
+        return ".pt" if isinstance(self.files[0], PtFile) else "safetensors"
+
+    @property
+    def wrapper(self) -> str:
+        """The top key of a .pt file, or an empty string."""
+        return self.files[0].wrapper
+
+    @cached_property
+    def infos(self) -> dict[str, TensorInfo]:
+        return {name: info for file in self.files for name, info in file.infos.items()}
+
+    @property
+    def metadata(self) -> dict[str, str]:
+        return self.files[0].metadata
+
+    def read(self, name: str) -> Tensor:
+        """One tensor on the CPU; it may be a view of the file, valid until the next read."""
+        (file,) = [file for file in self.files if name in file.infos]
+        return file.read(name)
+
+
+def open_checkpoint(path: str | Path) -> Checkpoint:
+    """Reads the headers of a model file, or of the model files of a folder.
+
+    Raises:
+        UserError: missing, empty, cut off, not a model file, or a folder in which the model is not evident.
+    """
+    path = Path(path)
+    paths = _model_files(path) if path.is_dir() else [path]
+    files = tuple(_open_file(each) for each in paths)
+    if not any(file.infos for file in files):
+        raise UserError(f"{path}: holds no tensors")
+    return Checkpoint(path, files, _config(paths[0], files[0].metadata))
+
+
+_FOREIGN = {
+    b"GGUF": "a GGUF file, which this program does not read; use the .safetensors or .pt file of the same model",
+    b"version https://git-lfs": "a Git LFS pointer, not the model itself; fetch it with 'git lfs pull' or hf download",
+    b"<!DOCTYPE": "a web page, not a model; download the file itself",
+    b"<html": "a web page, not a model; download the file itself",
+}
+
+
+def _open_file(path: Path) -> TensorFile:
+    try:
+        with open(path, "rb") as file:
+            start = file.read(32)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
+    for magic, message in _FOREIGN.items():
+        if start.startswith(magic):
+            raise UserError(f"{path}: {message}")
+    looks_like_safetensors = start[8:9] == b"{" or path.suffix == ".safetensors"
+    return SafetensorsFile(path) if looks_like_safetensors and start[:2] != b"PK" else PtFile(path)
+
+
+def _model_files(folder: Path) -> list[Path]:
+    """The files of the one model in a folder: the shards of an index, or the only model file.
+
+    Raises:
+        UserError: no model file, several, or a missing shard.
+    """
+    for suffix in (".safetensors", ".bin"):
+        indices = sorted(folder.glob(f"*{suffix}.index.json"), key=lambda index: len(index.name))
+        if indices:
+            return _shards(indices[0])
+        files = [file for file in sorted(folder.glob(f"*{suffix}")) if not file.name.startswith(("._", "optimizer"))]
+        preferred = [file for file in files if file.stem in ("diffusion_pytorch_model", "model", "pytorch_model")]
+        if preferred or len(files) == 1:
+            return (preferred or files)[:1]
+        if files:
+            names = ", ".join(file.name for file in files[:4])
+            raise UserError(f"{folder}: {len(files)} model files ({names} ...) and no index; give one of them")
+    files = sorted(file for file in folder.glob("*.pt") if not file.stem.endswith("_map"))
+    if len(files) == 1:
+        return files
+    found = f"{len(files)} .pt files; give one of them" if files else "no .safetensors, .bin or .pt file in this folder"
+    raise UserError(f"{folder}: {found}")
+
+
+def _shards(index: Path) -> list[Path]:
+    try:
+        names = sorted(set(json.loads(read_text(index, "index of shards"))["weight_map"].values()))
+    except (ValueError, KeyError, AttributeError, TypeError):
+        raise UserError(f"{index}: not an index of shards") from None
+    missing = [name for name in names if not (index.parent / name).is_file()]
+    if missing or not names:
+        raise UserError(f"{index}: {len(missing)} of {len(names)} shards are missing, the first is {missing[:1]}")
+    return [index.parent / name for name in names]
+
+
+def _config(path: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
+    """What shapes cannot tell: JSON under the metadata key `config`, else config.json beside the file."""
+    beside = path.with_name("config.json")
+    text = metadata.get("config") or (read_text(beside, "model config") if beside.is_file() else "{}")
+    try:
+        config = json.loads(text)
+    except ValueError as error:
+        raise UserError(f"{beside if beside.is_file() else path}: its config is not JSON: {one_line(error)}") from None
+    return config if isinstance(config, dict) else {}
