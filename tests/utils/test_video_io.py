@@ -1,0 +1,77 @@
+"""Videos and images: exact count, size and rate, close to the tensor, with the settings inside."""
+
+import math
+
+import av
+import numpy as np
+import pytest
+import torch
+
+from utils.errors import UserError
+from utils.video_io import read_metadata, read_video, save_images, save_video
+
+SETTINGS = {"prompt": 'a cat \u732b "quoted"\nsecond line', "seed": 2**40, "video_size": [48, 80], "strength": 0.5}
+
+
+def smooth_clip(frames: int, height: int, width: int) -> torch.Tensor:
+    """A coloured gradient that moves: (3, F, H, W) in 0..1."""
+    t, y, x = torch.meshgrid(
+        torch.linspace(0, 1, frames), torch.linspace(0, 1, height), torch.linspace(0, 1, width), indexing="ij"
+    )
+    return torch.stack((0.5 + 0.4 * torch.sin(3 * (x + t)), 0.5 + 0.4 * torch.cos(3 * (y - t)), 0.2 + 0.6 * x * y))
+
+
+def psnr(a: torch.Tensor, b: torch.Tensor) -> float:
+    return -10 * math.log10((a - b).square().mean().item())
+
+
+@pytest.mark.parametrize(("frames", "height", "width", "fps"), [(1, 128, 96, 24), (9, 48, 80, 24), (5, 256, 144, 16)])
+def test_video_is_exact_in_count_size_and_rate_and_close_in_colour(tmp_path, frames, height, width, fps):
+    clip = smooth_clip(frames, height, width)
+    save_video(clip, tmp_path / "clip.mp4", fps, SETTINGS)
+    with av.open(str(tmp_path / "clip.mp4")) as container:
+        stream = container.streams.video[0]
+        assert (stream.codec_context.name, stream.format.name) == ("h264", "yuv420p")
+        assert (stream.width, stream.height) == (width, height)
+        assert stream.average_rate == fps
+        assert stream.frames == frames
+    pixels, rate = read_video(tmp_path / "clip.mp4")
+    assert pixels.shape == clip.shape
+    assert rate == fps
+    assert psnr(pixels, clip) > 35
+    assert read_metadata(tmp_path / "clip.mp4") == SETTINGS
+    assert [path.name for path in tmp_path.iterdir()] == ["clip.mp4"]
+
+
+def test_video_plays_while_it_loads(tmp_path):
+    save_video(smooth_clip(5, 32, 32), tmp_path / "clip.mp4", 24)
+    data = (tmp_path / "clip.mp4").read_bytes()
+    assert data.index(b"moov") < data.index(b"mdat")
+
+
+def test_first_frames_only(tmp_path):
+    save_video(smooth_clip(9, 32, 32), tmp_path / "clip.mp4", 24)
+    assert read_video(tmp_path / "clip.mp4", frames=5)[0].shape == (3, 5, 32, 32)
+
+
+def test_images_are_exact_and_carry_the_settings(tmp_path):
+    from PIL import Image
+
+    clip = (smooth_clip(3, 16, 32) * 255).round() / 255
+    save_images(clip, tmp_path / "frames", SETTINGS)
+    assert sorted(path.name for path in (tmp_path / "frames").iterdir()) == ["00000.png", "00001.png", "00002.png"]
+    image = torch.from_numpy(np.array(Image.open(tmp_path / "frames" / "00002.png")))
+    assert torch.equal(image, (clip[:, 2] * 255).round().to(torch.uint8).permute(1, 2, 0))
+    assert read_metadata(tmp_path / "frames" / "00002.png") == SETTINGS
+    assert [path.name for path in tmp_path.iterdir()] == ["frames"]
+
+
+def test_without_metadata_and_broken_files_are_errors_in_one_line(tmp_path):
+    save_video(smooth_clip(1, 16, 16), tmp_path / "bare.mp4", 24)
+    (tmp_path / "broken.mp4").write_bytes(b"no video")
+    (tmp_path / "broken.png").write_bytes(b"no image")
+    for name in ("bare.mp4", "broken.mp4", "broken.png"):
+        with pytest.raises(UserError, match=name):
+            read_metadata(tmp_path / name)
+    with pytest.raises(UserError, match=r"broken\.mp4"):
+        read_video(tmp_path / "broken.mp4")

@@ -1,0 +1,235 @@
+"""Requests: what one video is to be, on a command line, in a prompt file or as one line of text.
+
+A line is a prompt with options behind it, `A cat walks --w 960 --h 544 --f 49 --d 42`; a file holds one line per
+video (.txt, `#` starts a comment), a TOML table `[prompt]` with `[[prompt.subset]]` entries, or a JSON list. Training
+previews (`--sample_prompts`) and generation (`--from_file`, `--interactive`) read the same syntax.
+"""
+
+import dataclasses
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from utils.errors import UserError, did_you_mean, one_line
+from utils.files import clean_path, read_text, read_toml
+
+SIZE_STEP = 16  # pixels: the VAE shrinks by 8 and the DiT's patches cover 2 latents
+FRAME_STEP = 4  # video frames per latent frame after the first
+MAX_STEPS = 1000
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """One video to be made. Sizes are pixels, `frames` is 4n + 1, `guidance` is embedded, `cfg_scale` true CFG."""
+
+    prompt: str = ""
+    negative_prompt: str = ""
+    width: int = 256
+    height: int = 256
+    frames: int = 129
+    seed: int | None = None
+    steps: int = 50
+    guidance: float = 6.0
+    cfg_scale: float = 1.0
+    flow_shift: float = 7.0
+    fps: int = 24
+    video_path: str | None = None
+    strength: float = 0.8
+    image_path: str | None = None
+
+    @property
+    def latent_frames(self) -> int:
+        return (self.frames - 1) // FRAME_STEP + 1
+
+
+# What a line of --sample_prompts means where it is silent: the reference tool's defaults.
+PREVIEW_DEFAULTS = Request(frames=1, steps=20, flow_shift=14.5)
+
+# Short names of the reference tool's prompt lines, long names of its TOML and JSON prompts, and our options' names.
+# `guidance_scale` means embedded guidance here, as in every prompt file of the reference tool.
+KEYS = {
+    "prompt": "prompt",
+    "n": "negative_prompt",
+    "negative_prompt": "negative_prompt",
+    "w": "width",
+    "width": "width",
+    "h": "height",
+    "height": "height",
+    "f": "frames",
+    "frame_count": "frames",
+    "video_length": "frames",
+    "d": "seed",
+    "seed": "seed",
+    "s": "steps",
+    "sample_steps": "steps",
+    "infer_steps": "steps",
+    "g": "guidance",
+    "guidance_scale": "guidance",
+    "embedded_cfg_scale": "guidance",
+    "l": "cfg_scale",
+    "cfg_scale": "cfg_scale",
+    "fs": "flow_shift",
+    "discrete_flow_shift": "flow_shift",
+    "flow_shift": "flow_shift",
+    "fps": "fps",
+    "video_path": "video_path",
+    "strength": "strength",
+    "i": "image_path",
+    "image_path": "image_path",
+}
+OTHER_MODELS = {"ei": "end image", "cn": "control video", "ci": "control image", "of": "one-frame options"}
+_TYPES = {field.name: field.type for field in dataclasses.fields(Request)}
+_MINIMUM = {"width": 1, "height": 1, "frames": 1, "seed": 0, "guidance": 0, "cfg_scale": 0, "fps": 1, "strength": 0}
+_OPTION = re.compile(r"(?:^|\s)--(?=[A-Za-z])")
+
+
+def parse_line(line: str, defaults: Request) -> Request:
+    """A prompt with options behind it; what it does not say is taken from `defaults`.
+
+    Raises:
+        UserError: an unknown option, or a value that is not what the option takes.
+    """
+    prompt, *options = _OPTION.split(line.strip())
+    words = {} if not prompt.strip() else {"prompt": prompt.strip()}
+    for text in options:
+        name, _, value = text.partition(" ")
+        if _field(name, "--") in {_field(word) for word in words}:
+            raise UserError(f"--{name} is given twice")
+        words[name] = value.strip()
+    return from_words(words, defaults, "--")
+
+
+def from_words(words: Mapping[str, object], defaults: Request, dashes: str = "") -> Request:
+    """A request from {name: value}, names as in `KEYS`; `dashes` is how names look in error messages."""
+    values = {_field(name, dashes): _converted(name, value, dashes) for name, value in words.items()}
+    request = dataclasses.replace(defaults, **values)
+    if not request.prompt:
+        raise UserError("there is no prompt")
+    return request
+
+
+def _field(name: str, dashes: str = "") -> str:
+    if name in OTHER_MODELS:
+        raise UserError(f"{dashes}{name} ({OTHER_MODELS[name]}) belongs to another model than HunyuanVideo")
+    if name not in KEYS:
+        raise UserError(f"unknown option {dashes}{name}{did_you_mean(name, list(KEYS))}")
+    return KEYS[name]
+
+
+def _converted(name: str, value: object, dashes: str) -> object:
+    """The value of one option in the type of its field."""
+    field, shown = KEYS[name], f"{dashes}{name} {value}".strip()
+    if isinstance(value, (bool, list, dict)) or value is None or value == "":
+        raise UserError(f"{shown}: a value is expected" if value in (None, "") else f"{shown}: one value is expected")
+    if field in ("video_path", "image_path"):
+        path = Path(clean_path(str(value))).expanduser()
+        if not path.is_file():
+            raise UserError(f"{shown}: no such file")
+        return str(path)
+    if _TYPES[field] in (int, int | None):
+        kind, expected = int, "a whole number"
+    elif _TYPES[field] is float:
+        kind, expected = float, "a number"
+    else:
+        return str(value)
+    try:
+        number = kind(str(value))
+    except ValueError:
+        raise UserError(f"{shown}: {expected} is expected") from None
+    return _in_range(field, number, shown)
+
+
+def _in_range(field: str, number: float, shown: str) -> float:
+    if field == "steps":  # the reference tool clamps, so that files made for it keep working
+        return min(max(number, 1), MAX_STEPS)
+    if not abs(number) < float("inf") or number < _MINIMUM.get(field, 0) or (field == "flow_shift" and number == 0):
+        raise UserError(f"{shown}: out of range")
+    if field == "strength" and not 0 < number <= 1:
+        raise UserError(f"{shown}: a number above 0 and up to 1 is expected")
+    if field == "seed" and number >= 2**63:
+        raise UserError(f"{shown}: seeds are below 2^63")
+    return number
+
+
+def read_prompt_file(path: str | Path, defaults: Request) -> list[Request]:
+    """The requests of a prompt file, in its order.
+
+    Raises:
+        UserError: names the file and the line or entry.
+    """
+    path = Path(path)
+    readers = {".txt": _text_entries, ".toml": _toml_entries, ".json": _json_entries}
+    if path.suffix.lower() not in readers:
+        raise UserError(f"{path}: a prompt file ends in .txt, .toml or .json")
+    requests = []
+    for place, entry in readers[path.suffix.lower()](path):
+        try:
+            requests.append(parse_line(entry, defaults) if isinstance(entry, str) else from_words(entry, defaults))
+        except UserError as error:
+            raise UserError(f"{path}: {place}: {error}") from None
+    if not requests:
+        raise UserError(f"{path}: there is no prompt in this file")
+    return requests
+
+
+Entries = list[tuple[str, str | Mapping[str, object]]]
+
+
+def _text_entries(path: Path) -> Entries:
+    lines = enumerate(read_text(path, "prompt file").splitlines(), start=1)
+    return [(f"line {number}", line) for number, line in lines if line.strip() and not line.lstrip().startswith("#")]
+
+
+def _toml_entries(path: Path) -> Entries:
+    table = read_toml(path, "prompt file")
+    common = table.get("prompt")
+    if set(table) != {"prompt"} or not isinstance(common, dict) or not isinstance(common.get("subset", []), list):
+        raise UserError(f"{path}: a table [prompt] with [[prompt.subset]] entries is expected, and nothing else")
+    subsets = common.pop("subset", [{}])
+    return _merged_entries(path, common, subsets)
+
+
+def _json_entries(path: Path) -> Entries:
+    try:
+        entries = json.loads(read_text(path, "prompt file"))
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path}: not valid JSON: {one_line(error)}") from None
+    if not isinstance(entries, list):
+        raise UserError(f"{path}: a list of prompts is expected")
+    return _merged_entries(path, {}, entries)
+
+
+def _merged_entries(path: Path, common: Mapping[str, object], entries: list) -> Entries:
+    for index, entry in enumerate(entries, start=1):
+        if not isinstance(entry, (dict, str)):
+            raise UserError(f"{path}: prompt {index} is neither a table nor a line of text")
+    return [
+        (f"prompt {index}", {**common, **entry} if isinstance(entry, dict) else entry)
+        for index, entry in enumerate(entries, start=1)
+    ]
+
+
+def with_valid_size(request: Request, strict: bool = False) -> tuple[Request, list[str]]:
+    """The request with width, height and frames moved to the nearest that the model has, and a warning for each.
+
+    Raises:
+        UserError: with `strict`, instead of moving anything.
+    """
+    nearest = {
+        "width": max(SIZE_STEP, _nearest(request.width, SIZE_STEP)),
+        "height": max(SIZE_STEP, _nearest(request.height, SIZE_STEP)),
+        "frames": _nearest(request.frames - 1, FRAME_STEP) + 1,
+    }
+    rules = {"width": f"a multiple of {SIZE_STEP}", "height": f"a multiple of {SIZE_STEP}", "frames": "4n + 1"}
+    moved = [name for name, value in nearest.items() if value != getattr(request, name)]
+    complaints = [f"{name} {getattr(request, name)} is not {rules[name]}" for name in moved]
+    if strict and moved:
+        raise UserError(f"{complaints[0]}; the nearest is {nearest[moved[0]]}")
+    warnings = [f"{text}: {nearest[name]} is used" for name, text in zip(moved, complaints, strict=True)]
+    return dataclasses.replace(request, **nearest), warnings
+
+
+def _nearest(value: int, step: int) -> int:
+    return (value + step // 2) // step * step
