@@ -12,11 +12,11 @@ import math
 import random
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from statistics import NormalDist
 from typing import TYPE_CHECKING
 
-from utils.cli import option
+from utils.cli import option, unused_options
 from utils.errors import UserError
 
 if TYPE_CHECKING:
@@ -81,6 +81,21 @@ class TimestepOptions:
         """The smallest and largest sigma that are trained."""
         highest = TIMESTEPS if self.max_timestep is None else self.max_timestep
         return (self.min_timestep or 0) / TIMESTEPS, highest / TIMESTEPS
+
+    def ignored(self) -> list[str]:
+        """The options that were changed but have no effect with the chosen sampler, for a warning."""
+        sampler, scheme = self.timestep_sampling, self.weighting_scheme
+        logit_normal = sampler == "sigma" and scheme == "logit_normal"
+        used = {
+            "discrete_flow_shift": sampler in ("sigma", "shift"),
+            "sigmoid_scale": sampler in ("sigmoid", "shift"),
+            "weighting_scheme": sampler == "sigma" or scheme in ("cosmap", "sigma_sqrt"),
+            "logit_mean": logit_normal or sampler == "logsnr",
+            "logit_std": logit_normal or sampler == "logsnr",
+            "mode_scale": sampler == "sigma" and scheme == "mode",
+            "preserve_distribution_shape": self.window != (0, 1),
+        }
+        return unused_options(self, used)
 
 
 def shift_sigma(sigma: float, shift: float) -> float:
@@ -222,20 +237,3 @@ def loss_weight(sigma: "torch.Tensor", scheme: str) -> "torch.Tensor":
     if scheme == "cosmap":
         return 2 / (math.pi * (1 - 2 * sigma + 2 * sigma**2))
     return sigma.new_ones(sigma.shape)
-
-
-def ignored_options(options: TimestepOptions) -> list[str]:
-    """The options that were changed but have no effect with the chosen sampler, for a warning."""
-    sampler, scheme = options.timestep_sampling, options.weighting_scheme
-    logit_normal = sampler == "sigma" and scheme == "logit_normal"
-    used = {
-        "discrete_flow_shift": sampler in ("sigma", "shift"),
-        "sigmoid_scale": sampler in ("sigmoid", "shift"),
-        "weighting_scheme": sampler == "sigma" or scheme in ("cosmap", "sigma_sqrt"),
-        "logit_mean": logit_normal or sampler == "logsnr",
-        "logit_std": logit_normal or sampler == "logsnr",
-        "mode_scale": sampler == "sigma" and scheme == "mode",
-        "preserve_distribution_shape": options.window != (0, 1),
-    }
-    defaults = {field.name: field.default for field in fields(options)}
-    return [name for name, effective in used.items() if not effective and getattr(options, name) != defaults[name]]

@@ -8,17 +8,19 @@
     vae, run = parse_options("Caches latents.", VaeOptions, RunOptions)
 
 The type follows the annotation: `bool` is a flag, `list[T]` takes any number of values, `tuple[T, T]` exactly two,
-`Path` is cleaned and, with `path=`, checked to exist. `--config_file FILE.toml` gives the same options from a file,
-checked the same way; the command line wins. Nothing heavy is imported here, so that --help and errors answer at once.
+`Path` is cleaned and, with `path=`, checked to exist; any other class takes the text, raises ValueError and says in
+`expected` what it takes. `--config_file FILE.toml` gives the same options from a file, checked the same way; the
+command line wins. Nothing heavy is imported here, so that --help and errors answer at once.
 """
 
 import argparse
 import dataclasses
+import json
 import os
 import sys
 import types
 import typing
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
@@ -37,6 +39,7 @@ def option(
     minimum: float | None = None,
     maximum: float | None = None,
     path: str | None = None,
+    secret: bool = False,
 ) -> Any:
     """A dataclass field that is a command-line option.
 
@@ -46,8 +49,10 @@ def option(
         choices: the allowed words.
         minimum, maximum: inclusive bounds of a number.
         path: "file", "dir" or "any": the path must exist and be that.
+        secret: the value never goes into a saved config.
     """
     metadata = {"help": help, "choices": choices, "minimum": minimum, "maximum": maximum, "path": path}
+    metadata["secret"] = secret
     if isinstance(default, list):
         return dataclasses.field(default_factory=lambda: list(default), metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
@@ -67,6 +72,7 @@ class _Option:
     minimum: float | None
     maximum: float | None
     path: str | None
+    secret: bool
 
     @classmethod
     def from_field(cls, field: dataclasses.Field, annotation: Any) -> "_Option":
@@ -75,6 +81,12 @@ class _Option:
         default = field.default_factory() if has_factory else field.default
         required = default is dataclasses.MISSING
         return cls(field.name, kind, count, required, None if required else default, **field.metadata)
+
+    @property
+    def expected(self) -> str:
+        """What one value is, in words."""
+        words = {bool: "true or false", int: "a whole number", float: "a number", str: "a text", Path: "a path"}
+        return words.get(self.kind) or self.kind.expected
 
     def add_to(self, group: argparse._ArgumentGroup) -> None:
         flag = f"--{self.name}"
@@ -99,8 +111,7 @@ class _Option:
         try:
             value = self.kind(text)
         except ValueError:
-            expected = {int: "a whole number", float: "a number"}.get(self.kind, self.kind.__name__)
-            raise argparse.ArgumentTypeError(f"'{text}' is not {expected}") from None
+            raise argparse.ArgumentTypeError(f"'{text}' is not {self.expected}") from None
         if self.kind in (int, float):
             self._check_range(value, text)
         return value
@@ -179,17 +190,16 @@ def _config_words(path: Path, options: dict[str, _Option]) -> list[str]:
             raise UserError(f"{path}: unknown option '{name}'{did_you_mean(name, list(options))}")
         if known.kind is bool or isinstance(value, bool):
             if known.kind is not bool or not isinstance(value, bool):
-                expected = "true or false" if known.kind is bool else f"a {known.kind.__name__}"
-                raise UserError(f"{path}: {name} = {value!r}: {expected} is expected")
+                raise UserError(f"{path}: {name} = {value!r}: {known.expected} is expected")
             words += [f"--{name}"] if value else []
         elif isinstance(value, list):
             if known.count is None:
                 raise UserError(f"{path}: {name} = {value!r}: one value is expected, not a list")
             words += [f"--{name}", *map(str, value)]
-        elif known.kind is Path or known.kind is str or isinstance(value, (int, float)):
+        elif isinstance(value, (int, float)) or (isinstance(value, str) and known.kind not in (int, float)):
             words += [f"--{name}={value}"] if known.count is None else [f"--{name}", str(value)]
         else:
-            raise UserError(f"{path}: {name} = {value!r}: a {known.kind.__name__} is expected")
+            raise UserError(f"{path}: {name} = {value!r}: {known.expected} is expected")
     return words
 
 
@@ -241,6 +251,35 @@ def _final(known: _Option, value: Any) -> Any:
     if value is _UNSET:
         return known.default
     return tuple(value) if isinstance(known.count, int) else value
+
+
+def settings_toml(*groups: Any) -> str:
+    """The options of these groups as TOML for `--config_file`, without secrets and without what is unset."""
+    lines: list[str] = []
+    for group in groups:
+        lines += ["", f"[{_toml_value((type(group).__doc__ or type(group).__name__).strip().splitlines()[0])}]"]
+        for known in _options_of(type(group)):
+            value = getattr(group, known.name)
+            if value is not None and not known.secret:
+                lines.append(f"{known.name} = {_toml_value(value)}")
+    return "\n".join(lines[1:]) + "\n"
+
+
+def _toml_value(value: Any) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, (list, tuple)):
+        return f"[{', '.join(map(_toml_value, value))}]"
+    if isinstance(value, (int, float)):
+        return str(value)
+    # A JSON string is a TOML string but for DEL.
+    return json.dumps(str(value), ensure_ascii=False).replace("\x7f", "\\u007f")
+
+
+def unused_options(group: Any, used: Mapping[str, bool]) -> list[str]:
+    """Names of the options that differ from their default although `used` says that nothing reads them."""
+    defaults = {known.name: known.default for known in _options_of(type(group))}
+    return [name for name, effective in used.items() if not effective and getattr(group, name) != defaults[name]]
 
 
 def run_script(main: Callable[[], None]) -> NoReturn:

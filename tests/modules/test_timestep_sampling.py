@@ -9,7 +9,6 @@ from diffusers.training_utils import compute_density_for_timestep_sampling, comp
 
 from modules.timestep_sampling import (
     TimestepOptions,
-    ignored_options,
     loss_weight,
     sample_sigmas,
     sigma_at,
@@ -195,9 +194,9 @@ def test_contradictions_are_refused(settings: dict, words: str) -> None:
 
 
 def test_ignored_options_are_named() -> None:
-    assert ignored_options(TimestepOptions()) == []
+    assert TimestepOptions().ignored() == []
     options = TimestepOptions(
         timestep_sampling="uniform", discrete_flow_shift=7.0, weighting_scheme="logit_normal", logit_mean=1.0
     )
-    assert ignored_options(options) == ["discrete_flow_shift", "weighting_scheme", "logit_mean"]
-    assert ignored_options(TimestepOptions(timestep_sampling="uniform", weighting_scheme="cosmap")) == []
+    assert options.ignored() == ["discrete_flow_shift", "weighting_scheme", "logit_mean"]
+    assert TimestepOptions(timestep_sampling="uniform", weighting_scheme="cosmap").ignored() == []

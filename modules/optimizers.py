@@ -1,0 +1,122 @@
+"""Optimizers by short name or dotted path. Importing this module does not import torch."""
+
+import contextlib
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from utils.cli import option
+from utils.errors import UserError, did_you_mean, one_line
+from utils.plugins import check_arguments, load_class, parse_arguments, refuse_taken, require_package
+
+if TYPE_CHECKING:
+    import torch
+
+_PACKAGES = {
+    "torch.optim": "Adadelta Adagrad Adam AdamW Adamax ASGD Muon NAdam RAdam RMSprop Rprop SGD",
+    "transformers": "Adafactor",
+    "bitsandbytes.optim": (
+        "AdEMAMix AdEMAMix8bit PagedAdEMAMix PagedAdEMAMix8bit Adam8bit PagedAdam PagedAdam8bit AdamW8bit PagedAdamW "
+        "PagedAdamW8bit PagedAdamW32bit Adagrad8bit LAMB LAMB8bit LARS LARS8bit Lion Lion8bit PagedLion PagedLion8bit "
+        "RMSprop8bit SGD8bit"
+    ),
+    "prodigyopt": "Prodigy",
+    "schedulefree": "AdamWScheduleFree RAdamScheduleFree SGDScheduleFree",
+}
+OPTIMIZERS = {name.lower(): f"{package}.{name}" for package, names in _PACKAGES.items() for name in names.split()}
+_TAKEN = {"params": "the network", "lr": "--learning_rate"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerOptions:
+    """optimizer"""
+
+    optimizer_type: str = option(
+        "AdamW", help="AdamW, AdamW8bit, Adafactor, Prodigy, ..., or a dotted path such as bitsandbytes.optim.Lion8bit"
+    )
+    optimizer_args: list[str] = option([], help="arguments of the optimizer, such as weight_decay=0.1 betas=0.9,0.99")
+    learning_rate: float = option(2e-6, help="learning rate", minimum=0)
+
+    def __post_init__(self) -> None:
+        require_package(self.path, "--optimizer_type")
+        refuse_taken(self.arguments, "--optimizer_args", _TAKEN)
+
+    @property
+    def path(self) -> str:
+        """Dotted path of the class; short names in any case, an empty name is AdamW."""
+        name = self.optimizer_type or "AdamW"
+        if "." in name:
+            return name
+        if name.lower() not in OPTIMIZERS:
+            nearest = did_you_mean(name.lower(), list(OPTIMIZERS))
+            raise UserError(
+                f"--optimizer_type {name}: unknown{nearest}; a class of torch.optim or bitsandbytes.optim, Adafactor, "
+                "or a dotted path package.Class is expected"
+            )
+        return OPTIMIZERS[name.lower()]
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """`optimizer_args` by name, as Python values."""
+        return parse_arguments(self.optimizer_args, "--optimizer_args")
+
+    @property
+    def adapts_own_rate(self) -> bool:
+        """Adafactor's default: it sets its own step size and takes no learning rate."""
+        return self.path == OPTIMIZERS["adafactor"] and self.arguments.get("relative_step", True)
+
+    @property
+    def description(self) -> str:
+        """`torch.optim.AdamW(weight_decay=0.1)`, for the metadata."""
+        return self.path + (f"({','.join(self.optimizer_args)})" if self.optimizer_args else "")
+
+
+def optimizer_class(options: OptimizerOptions) -> type:
+    """Imports the optimizer and checks the names of its arguments; call it before any model is loaded."""
+    # bitsandbytes reports on import which of its optional kernels a CPU lacks.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    cls = load_class(options.path, "--optimizer_type")
+    check_arguments(cls, options.arguments, "--optimizer_args", _TAKEN)
+    return cls
+
+
+def create_optimizer(options: OptimizerOptions, parameter_groups: list[dict]) -> "torch.optim.Optimizer":
+    """Builds the optimizer over the groups of the network; a group's own `lr` wins over --learning_rate.
+
+    Raises:
+        UserError: unknown arguments, or values that the optimizer refuses.
+    """
+    cls = optimizer_class(options)
+    rate = options.learning_rate
+    if options.adapts_own_rate:
+        rate = None
+        parameter_groups = [{key: value for key, value in group.items() if key != "lr"} for group in parameter_groups]
+    try:
+        optimizer = cls(parameter_groups, lr=rate, **options.arguments)
+    except (TypeError, ValueError, AssertionError, RuntimeError) as error:
+        raise UserError(f"--optimizer_args: {cls.__name__} refuses {options.description}: {one_line(error)}") from error
+    if _has_modes(optimizer):
+        optimizer.train()
+    return optimizer
+
+
+def _has_modes(optimizer: "torch.optim.Optimizer") -> bool:
+    return callable(getattr(optimizer, "train", None)) and callable(getattr(optimizer, "eval", None))
+
+
+@contextlib.contextmanager
+def averaged_weights(optimizer: "torch.optim.Optimizer") -> Iterator[None]:
+    """Inside, the parameters hold what is to be saved, shown and validated.
+
+    Schedule-free optimizers (arXiv 2405.15682) train at another point than the average that they are about; for every
+    other optimizer this changes nothing.
+    """
+    if not _has_modes(optimizer):
+        yield
+        return
+    optimizer.eval()
+    try:
+        yield
+    finally:
+        optimizer.train()
