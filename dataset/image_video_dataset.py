@@ -1,0 +1,260 @@
+"""Batches for training, read from caches alone.
+
+Which items there are is decided by the config: the media folder where it exists, else the manifest that
+cache_latents.py left in the cache directory. Files that lie there besides are not looked at.
+"""
+
+import hashlib
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dataset.cache import (
+    Manifest,
+    Verdict,
+    check_latents,
+    check_text,
+    read_latent_cache,
+    read_text_cache,
+    text_cache_path,
+)
+from dataset.config_utils import DatasetConfig, DatasetSettings
+from dataset.items import Item, Probe, made_from, plan_items
+from dataset.sources import Source, content_digest, list_sources
+from utils.errors import UserError
+
+
+@dataclass
+class Batch:
+    """Items of one bucket. Latents are unscaled."""
+
+    latents: torch.Tensor  # (B, 16, f, h, w) float32
+    text_states: torch.Tensor  # (B, 256, D) float32
+    text_mask: torch.Tensor  # (B, 256) int64
+    text_states_2: torch.Tensor  # (B, D2) float32
+    names: list[str]
+    bucket: str  # width x height x frames, pixels
+
+
+@dataclass(frozen=True)
+class TrainingItem:
+    """Where one item's tensors lie."""
+
+    name: str
+    source: str
+    latents: Path
+    text: Path
+    bucket: str
+    tokens: int  # size of the latents, to find the largest batch
+
+
+@dataclass(frozen=True)
+class _Bucket:
+    dataset: int
+    name: str
+    batch_size: int
+    items: tuple[TrainingItem, ...]  # each as often as it is seen in an epoch
+
+
+def rank_schedule(num_batches: int, rank: int, world_size: int) -> list[int | None]:
+    """The batches of one of `world_size` processes, step by step; no batch is repeated and all take equally many steps.
+
+    None stands for a last step in which this process has no batch left and takes part without one.
+    """
+    steps = -(-num_batches // world_size)
+    mine = [step * world_size + rank for step in range(steps)]
+    return [index if index < num_batches else None for index in mine]
+
+
+def _generator(*parts: object) -> torch.Generator:
+    digest = hashlib.blake2b("\n".join(map(str, parts)).encode(), digest_size=8).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
+
+
+def _shuffled(things: Sequence[Any], generator: torch.Generator) -> list[Any]:
+    return [things[index] for index in torch.randperm(len(things), generator=generator).tolist()]
+
+
+class TrainingDataset(torch.utils.data.Dataset):
+    """Map-style dataset whose item i is the i-th batch of the epoch; use it with `DataLoader(batch_size=None)`.
+
+    The order is a function of (seed, epoch) alone, so any number of workers sees the same batches and a run can begin
+    in the middle of an epoch. Batches never mix buckets or datasets, and incomplete ones are kept.
+
+    Args:
+        config: the dataset config.
+        seed: of the order.
+        subset: "train" or "validation".
+        validation_split: share of the sources (not clips) of each dataset that belong to "validation".
+
+    Raises:
+        UserError: items without a cache, or whose cache is out of date; says how many, why, and which script to run.
+    """
+
+    def __init__(
+        self, config: DatasetConfig, seed: int, *, subset: str = "train", validation_split: float = 0.0
+    ) -> None:
+        self.seed = seed
+        self.subset = subset
+        # Shared memory, so that workers that live through several epochs see the change.
+        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
+        self._order: tuple[int, list[tuple[int, list[TrainingItem]]]] | None = None
+        self.notes: list[str] = []
+        self._settings: list[DatasetSettings] = []
+        self._buckets: list[_Bucket] = []
+
+        problems: list[str] = []
+        for settings in config.every_dataset:
+            held_out = settings in config.validation
+            if held_out and subset == "train":
+                continue
+            items = _items_of(settings, problems, self.notes)
+            if not held_out:
+                items = _subset(items, subset, validation_split)
+            self._add(settings, items)
+        if problems:
+            raise UserError("; ".join(problems))
+        if not self._buckets and subset == "train":
+            raise UserError(f"{config.path}: no items are left to train on")
+
+    def _add(self, settings: DatasetSettings, items: list[TrainingItem]) -> None:
+        per_bucket: dict[str, list[TrainingItem]] = defaultdict(list)
+        for item in items:
+            per_bucket[item.bucket] += [item] * (settings.num_repeats if self.subset == "train" else 1)
+        number = len(self._settings)
+        self._settings.append(settings)
+        self._buckets += [
+            _Bucket(number, name, settings.batch_size, tuple(members)) for name, members in sorted(per_bucket.items())
+        ]
+
+    @property
+    def num_items(self) -> int:
+        """Items of an epoch, repeats counted."""
+        return sum(len(bucket.items) for bucket in self._buckets)
+
+    def __len__(self) -> int:
+        """Batches of an epoch."""
+        return sum(-(-len(bucket.items) // bucket.batch_size) for bucket in self._buckets)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Chooses the order of the batches; takes effect in running workers when they begin their next pass."""
+        self._epoch.fill_(epoch)
+
+    def _batches(self) -> list[tuple[int, list[TrainingItem]]]:
+        """(bucket number, items) of each batch of the current epoch, in order."""
+        epoch = int(self._epoch)
+        if self._order is None or self._order[0] != epoch:
+            batches = []
+            for number, bucket in enumerate(self._buckets):
+                generator = _generator(self.seed, epoch, bucket.dataset, bucket.name)
+                items = _shuffled(bucket.items, generator)
+                size = bucket.batch_size
+                batches += [(number, items[start : start + size]) for start in range(0, len(items), size)]
+            self._order = (epoch, _shuffled(batches, _generator(self.seed, epoch)))
+        return self._order[1]
+
+    def __getitem__(self, index: int) -> Batch:
+        number, items = self._batches()[index]
+        return _load(items, self._buckets[number].name)
+
+    def names_of(self, index: int) -> list[str]:
+        """Names of the items of a batch, without reading them."""
+        return [item.name for item in self._batches()[index][1]]
+
+    def largest_batch(self) -> Batch:
+        """The batch that needs the most memory: the most latents at once."""
+        bucket = max(self._buckets, key=lambda b: b.items[0].tokens * min(b.batch_size, len(b.items)))
+        return _load(bucket.items[: bucket.batch_size], bucket.name)
+
+    def description(self) -> dict[str, Any]:
+        """Settings and buckets of each dataset, for the metadata of a LoRA."""
+        datasets = []
+        for number, settings in enumerate(self._settings):
+            buckets = {b.name: len(b.items) for b in self._buckets if b.dataset == number}
+            datasets.append(settings.effective() | {"num_items": sum(buckets.values()), "buckets": buckets})
+        return {"datasets": datasets}
+
+
+def _load(items: Sequence[TrainingItem], bucket: str) -> Batch:
+    texts = [read_text_cache(item.text) for item in items]
+    return Batch(
+        latents=torch.stack([read_latent_cache(item.latents) for item in items]),
+        text_states=torch.stack([states for states, _, _ in texts]),
+        text_mask=torch.stack([mask for _, mask, _ in texts]),
+        text_states_2=torch.stack([pooled for _, _, pooled in texts]),
+        names=[item.name for item in items],
+        bucket=bucket,
+    )
+
+
+def _subset(items: list[TrainingItem], subset: str, validation_split: float) -> list[TrainingItem]:
+    """The items of one side of the split; whole sources are held out, chosen by their names alone."""
+    sources = sorted({item.source for item in items}, key=lambda name: hashlib.blake2b(name.encode()).digest())
+    count = min(round(len(sources) * validation_split) or 1, len(sources) - 1) if validation_split > 0 else 0
+    held_out = set(sources[: max(count, 0)])
+    return [item for item in items if (item.source in held_out) == (subset == "validation")]
+
+
+def _items_of(settings: DatasetSettings, problems: list[str], notes: list[str]) -> list[TrainingItem]:
+    """The items of a dataset, every cache checked; what is wrong with caches is added to `problems`."""
+    manifest = Manifest.load(settings.cache_directory, "latents")
+    if not manifest.sources:
+        problems.append(f"{settings.cache_directory}: no latents are cached here for this config; run cache_latents.py")
+        return []
+    listed = {source.name: source for source in list_sources(settings)}
+    latent_faults: dict[str, list[str]] = defaultdict(list)
+    text_faults: dict[str, list[str]] = defaultdict(list)
+    by_musubi = 0
+    items: list[TrainingItem] = []
+    for name in listed or manifest.sources:
+        source = listed.get(name)
+        entry = manifest.sources.get(name)
+        if (source and source.problem) or (entry and entry.get("problem") and _unchanged(source, entry)):
+            continue
+        if entry is None or not _unchanged(source, entry):
+            latent_faults["not cached" if entry is None else "the media file changed"].append(name)
+            continue
+        text = text_cache_path(settings.cache_directory, name)
+        verdict = check_text(text, source.caption if source else None, {})
+        if not verdict.kept:
+            text_faults[verdict.reason].append(name)
+        for item, item_verdict in _checked_items(settings, name, entry):
+            by_musubi += item_verdict.by_musubi
+            if item_verdict.kept:
+                items.append(_training_item(item, text))
+            else:
+                latent_faults[item_verdict.reason].append(item.name)
+    problems += [_fault(settings, faults, "cache_latents.py") for faults in (latent_faults,) if faults]
+    problems += [_fault(settings, faults, "cache_text_encoder_outputs.py") for faults in (text_faults,) if faults]
+    if by_musubi:
+        notes.append(f"{settings.cache_directory}: {by_musubi} latent caches were made by musubi-tuner and are used")
+    return items
+
+
+def _unchanged(source: Source | None, entry: dict[str, Any]) -> bool:
+    """Whether a media file is the one that was cached; a copy with a new modification time is told by its content."""
+    if source is None or entry["stamp"] == source.stamp:
+        return True
+    return entry["stamp"][0] == source.size and entry["probe"]["digest"] == content_digest(source.path)
+
+
+def _checked_items(settings: DatasetSettings, name: str, entry: dict[str, Any]) -> list[tuple[Item, Verdict]]:
+    plan = plan_items(settings, name, Probe.from_json(entry["probe"]))
+    return [
+        (item, check_latents(item.path, item.latent_shape, made_from(item, settings, entry["stamp"])))
+        for item in plan.items
+    ]
+
+
+def _training_item(item: Item, text: Path) -> TrainingItem:
+    f, h, w = item.latent_shape
+    return TrainingItem(item.name, item.source, item.path, text, item.bucket_name, f * h * w)
+
+
+def _fault(settings: DatasetSettings, faults: dict[str, list[str]], script: str) -> str:
+    parts = [f"{len(names)} of {names[0]}{' ...' if len(names) > 1 else ''}: {why}" for why, names in faults.items()]
+    return f"{settings.cache_directory}: caches cannot be used ({', '.join(parts)}); run {script}"
