@@ -5,6 +5,7 @@ pre-tokenizer pattern, CLIP is lower-case byte-level BPE whose words end in `</w
 """
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, pre_tokenizers, processors, trainers
@@ -63,13 +64,25 @@ def _trained(
 
 
 def llama_tokenizer() -> Tokenizer:
-    """A Llama 3 tokenizer, special tokens after the others, which puts `<|begin_of_text|>` first."""
+    """A small Llama 3 tokenizer."""
+    return llama_tokenizer_from(*_trained(_llama_pre_tokenizer()))
+
+
+def _llama_pre_tokenizer() -> pre_tokenizers.PreTokenizer:
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     split = pre_tokenizers.Split(Regex(LLAMA_PATTERN), behavior="isolated")
-    pre_tokenizer = pre_tokenizers.Sequence([split, byte_level])
-    tokens, merges = _trained(pre_tokenizer)
-    tokenizer = Tokenizer(BPE(dict(zip(tokens, range(len(tokens)))), merges, ignore_merges=True))
-    tokenizer.pre_tokenizer = pre_tokenizer
+    return pre_tokenizers.Sequence([split, byte_level])
+
+
+def llama_tokenizer_from(tokens: Sequence[str], merges: Sequence[tuple[str, str]]) -> Tokenizer:
+    """The Llama 3 tokenizer of a vocabulary, special tokens after the others, which puts `<|begin_of_text|>` first.
+
+    Args:
+        tokens: byte-level tokens in the order of their ids.
+        merges: pairs of tokens, those merged first in front.
+    """
+    tokenizer = Tokenizer(BPE({token: index for index, token in enumerate(tokens)}, merges, ignore_merges=True))
+    tokenizer.pre_tokenizer = _llama_pre_tokenizer()
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens([AddedToken(token, special=True) for token in LLAMA_SPECIAL_TOKENS])
     begin = LLAMA_SPECIAL_TOKENS[0]
