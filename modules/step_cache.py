@@ -3,11 +3,10 @@
 The change that the first block makes to its input is compared with that of the last step that was computed in full.
 While the relative difference stays below a threshold, the remaining blocks are replaced by what they added then
 (the idea of TeaCache, arXiv 2411.19108, with the first block itself as the indicator, so that nothing is fitted to
-one model). The first and the last step are always computed. Applied to a model from outside; removed again on exit.
+one model). The first and the last step are always computed. Applied to a model from outside.
 """
 
-import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -47,6 +46,13 @@ class StepCache:
         self._must_compute = step in (0, steps - 1)
         self._call = 0
 
+    def runs(self, first: bool) -> bool:
+        """Whether the next block is evaluated; counts it."""
+        evaluated = first or not self._skipping
+        self.total += 1
+        self.evaluated += evaluated
+        return evaluated
+
     def decide(self, before: Tensor, after: Tensor) -> None:
         """Looks at the first block's input and output, both (B, L, D), and chooses for the rest of this call."""
         stream = self._streams.setdefault(self._call, _Stream())
@@ -82,38 +88,21 @@ def _joined(outputs: Tensor | tuple[Tensor, ...]) -> Tensor:
     return outputs if isinstance(outputs, Tensor) else torch.cat(outputs, dim=1)
 
 
-@contextlib.contextmanager
-def step_cache(blocks: Sequence[nn.Module], streams: Sequence[int], threshold: float) -> Iterator[StepCache]:
-    """Puts a cache around the blocks of a model, in the order in which they run.
+def add_step_cache(blocks: Sequence[nn.Module], streams: Sequence[int], cache: StepCache) -> None:
+    """Puts a cache around the blocks of a model; the sampling loop calls `cache.begin_step` before each step.
 
     Args:
-        blocks: at least two; each takes and returns its token streams first.
+        blocks: at least two, in the order in which they run; each takes and returns its token streams first.
         streams: for each block, how many token streams (B, L, D) those are; the last block has one.
-        threshold: see `StepCache`.
-
-    Yields:
-        the cache, whose `begin_step` the sampling loop calls before each step.
     """
-    cache = StepCache(threshold)
-    originals = [block.forward for block in blocks]
     for index, (block, count) in enumerate(zip(blocks, streams, strict=True)):
-        block.forward = _wrapped(cache, block.forward, count, first=index == 0, last=index == len(blocks) - 1)
-    try:
-        yield cache
-    finally:
-        for block, original in zip(blocks, originals, strict=True):
-            block.forward = original
+        block.forward = _cached(cache, block.forward, count, first=index == 0, last=index == len(blocks) - 1)
 
 
-def _wrapped(cache: StepCache, forward, count: int, *, first: bool, last: bool):
+def _cached(cache: StepCache, forward: Callable, count: int, *, first: bool, last: bool) -> Callable:
     def run(*arguments):
-        cache.total += 1
         tokens = arguments[0] if count == 1 else arguments[:count]
-        if first or not cache._skipping:
-            cache.evaluated += 1
-            outputs = forward(*arguments)
-        else:
-            outputs = tokens
+        outputs = forward(*arguments) if cache.runs(first) else tokens
         if first:
             cache.decide(_joined(tokens), _joined(outputs))
         return cache.finish(outputs) if last else outputs

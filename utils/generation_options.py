@@ -39,7 +39,9 @@ class PromptOptions:
     interactive: bool = option(False, help="read prompt after prompt from the terminal, with every model kept loaded")
     video_size: tuple[int, int] = option((256, 256), help="height and width in pixels, multiples of 16", minimum=1)
     video_length: int = option(129, help="frames, 4n + 1", minimum=1)
-    fps: int = option(24, help="frames per second of the file", minimum=1)
+    fps: int | None = option(
+        None, help="frames per second of the file (default: 24, or what saved latents say)", minimum=1
+    )
     infer_steps: int = option(50, help="denoising steps", minimum=1, maximum=MAX_STEPS)
     seed: int | None = option(None, help="seed of the noise; drawn and reported when omitted", minimum=0)
     embedded_cfg_scale: float = option(6.0, help="guidance of the distilled model (embedded)", minimum=0)
@@ -74,7 +76,7 @@ class PromptOptions:
             guidance=self.embedded_cfg_scale,
             cfg_scale=self.guidance_scale,
             flow_shift=self.flow_shift,
-            fps=self.fps,
+            fps=self.fps or Request.fps,
             video_path=None if self.video_path is None else str(self.video_path),
             strength=self.strength,
             image_path=None if self.image_path is None else str(self.image_path),

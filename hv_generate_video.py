@@ -1,0 +1,263 @@
+"""Makes videos from prompts with HunyuanVideo and LoRAs.
+
+Before: convert nothing; --lora_weight takes a LoRA of hv_train_network.py or of any public tool.
+After:  {time}_{i}_{seed}.mp4 in --save_path, playable in a browser, with its settings inside.
+
+    python hv_generate_video.py --prompt "A cat walks on the grass, realistic style." --video_size 544 960 \
+        --video_length 49 --infer_steps 30 --fp8 --save_path out --output_type both --seed 1234 \
+        --dit ckpts/hunyuan-video-t2v-720p/transformers/mp_rank_00_model_states.pt \
+        --vae ckpts/hunyuan-video-t2v-720p/vae/pytorch_model.pt --vae_chunk_size 32 \
+        --text_encoder1 ckpts/text_encoder --text_encoder2 ckpts/text_encoder_2 --lora_weight my_lora.safetensors
+
+Models are loaded one after the other: text encoders, DiT, VAE. Latents are on disk before the VAE is loaded.
+"""
+
+import dataclasses
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from utils.cli import print_table, run_script
+from utils.errors import UserError
+from utils.generation_options import GenerationOptions, drawn_seed, parse_generation_options, video_settings
+from utils.prompt_files import Request, parse_line
+
+if TYPE_CHECKING:
+    import torch
+
+    from hunyuan_model.models import HYVideoDiffusionTransformer
+    from modules.generation import Generator
+    from modules.outputs import Job
+    from modules.step_cache import StepCache
+
+
+def main() -> None:
+    options = parse_generation_options(__doc__)
+    if options.lora.save_merged_model is not None:
+        save_merged_model(options)
+    elif options.output.latent_path:
+        decode_saved(options)
+    elif options.prompt.interactive:
+        interact(options)
+    elif options.prompt.from_file is not None:
+        generate_file(options, options.prompt.requests())
+    else:
+        generate_one(options, options.prompt.requests()[0])
+
+
+def generate_one(options: GenerationOptions, request: Request) -> None:
+    generator = build_generator(options)
+    run(generator, [new_job(options, request, index=0)])
+
+
+def generate_file(options: GenerationOptions, requests: Sequence[Request]) -> None:
+    """The lines of a prompt file that are not finished; under `accelerate launch` every process takes its share."""
+    from modules.outputs import OutputFolder, run_keys
+
+    outputs = OutputFolder(options.output.save_path, options.output.output_type)
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    keyed = list(enumerate(zip(requests, run_keys(requests, surroundings(options)), strict=True)))[rank::world]
+    pending = [(index, request, key) for index, (request, key) in keyed if not outputs.is_finished(key)]
+    if len(pending) < len(keyed):
+        print(f"{len(keyed) - len(pending)} of {len(keyed)} prompts are finished and skipped")
+    if not pending:
+        return
+    jobs = [new_job(options, request, index, key, outputs.sampled_stem(key)) for index, request, key in pending]
+    run(build_generator(options), jobs)
+
+
+def interact(options: GenerationOptions) -> None:
+    """Prompt after prompt until an empty line or the end of input."""
+    generator = build_generator(options, keep_loaded=True)
+    print("prompt with options (A cat --w 960 --h 544 --d 42), an empty line ends")
+    for index, line in enumerate(iter(_next_line, "")):
+        try:
+            request = options.prompt.valid(parse_line(line, options.prompt.request()))
+        except UserError as error:
+            print(f"error: {error}", file=sys.stderr)
+            continue
+        generator.run([new_job(options, request, index)])
+
+
+def _next_line() -> str:
+    try:
+        return input("> ").strip()
+    except EOFError:
+        return ""
+
+
+def decode_saved(options: GenerationOptions) -> None:
+    """--latent_path: only the VAE is loaded."""
+    from modules.outputs import Job, load_latents, stem, time_stamp
+
+    generator = build_generator(options)
+    rows = []
+    for index, path in enumerate(options.output.latent_path):
+        latents, settings = load_latents(path)
+        request = Request(fps=options.prompt.fps or int(settings.get("fps", 0)) or Request.fps)
+        name = f"{stem(time_stamp(), index, settings.get('seed'))}_{path.stem}"
+        job = Job(request, name, None if options.output.no_metadata or not settings else settings)
+        generator.outputs.save_pixels(job, generator.decode(latents))
+        rows.append([path, generator.outputs.result_path(job)])
+    print_table("decoded", rows, ["latents", "result"])
+
+
+def save_merged_model(options: GenerationOptions) -> None:
+    """--save_merged_model: the DiT with its LoRAs in its weights, official names, and no video."""
+    import torch
+
+    from utils.safetensors_utils import save_file
+
+    model = load_merged_dit(options, torch.device("cpu"), fp8=False)
+    save_file(model.state_dict(), options.lora.save_merged_model, {"format": "pt"})
+    print(f"merged model: {options.lora.save_merged_model}")
+
+
+def build_generator(options: GenerationOptions, keep_loaded: bool = False) -> "Generator":
+    """The models, none of them loaded yet, and everything that the options say about using them."""
+    from hunyuan_model.attention import attention_backend
+    from hunyuan_model.checkpoints import load_text_encoder_1, load_text_encoder_2, load_vae
+    from hunyuan_model.vae import SCALING_FACTOR
+    from modules.generation import Generator, LazyModel
+    from modules.outputs import OutputFolder
+    from modules.step_cache import StepCache
+
+    attention_backend(options.speed.attn_mode)
+    device = own_device(options)
+    text, vae_dtype = options.text, default_dtype(options.vae.vae_dtype, device)
+    text_dtype = default_dtype(text.text_encoder_dtype, device)
+    cache = None if options.speed.step_cache is None else StepCache(options.speed.step_cache)
+
+    def lazy(load: Callable) -> LazyModel:
+        return LazyModel(load, device, keep_loaded)
+
+    return Generator(
+        text_encoder_1=lazy(
+            lambda: load_text_encoder_1(text.text_encoder1, device, text_dtype, text.fp8_llm, text.tokenizer1)
+        ),
+        text_encoder_2=lazy(lambda: load_text_encoder_2(text.text_encoder2, device, text_dtype, text.tokenizer2)),
+        dit=lazy(lambda: load_ready_dit(options, device, cache)),
+        vae=lazy(lambda: load_vae(options.vae.vae, device, vae_dtype)),
+        scaling_factor=SCALING_FACTOR,
+        device=device,
+        outputs=OutputFolder(options.output.save_path, options.output.output_type),
+        later_command=lambda latents: decode_command(options, latents),
+        split_uncond=options.speed.split_uncond or options.speed.split_attn,
+        chunk_size=options.vae.vae_chunk_size,
+        tile_size=options.vae.tile_size,
+        before_step=None if cache is None else cache.begin_step,
+    )
+
+
+def own_device(options: GenerationOptions) -> "torch.device":
+    """--device, or under `accelerate launch` the GPU of this process."""
+    from utils.device_utils import resolve_device
+
+    device = resolve_device(options.device.device)
+    local_rank = os.environ.get("LOCAL_RANK")
+    if options.device.device is None and device.type == "cuda" and local_rank is not None:
+        return resolve_device(f"cuda:{local_rank}")
+    return device
+
+
+def default_dtype(word: str | None, device: "torch.device", on_gpu: str = "float16") -> "torch.dtype":
+    """A dtype by its word; unset it is float32 on a CPU and `on_gpu` elsewhere."""
+    from utils.device_utils import DTYPES
+
+    return DTYPES[word or ("float32" if device.type == "cpu" else on_gpu)]
+
+
+def load_merged_dit(options: GenerationOptions, device: "torch.device", fp8: bool) -> "HYVideoDiffusionTransformer":
+    """The DiT with its LoRAs merged before it is quantised; still on the CPU where block swap will place it."""
+    from hunyuan_model.checkpoints import load_dit
+
+    dtype = default_dtype(options.dit.dit_dtype, device, on_gpu="bfloat16")
+    loras = options.lora.pairs()
+    place = "cpu" if options.swap.blocks_to_swap or (loras and fp8) else device
+    model = load_dit(options.dit.dit, place, dtype, fp8 and not loras, options.speed.attn_mode)
+    expected = options.dit.dit_in_channels
+    if expected is not None and expected != model.config.in_channels:
+        raise UserError(f"--dit_in_channels {expected}: {options.dit.dit} has {model.config.in_channels}")
+    if loras:
+        merge_loras(model, options)
+    return model
+
+
+def merge_loras(model: "HYVideoDiffusionTransformer", options: GenerationOptions) -> None:
+    from networks.formats import merge_lora_into
+
+    merge_lora_into(model, options.lora.pairs(), exclude_single_blocks=options.lora.exclude_single_blocks)
+
+
+def load_ready_dit(
+    options: GenerationOptions, device: "torch.device", cache: "StepCache | None"
+) -> "HYVideoDiffusionTransformer":
+    """The DiT as it samples: merged, quantised, in place, compiled, with a step cache around its blocks."""
+    from hunyuan_model.block_swap import enable_block_swap, offload_embedders
+    from modules.compilation import compile_blocks
+    from modules.step_cache import add_step_cache
+    from utils.fp8 import use_fp8_matmul
+
+    model = load_merged_dit(options, device, options.speed.fp8)
+    if options.speed.fp8_fast:
+        use_fp8_matmul(model, device)
+    if options.compile.compile:
+        compile_blocks(model.blocks, options.compile)
+    enable_block_swap(model, options.swap.blocks_to_swap or 0, device)
+    if options.swap.img_in_txt_in_offloading:
+        offload_embedders(model, device)
+    if cache is not None:
+        streams = [2] * len(model.double_blocks) + [1] * len(model.single_blocks)
+        add_step_cache(model.blocks, streams, cache)
+    return model
+
+
+def decode_command(options: GenerationOptions, latents: Path) -> str:
+    """The command that decodes saved latents."""
+    words = ["python", "hv_generate_video.py", "--vae", options.vae.vae, "--latent_path", latents]
+    return " ".join(map(str, [*words, "--save_path", options.output.save_path]))
+
+
+def new_job(
+    options: GenerationOptions, request: Request, index: int, key: str | None = None, sampled: str | None = None
+) -> "Job":
+    """A request with its seed drawn and its files named; `sampled` is the stem of latents that are there already."""
+    from modules.outputs import Job, stem, time_stamp
+
+    if sampled is not None:
+        request = dataclasses.replace(request, seed=int(sampled.split("_")[-2]))
+    elif request.seed is None:
+        request = dataclasses.replace(request, seed=drawn_seed())
+    name = sampled or stem(time_stamp(), index, request.seed, key)
+    return Job(request, name, None if options.output.no_metadata else video_settings(options, request))
+
+
+def run(generator: "Generator", jobs: Sequence["Job"]) -> None:
+    generator.run(jobs)
+    rows = [
+        [
+            job.stem,
+            f"{generator.seconds.get(job.stem, 0):.1f} s",
+            generator.failures.get(job.stem) or generator.outputs.result_path(job),
+        ]
+        for job in jobs
+    ]
+    print_table("generated", rows, ["video", "time", "result"])
+    if generator.failures:
+        raise UserError(
+            f"{len(generator.failures)} of {len(jobs)} videos failed: {next(iter(generator.failures.values()))}"
+        )
+
+
+def surroundings(options: GenerationOptions) -> list[object]:
+    """What decides, beside a request, how its video looks: options, and the state of every file they name."""
+    settings = video_settings(options, Request())
+    files = [options.dit.dit, options.vae.vae, options.text.text_encoder1, options.text.text_encoder2]
+    states = [(path.stat().st_size, path.stat().st_mtime_ns) for path in [*files, *options.lora.lora_weight] if path]
+    return [sorted(settings.items(), key=str), states]
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -1,0 +1,184 @@
+"""Many videos with one load per model: all texts, then all latents, then all videos.
+
+Latents are on disk before the VAE is loaded, and what fails for one video does not stop the others.
+"""
+
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from modules.outputs import Job, OutputFolder, load_latents
+from modules.sampler import BeforeStep, Conditioning, NonFiniteError, sample_latents
+from utils.device_utils import release_memory
+from utils.errors import UserError, one_line
+
+SMALLEST_TILE = 64  # pixels; below it the overlap of tiles is most of the work
+
+
+class LazyModel:
+    """A model that is loaded when first needed and freed by `release`, unless everything is to be kept loaded."""
+
+    def __init__(self, load: Callable[[], Any], device: torch.device, keep: bool = False) -> None:
+        self._load, self._device, self._keep = load, device, keep
+        self._model: Any = None
+
+    @property
+    def model(self) -> Any:
+        if self._model is None:
+            self._model = self._load()
+        return self._model
+
+    def release(self) -> None:
+        if not self._keep:
+            self._model = None
+            release_memory(self._device)
+
+
+@dataclass
+class Generator:
+    """The models and settings with which jobs become files.
+
+    Attributes:
+        text_encoder_1: `encode([prompt])` -> states (1, L, D), mask (1, L).
+        text_encoder_2: `encode([prompt])` -> pooled (1, D2).
+        dit: see `modules.sampler.sample_latents`.
+        vae: `decode(latents)` -> pixels in -1..1, `configure_memory(chunk_size, tile_size)`.
+        scaling_factor: latents of the DiT / latents of the VAE.
+        later_command: latent file -> the command that decodes it later.
+    """
+
+    text_encoder_1: LazyModel
+    text_encoder_2: LazyModel
+    dit: LazyModel
+    vae: LazyModel
+    scaling_factor: float
+    device: torch.device
+    outputs: OutputFolder
+    later_command: Callable[[Any], str]
+    split_uncond: bool = False
+    chunk_size: int | None = None
+    tile_size: int | None = None
+    before_step: BeforeStep | None = None
+    failures: dict[str, str] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    def run(self, jobs: Sequence[Job]) -> None:
+        """Makes every job's files; `failures` has a line for each job that failed, by stem."""
+        missing = [job for job in jobs if not self.outputs.latent_path(job).exists()]
+        prompts = self._encode_prompts(missing)
+        for number, job in enumerate(missing, start=1):
+            label = f"video {number}/{len(missing)}"
+            self._attempt(job, lambda job=job, label=label: self._sample(job, prompts, label))
+        self.dit.release()
+        if self.outputs.decodes:
+            for job in jobs:
+                self._attempt(job, lambda job=job: self._decode(job))
+            self.vae.release()
+
+    def _attempt(self, job: Job, action: Callable[[], None]) -> None:
+        """One phase of one job; a failure is noted and the next job goes on."""
+        if job.stem in self.failures:
+            return
+        start = time.monotonic()
+        try:
+            action()
+        except Exception as error:
+            if not isinstance(error, UserError) and not is_out_of_memory(error):
+                traceback.print_exc()
+            self.failures[job.stem] = one_line(error)
+            print(f"failed: {job.stem}: {one_line(error)}", file=sys.stderr)
+            release_memory(self.device)
+        self.seconds[job.stem] = self.seconds.get(job.stem, 0.0) + time.monotonic() - start
+
+    def _encode_prompts(self, jobs: Iterable[Job]) -> dict[str, Conditioning]:
+        """Every different text once, one at a time, so that a prompt's encoding does not depend on its company."""
+        texts = {job.request.prompt: None for job in jobs}
+        texts |= {job.request.negative_prompt: None for job in jobs if job.request.cfg_scale != 1.0}
+        if not texts:
+            return {}
+        with torch.no_grad():
+            states = {text: self.text_encoder_1.model.encode([text]) for text in tqdm(texts, desc="text encoder 1")}
+            states = {text: (state.cpu(), mask.cpu()) for text, (state, mask) in states.items()}
+            self.text_encoder_1.release()
+            pooled = {
+                text: self.text_encoder_2.model.encode([text]).cpu() for text in tqdm(texts, desc="text encoder 2")
+            }
+            self.text_encoder_2.release()
+        return {text: Conditioning(*states[text], pooled[text]) for text in texts}
+
+    def _sample(self, job: Job, prompts: Mapping[str, Conditioning], label: str) -> None:
+        with tqdm(total=job.request.steps, desc=label, unit="step") as bar:
+
+            def before_step(step: int, steps: int) -> None:
+                bar.total = steps
+                bar.update(step - bar.n)
+                if self.before_step is not None:
+                    self.before_step(step, steps)
+
+            latents = sample_latents(
+                self.dit.model,
+                job.request,
+                prompts[job.request.prompt],
+                prompts.get(job.request.negative_prompt),
+                device=self.device,
+                split_uncond=self.split_uncond,
+                before_step=before_step,
+            )
+            bar.update(bar.total - bar.n)
+        self.outputs.save_latents(job, latents)
+
+    def _decode(self, job: Job) -> None:
+        path = self.outputs.latent_path(job)
+        latents, _ = load_latents(path)
+        try:
+            pixels = self.decode(latents)
+        except Exception as error:
+            reason = "out of memory" if is_out_of_memory(error) else one_line(error)
+            raise UserError(
+                f"decoding: {reason}; the latents are safe, decode later: {self.later_command(path)}"
+            ) from error
+        self.outputs.save_pixels(job, pixels)
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> Tensor:
+        """Scaled latents (1, C, f, h, w) -> pixels (3, F, H, W) in 0..1 on the CPU; smaller tiles if memory runs out.
+
+        Raises:
+            NonFiniteError: the VAE makes NaN even in float32.
+        """
+        vae = self.vae.model
+        pixels = self._decode_in_tiles(latents)
+        if not torch.isfinite(pixels).all() and next(vae.parameters()).dtype != torch.float32:
+            print("warning: the VAE made NaN; decoding again in float32", file=sys.stderr)
+            vae.float()
+            pixels = self._decode_in_tiles(latents)
+        if not torch.isfinite(pixels).all():
+            raise NonFiniteError("NaN or infinity in the VAE's decoder, also in float32: check the VAE file")
+        return (pixels[0] / 2 + 0.5).clamp(0, 1)
+
+    def _decode_in_tiles(self, latents: Tensor) -> Tensor:
+        vae = self.vae.model
+        scaled = (latents / self.scaling_factor).to(self.device, next(vae.parameters()).dtype)
+        while True:
+            vae.configure_memory(self.chunk_size, self.tile_size)
+            try:
+                return vae.decode(scaled).float().cpu()
+            except Exception as error:
+                smaller = (self.tile_size or 2 * 256) // 2
+                if not is_out_of_memory(error) or smaller < SMALLEST_TILE:
+                    raise
+            release_memory(self.device)
+            self.tile_size = smaller
+            print(f"warning: out of memory while decoding; trying tiles of {smaller} pixels", file=sys.stderr)
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """CUDA's out-of-memory error, or what the CPU allocator raises instead."""
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "allocate memory" in str(error)

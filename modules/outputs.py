@@ -1,0 +1,160 @@
+"""Names and contents of what generation writes, and which of it is already there.
+
+A video's files share a stem, `{time}_{i}_{seed}`; lines of a prompt file add `_{key}`, by which a later run of the
+same file finds what is finished. Every file appears under its name only when it is complete.
+"""
+
+import hashlib
+import json
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from utils.errors import UserError, one_line
+from utils.prompt_files import Request
+from utils.safetensors_utils import load_file, read_header, save_file
+from utils.video_io import save_images, save_video
+
+LATENT_SUFFIX = "_latent.safetensors"
+KEY_LENGTH = 10
+
+
+@dataclass(frozen=True)
+class Job:
+    """One video on its way: the seed is drawn, the files are named."""
+
+    request: Request
+    stem: str
+    settings: Mapping[str, object] | None = None  # what its files carry; None for --no_metadata
+
+
+@dataclass(frozen=True)
+class OutputFolder:
+    """Where videos go and in which form: `output_type` is video, images, latent or both."""
+
+    folder: Path
+    output_type: str
+
+    @property
+    def decodes(self) -> bool:
+        return self.output_type != "latent"
+
+    @property
+    def keeps_latents(self) -> bool:
+        return self.output_type in ("latent", "both")
+
+    def latent_path(self, job: Job) -> Path:
+        return self.folder / (job.stem + LATENT_SUFFIX)
+
+    def result_path(self, job: Job) -> Path:
+        """What a finished job leaves: the video, the folder of images, or the latents."""
+        if self.output_type == "latent":
+            return self.latent_path(job)
+        return self.folder / (job.stem + ("" if self.output_type == "images" else ".mp4"))
+
+    def save_latents(self, job: Job, latents: Tensor) -> None:
+        """Writes scaled latents (1, C, f, h, w) with the metadata of the reference tool and ours."""
+        save_file({"latent": latents[0].cpu()}, self.latent_path(job), _latent_metadata(job))
+
+    def save_pixels(self, job: Job, pixels: Tensor) -> None:
+        """Writes (3, F, H, W) in 0..1 as video or images; latents that were not asked for have done their duty."""
+        if self.output_type == "images":
+            save_images(pixels, self.result_path(job), job.settings)
+        else:
+            save_video(pixels, self.result_path(job), job.request.fps, job.settings)
+        if not self.keeps_latents:
+            self.latent_path(job).unlink(missing_ok=True)
+
+    def with_key(self, key: str) -> list[Path]:
+        """Everything in the folder that belongs to one line of a prompt file."""
+        return sorted(self.folder.glob(f"*_{key}*")) if self.folder.is_dir() else []
+
+    def is_finished(self, key: str) -> bool:
+        """Whether everything that --output_type asks for is there."""
+        names = [path.name for path in self.with_key(key)]
+        wanted = {"video": [".mp4"], "images": [""], "latent": [LATENT_SUFFIX], "both": [".mp4", LATENT_SUFFIX]}
+        return all(any(name.endswith(key + suffix) for name in names) for suffix in wanted[self.output_type])
+
+    def sampled_stem(self, key: str) -> str | None:
+        """The stem of a line whose latents are there although the line is not finished."""
+        for path in self.with_key(key):
+            if path.name.endswith(key + LATENT_SUFFIX):
+                return path.name.removesuffix(LATENT_SUFFIX)
+        return None
+
+
+def _latent_metadata(job: Job) -> dict[str, str]:
+    if job.settings is None:
+        return {}
+    request = job.request
+    fields = {
+        "seeds": request.seed,
+        "prompt": request.prompt,
+        "height": request.height,
+        "width": request.width,
+        "video_length": request.frames,
+        "infer_steps": request.steps,
+        "guidance_scale": request.cfg_scale,
+        "embedded_cfg_scale": request.guidance,
+        "negative_prompt": request.negative_prompt,
+        "settings": json.dumps(dict(job.settings), ensure_ascii=False),
+    }
+    return {name: str(value) for name, value in fields.items()}
+
+
+def time_stamp() -> str:
+    return time.strftime("%Y%m%d-%H%M%S")
+
+
+def stem(stamp: str, index: int, seed: int | None, key: str | None = None) -> str:
+    """`{time}_{i}_{seed}` and, for a line of a prompt file, its key."""
+    return "_".join(str(part) for part in (stamp, index, seed, key) if part is not None)
+
+
+def run_keys(requests: Sequence[Request], surroundings: object) -> list[str]:
+    """A name for each line of a prompt file that is the same in every run.
+
+    Lines that say the same are told apart by their order; a line keeps its key when others are added or removed.
+
+    Args:
+        surroundings: whatever else decides how the videos look, such as model files; anything with a stable repr.
+    """
+    keys, seen = [], {}
+    for request in requests:
+        seen[request] = seen.get(request, 0) + 1
+        identity = repr((request, seen[request], surroundings))
+        keys.append(hashlib.sha256(identity.encode()).hexdigest()[:KEY_LENGTH])
+    return keys
+
+
+def load_latents(path: str | Path) -> tuple[Tensor, dict[str, object]]:
+    """Saved latents (1, C, f, h, w) and the settings that came with them; reads our files and the seed tool's .pt.
+
+    Raises:
+        UserError: the file holds no latents of one video.
+    """
+    path = Path(path)
+    settings: dict[str, object] = {}
+    if path.suffix == ".pt":
+        try:
+            latents = torch.load(path, map_location="cpu", weights_only=True)
+        except Exception as error:
+            raise UserError(f"{path}: cannot be read as saved latents: {one_line(error)}") from None
+    else:
+        metadata = read_header(path)[1]
+        latents = load_file(path).get("latent")
+        settings = json.loads(metadata.get("settings", "{}"))
+        if "seeds" in metadata:
+            settings.setdefault("seed", metadata["seeds"])
+    if not isinstance(latents, Tensor):
+        raise UserError(f"{path}: holds no saved latents (a tensor with the key 'latent')")
+    latents = latents.float() if latents.ndim == 5 else latents.float().unsqueeze(0)
+    if latents.ndim != 5 or latents.shape[0] != 1:
+        raise UserError(f"{path}: latents of one video (C, f, h, w) are expected, found {tuple(latents.shape)}")
+    if not torch.isfinite(latents).all():
+        raise UserError(f"{path}: these latents hold NaN or infinity; sample them again")
+    return latents, settings
