@@ -1,0 +1,231 @@
+"""The small matrices of one adapted module, whatever its kind, and what they do to the weight; pure mathematics.
+
+A file holds them in its own dtype; every product is made in float32. Facts: LyCORIS (arXiv:2309.14859) for LoHa and
+LoKr, arXiv:2402.09353 for DoRA.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class Factors:
+    """What all kinds have.
+
+    Attributes:
+        alpha: the update is scaled by alpha / rank; None means alpha = rank.
+        dora_scale: DoRA's lengths of the rows (out, 1), or of the columns (1, in), of the new weight.
+    """
+
+    alpha: float | None = None
+    dora_scale: Tensor | None = None
+
+    @property
+    def rank(self) -> int:
+        raise NotImplementedError
+
+    @property
+    def scale(self) -> float:
+        return 1.0 if self.alpha is None else self.alpha / self.rank
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The matrices by field name, without alpha."""
+        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return {name: value for name, value in values.items() if isinstance(value, Tensor)}
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> "Factors":
+        """The same with every matrix changed."""
+        return dataclasses.replace(self, **{name: change(tensor) for name, tensor in self.tensors().items()})
+
+    def update(self) -> Tensor:
+        """What is added to the weight, as a float32 matrix (out, in); DoRA's lengths are not in it."""
+        raise NotImplementedError
+
+    @property
+    def out_features(self) -> int:
+        raise NotImplementedError
+
+    @property
+    def in_features(self) -> int:
+        raise NotImplementedError
+
+    def apply(self, weight: Tensor, multiplier: float = 1.0) -> Tensor:
+        """The changed weight, float32, in the shape of `weight`.
+
+        Args:
+            weight: float32, (out, in) or (out, in, *kernel).
+            multiplier: strength; with DoRA it goes from the old weight (0) to the new one (1).
+        """
+        flat = weight.flatten(1)
+        update = self.update()
+        if self.dora_scale is None:
+            return torch.add(flat, update, alpha=multiplier).view_as(weight)
+        direction = flat + update
+        by_rows = self.dora_scale.shape[0] == flat.shape[0]
+        lengths = direction.norm(dim=1 if by_rows else 0, keepdim=True)
+        target = direction * (self.dora_scale.float().view_as(lengths) / lengths)
+        return torch.lerp(flat, target, multiplier).view_as(weight)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoraFactors(Factors):
+    """update = alpha / rank * up @ down; down (rank, in), up (out, rank), each perhaps with a convolution's kernel."""
+
+    down: Tensor
+    up: Tensor
+
+    @property
+    def rank(self) -> int:
+        return self.down.shape[0]
+
+    @property
+    def out_features(self) -> int:
+        return self.up.shape[0]
+
+    @property
+    def in_features(self) -> int:
+        return self.down.flatten(1).shape[1]
+
+    def update(self) -> Tensor:
+        return (self.up.flatten(1).float() * self.scale) @ self.down.flatten(1).float()
+
+
+@dataclass(frozen=True, kw_only=True)
+class LohaFactors(Factors):
+    """update = alpha / rank * (w1_a @ w1_b) * (w2_a @ w2_b), the latter product by element; a (out, r), b (r, in)."""
+
+    w1_a: Tensor
+    w1_b: Tensor
+    w2_a: Tensor
+    w2_b: Tensor
+
+    @property
+    def rank(self) -> int:
+        return self.w1_b.shape[0]
+
+    @property
+    def out_features(self) -> int:
+        return self.w1_a.shape[0]
+
+    @property
+    def in_features(self) -> int:
+        return self.w1_b.shape[1]
+
+    def update(self) -> Tensor:
+        first = (self.w1_a.float() * self.scale) @ self.w1_b.float()
+        return first * (self.w2_a.float() @ self.w2_b.float())
+
+
+@dataclass(frozen=True, kw_only=True)
+class LokrFactors(Factors):
+    """update = scale * kron(w1, w2), each given whole or as a @ b; alpha / rank counts only if one is a product."""
+
+    w1: Tensor | None = None
+    w1_a: Tensor | None = None
+    w1_b: Tensor | None = None
+    w2: Tensor | None = None
+    w2_a: Tensor | None = None
+    w2_b: Tensor | None = None
+
+    @property
+    def rank(self) -> int:
+        products = [b for b in (self.w1_b, self.w2_b) if b is not None]
+        return products[0].shape[0] if products else 1
+
+    @property
+    def scale(self) -> float:
+        whole = self.w1_b is None and self.w2_b is None
+        return 1.0 if whole or self.alpha is None else self.alpha / self.rank
+
+    @property
+    def out_features(self) -> int:
+        first = self.w1_a if self.w1 is None else self.w1
+        second = self.w2_a if self.w2 is None else self.w2
+        return first.shape[0] * second.shape[0]
+
+    @property
+    def in_features(self) -> int:
+        first = self.w1_b if self.w1 is None else self.w1
+        second = self.w2_b if self.w2 is None else self.w2
+        return first.shape[1] * second.shape[1]
+
+    def update(self) -> Tensor:
+        w1 = self.w1.float() if self.w1 is not None else self.w1_a.float() @ self.w1_b.float()
+        w2 = self.w2.float() if self.w2 is not None else self.w2_a.float() @ self.w2_b.float()
+        return torch.kron(w1 * self.scale, w2)
+
+
+# Suffix of a key in a file -> field of the factors. The first three styles are the same LoRA by other names.
+SUFFIXES = {
+    "lora_down.weight": "down",
+    "lora_up.weight": "up",
+    "lora_A.weight": "down",
+    "lora_B.weight": "up",
+    "lora_A.default.weight": "down",
+    "lora_B.default.weight": "up",
+    "lora.down.weight": "down",
+    "lora.up.weight": "up",
+    "alpha": "alpha",
+    "dora_scale": "dora_scale",
+    "lora_magnitude_vector": "dora_scale",
+    "lora_magnitude_vector.weight": "dora_scale",
+    **{f"hada_{name}": name for name in ("w1_a", "w1_b", "w2_a", "w2_b")},
+    **{f"lokr_{name}": name for name in ("w1", "w1_a", "w1_b", "w2", "w2_a", "w2_b")},
+}
+KINDS: dict[str, type[Factors]] = {"lora": LoraFactors, "hada": LohaFactors, "lokr": LokrFactors}
+
+
+def factors_from(tensors: Mapping[str, Tensor]) -> Factors:
+    """The factors of one module from its tensors by suffix (a key of `SUFFIXES`).
+
+    Raises:
+        ValueError: factors are missing, of two kinds, or their shapes do not go together.
+    """
+    kinds = {suffix[:4] for suffix in tensors} & KINDS.keys()
+    if len(kinds) != 1:
+        raise ValueError(f"has {', '.join(sorted(tensors))}, which is no complete LoRA, LoHa or LoKr")
+    values = {SUFFIXES[suffix]: tensor for suffix, tensor in tensors.items()}
+    if "alpha" in values:
+        values["alpha"] = _alpha(values["alpha"])
+    if "dora_scale" in values and values["dora_scale"].dim() == 1:
+        values["dora_scale"] = values["dora_scale"][:, None]
+    try:
+        factors = KINDS[kinds.pop()](**values)
+    except TypeError:
+        raise ValueError(f"has only {', '.join(sorted(tensors))}") from None
+    _check_shapes(factors)
+    return factors
+
+
+def _alpha(tensor: Tensor) -> float:
+    if tensor.numel() != 1:
+        raise ValueError(f"alpha has {tensor.numel()} values, one is expected")
+    alpha = float(tensor)
+    if alpha != alpha or abs(alpha) == float("inf"):
+        raise ValueError("alpha is not finite")
+    return alpha
+
+
+def _check_shapes(factors: Factors) -> None:
+    shapes = {name: tuple(tensor.shape) for name, tensor in factors.tensors().items()}
+    for name, tensor in factors.tensors().items():
+        if tensor.dim() < 2 or not tensor.is_floating_point() or 0 in tensor.shape:
+            raise ValueError(f"{name} is {tuple(tensor.shape)} of {tensor.dtype}, a matrix of numbers is expected")
+    pairs = {LoraFactors: [("up", "down")], LohaFactors: [("w1_a", "w1_b"), ("w2_a", "w2_b")]}
+    for a, b in pairs.get(type(factors), [("w1_a", "w1_b"), ("w2_a", "w2_b")]):
+        if (a in shapes) != (b in shapes):
+            raise ValueError(f"has {a if a in shapes else b} without {b if a in shapes else a}")
+        if a in shapes and shapes[a][1] != shapes[b][0]:
+            raise ValueError(f"{a} is {shapes[a]} and {b} is {shapes[b]}: the ranks differ")
+    if isinstance(factors, LohaFactors) and (
+        shapes["w1_a"][0] != shapes["w2_a"][0] or shapes["w1_b"][1] != shapes["w2_b"][1]
+    ):
+        raise ValueError(f"is a LoHa whose two products differ in shape: {shapes}")
+    if isinstance(factors, LokrFactors):
+        for whole, product in (("w1", "w1_a"), ("w2", "w2_a")):
+            if (whole in shapes) == (product in shapes):
+                raise ValueError(f"needs either lokr_{whole} or lokr_{product} and lokr_{whole}_b")

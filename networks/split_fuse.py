@@ -1,0 +1,228 @@
+"""One adapter on stacked rows (q, k, v, mlp) <-> an adapter for each part, exactly; and lower ranks by SVD.
+
+Fused -> split: the parts share `down`, and each takes its rows of `up`. Split -> fused: where all parts have the same
+`down` the rows are stacked again; else the ranks add up, `down` stacked and `up` block-diagonal. Splitting leaves out
+ranks that are zero in a part, so that split -> fused -> split gives back the very same matrices.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from networks.factors import Factors, LohaFactors, LokrFactors, LoraFactors
+
+# Row side and column side of each product.
+PAIRS = {LoraFactors: [("up", "down")], LohaFactors: [("w1_a", "w1_b"), ("w2_a", "w2_b")]}
+
+
+def split_rows(factors: Factors, rows: Sequence[int]) -> list[Factors | None]:
+    """An adapter for each group of rows, None for a group that the update leaves alone while it changes others.
+
+    Raises:
+        ValueError: a LoKr whose Kronecker blocks do not end where the groups do, or DoRA by columns.
+    """
+    if sum(rows) != factors.out_features:
+        raise ValueError(f"has {factors.out_features} rows, {' + '.join(map(str, rows))} are expected")
+    lengths = _split_dora(factors, rows)
+    if isinstance(factors, LokrFactors):
+        parts = _split_lokr(factors, rows)
+    else:
+        sides = [side for side, _ in PAIRS[type(factors)]]
+        pieces = {side: getattr(factors, side).split(list(rows)) for side in sides}
+        whole = [dataclasses.replace(factors, **{side: pieces[side][i] for side in sides}) for i in range(len(rows))]
+        parts = [_without_zero_ranks(part) for part in whole]
+        if factors.dora_scale is not None or not any(parts):
+            parts = [part or kept for part, kept in zip(parts, whole)]
+    return [part and dataclasses.replace(part, dora_scale=length) for part, length in zip(parts, lengths)]
+
+
+def _split_dora(factors: Factors, rows: Sequence[int]) -> Sequence[Tensor | None]:
+    if factors.dora_scale is None:
+        return [None] * len(rows)
+    if factors.dora_scale.shape[0] != factors.out_features:
+        raise ValueError("has DoRA lengths of columns, which cannot be split into rows")
+    return factors.dora_scale.split(list(rows))
+
+
+def _split_lokr(factors: LokrFactors, rows: Sequence[int]) -> list[Factors]:
+    """kron(w1, w2) has blocks of w2's rows: groups that are whole blocks take their rows of w1."""
+    second = factors.w2_a if factors.w2 is None else factors.w2
+    block = second.shape[0]
+    if any(count % block for count in rows):
+        raise ValueError(f"is a LoKr with blocks of {block} rows, which cannot be cut into {list(rows)} rows")
+    side = "w1_a" if factors.w1 is None else "w1"
+    pieces = getattr(factors, side).split([count // block for count in rows])
+    return [dataclasses.replace(factors, **{side: piece}) for piece in pieces]
+
+
+def _without_zero_ranks(factors: Factors) -> Factors | None:
+    """`factors` without the ranks whose columns are zero on every row side; None if all are."""
+    pairs = PAIRS[type(factors)]
+    used = torch.stack([getattr(factors, side).flatten(1).ne(0).any(0) for side, _ in pairs]).any(0)
+    if not used.any():
+        return None
+    changed = {side: getattr(factors, side)[:, used] for side, _ in pairs}
+    changed |= {columns: getattr(factors, columns)[used] for _, columns in pairs}
+    kept = int(used.sum())
+    alpha = None if factors.alpha is None else factors.alpha * kept / factors.rank
+    return dataclasses.replace(factors, alpha=alpha, **changed)
+
+
+def stack_rows(parts: Sequence[Factors | None], rows: Sequence[int]) -> Factors:
+    """One adapter on the stacked rows of several; a part that is None leaves its rows alone.
+
+    Raises:
+        ValueError: the parts are of different kinds, do not fit `rows`, or DoRA parts are missing.
+    """
+    given = [part for part in parts if part is not None]
+    if len({type(part) for part in given}) > 1:
+        raise ValueError("has parts of different kinds")
+    for part, count in zip(parts, rows, strict=True):
+        if part is not None and part.out_features != count:
+            raise ValueError(f"has a part of {part.out_features} rows, {count} are expected")
+    lengths = _stack_dora(parts)
+    if isinstance(given[0], LokrFactors):
+        fused = _stack_lokr(parts)
+    elif _shared(given):
+        fused = _stack_shared(parts, rows)
+    else:
+        fused = _stack_blocks(parts, rows)
+    return dataclasses.replace(fused, dora_scale=lengths)
+
+
+def _stack_dora(parts: Sequence[Factors | None]) -> Tensor | None:
+    lengths = [None if part is None else part.dora_scale for part in parts]
+    if all(length is None for length in lengths):
+        return None
+    if any(length is None or length.shape[1] != 1 for length in lengths):
+        raise ValueError("has DoRA lengths for some of its parts only, or of columns")
+    return torch.cat(lengths)
+
+
+def _shared(given: Sequence[Factors]) -> bool:
+    first = given[0]
+    same_columns = (
+        torch.equal(getattr(part, columns), getattr(first, columns))
+        for part in given[1:]
+        for _, columns in PAIRS[type(first)]
+    )
+    return all(part.alpha == first.alpha for part in given) and all(same_columns)
+
+
+def _stack_shared(parts: Sequence[Factors | None], rows: Sequence[int]) -> Factors:
+    first = next(part for part in parts if part is not None)
+    sides = {}
+    for side, _ in PAIRS[type(first)]:
+        like = getattr(first, side)
+        empty = [like.new_zeros(count, *like.shape[1:]) for count in rows]
+        sides[side] = torch.cat([none if part is None else getattr(part, side) for part, none in zip(parts, empty)])
+    return dataclasses.replace(first, **sides)
+
+
+def _stack_blocks(parts: Sequence[Factors | None], rows: Sequence[int]) -> Factors:
+    given = [part for part in parts if part is not None]
+    rank = sum(part.rank for part in given)
+    one_scale = len({part.scale for part in given}) == 1
+    if not one_scale:
+        parts = [part and fold_alpha(part) for part in parts]
+        given = [part for part in parts if part is not None]
+    alpha = given[0].alpha if given[0].alpha is None else given[0].alpha * rank / given[0].rank
+    changed = {}
+    for side, columns in PAIRS[type(given[0])]:
+        like = getattr(given[0], side)
+        blocks = like.new_zeros(sum(rows), rank, *like.shape[2:])
+        row = column = 0
+        for part, count in zip(parts, rows):
+            if part is not None:
+                blocks[row : row + count, column : column + part.rank] = getattr(part, side)
+                column += part.rank
+            row += count
+        changed |= {side: blocks, columns: torch.cat([getattr(part, columns) for part in given])}
+    return dataclasses.replace(given[0], alpha=alpha, **changed)
+
+
+def _stack_lokr(parts: Sequence[Factors | None]) -> Factors:
+    """Only what `_split_lokr` made: the same w2 and the same columns of w1 everywhere."""
+    first = parts[0]
+    side = "w1_a" if first is not None and first.w1 is None else "w1"
+    for part in parts:
+        same = part is not None and part.tensors().keys() == first.tensors().keys() and part.alpha == first.alpha
+        fixed = [name for name in first.tensors() if name not in (side, "dora_scale")] if same else []
+        if not same or not all(torch.equal(getattr(part, name), getattr(first, name)) for name in fixed):
+            raise ValueError("has LoKr parts that are not one LoKr")
+    return dataclasses.replace(first, **{side: torch.cat([getattr(part, side) for part in parts])})
+
+
+def _row_sides(factors: Factors) -> list[str]:
+    """The matrices that hold the rows of the update."""
+    if isinstance(factors, LokrFactors):
+        return ["w1_a" if factors.w1 is None else "w1"]
+    return [side for side, _ in PAIRS[type(factors)]]
+
+
+def fold_alpha(factors: Factors) -> Factors:
+    """The same update without alpha: alpha / rank goes wholly into one row side, rounded once to its dtype."""
+    if factors.scale == 1:
+        return dataclasses.replace(factors, alpha=None)
+    side = _row_sides(factors)[0]
+    matrix = getattr(factors, side)
+    return dataclasses.replace(factors, alpha=None, **{side: (matrix.double() * factors.scale).to(matrix.dtype)})
+
+
+def swap_halves(factors: Factors) -> Factors:
+    """Rows (shift, scale) <-> (scale, shift)."""
+    names = [*_row_sides(factors), *(["dora_scale"] if factors.dora_scale is not None else [])]
+    return dataclasses.replace(factors, **{n: torch.cat(getattr(factors, n).chunk(2)[::-1]) for n in names})
+
+
+def truncated_svd(factors: LoraFactors, rank: int | None = None, energy: float = 1.0) -> LoraFactors:
+    """The nearest LoRA of lower rank, by the SVD of up @ down, which needs no matrix of the weight's size.
+
+    Args:
+        factors: the LoRA.
+        rank: the largest rank that may stay; None: any.
+        energy: share of the squared Frobenius norm that must stay (1: all).
+
+    Returns:
+        float32 factors with alpha = rank, the singular values spread evenly over both.
+    """
+    up, down = factors.up.flatten(1).double() * factors.scale, factors.down.flatten(1).double()
+    q_up, r_up = torch.linalg.qr(up)
+    q_down, r_down = torch.linalg.qr(down.T)
+    left, values, right = torch.linalg.svd(r_up @ r_down.T)
+    kept = ranks_for_energy(values, energy)
+    kept = max(1, min(kept, rank or kept))
+    root = values[:kept].sqrt()
+    new_up = (q_up @ left[:, :kept]) * root
+    new_down = root[:, None] * (right[:kept] @ q_down.T)
+    return LoraFactors(
+        up=new_up.float().view(-1, kept, *factors.up.shape[2:]),
+        down=new_down.float().view(kept, *factors.down.shape[1:]),
+        dora_scale=factors.dora_scale,
+    )
+
+
+def ranks_for_energy(values: Tensor, energy: float) -> int:
+    """How many of the descending singular values hold `energy` of the sum of squares; zeros are never counted.
+
+    A value below float32's resolution of the largest counts as zero.
+    """
+    floor = values.max() * torch.finfo(torch.float32).eps if len(values) else 0.0
+    nonzero = int((values > floor).sum())
+    if energy >= 1:
+        return nonzero
+    share = values.square().cumsum(0) / values.square().sum()
+    return min(nonzero, int((share < energy).sum()) + 1)
+
+
+def dense_svd(update: Tensor, rank: int, dora_scale: Tensor | None = None) -> LoraFactors:
+    """The nearest LoRA of a matrix (out, in), by randomised SVD with power iterations."""
+    kept = min(rank, *update.shape)
+    generator_state = torch.random.get_rng_state()
+    torch.manual_seed(0)
+    left, values, right = torch.svd_lowrank(update.float(), q=min(kept + 16, *update.shape), niter=6)
+    torch.random.set_rng_state(generator_state)
+    root = values[:kept].sqrt()
+    return LoraFactors(up=left[:, :kept] * root, down=(right[:, :kept] * root).T, dora_scale=dora_scale)
