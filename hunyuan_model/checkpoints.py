@@ -1,27 +1,42 @@
 """Loads the DiT, the VAE and the text encoders from every layout in which they are published.
 
 A model is built without memory and its tensors are then read one by one, straight to their device and dtype: the peak
-of host memory is the final size plus one tensor.
+of host memory is the final size plus one tensor. Each loader prints one line that says what the file is.
+
+    python -m hunyuan_model.checkpoints FILE...            # what is this?
+    python -m hunyuan_model.checkpoints --check FILE...    # and is every tensor there, in shape and finite?
 """
 
-from collections.abc import Callable, Mapping, Sequence
+import argparse
+import contextlib
+import hashlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from hunyuan_model.key_maps import (
-    dit_naming,
-    dit_official_shapes,
-    dit_parts,
-    dit_to_official,
-    vae_official_name,
+from hunyuan_model.key_maps import dit_naming, dit_official_shapes, dit_parts, dit_to_official, vae_official_name
+from hunyuan_model.model_files import (
+    CLIP,
+    DIT,
+    FP8_DTYPES,
+    LLM,
+    SCALE_LEAVES,
+    VAE,
+    ModelFile,
+    identify,
+    read_fp8_map,
 )
 from hunyuan_model.models import HunyuanVideoConfig, HYVideoDiffusionTransformer
-from hunyuan_model.tensor_files import Checkpoint, open_checkpoint
+from utils.cli import print_table, run_script
+from utils.device_utils import dtype_word
 from utils.errors import UserError
+from utils.fp8 import FP8, Fp8Linear, dequantize, quantize_linears
 
 Device = torch.device | str
+Shapes = Mapping[str, Sequence[int]]
 
 
 def load_dit(
@@ -31,89 +46,259 @@ def load_dit(
     fp8: bool = False,
     attention: str = "torch",
 ) -> HYVideoDiffusionTransformer:
-    """A frozen DiT from any published layout.
+    """A frozen DiT.
+
+    Args:
+        path: file or folder in any published layout.
+        device: where the weights go, one by one; "cpu" for a model whose blocks will be swapped.
+        dtype: of all weights that are not fp8.
+        fp8: keep the linear weights of the blocks, modulation excepted, as float8; those of an fp8 file as they are.
+        attention: the backend, a value of --attn_mode.
 
     Raises:
         UserError: not a HunyuanVideo DiT, or a broken or incomplete one.
     """
-    checkpoint = open_checkpoint(path)
-    prefix = _prefix(checkpoint, ("img_in.proj.weight", "x_embedder.proj.weight"), "HunyuanVideo DiT")
-    found = _shapes(checkpoint, prefix)
+    file = identify(path)
+    found = {name: info.shape for name, info in file.tensors(DIT).items()}
     naming = dit_naming(found)
     shapes = dit_official_shapes(found, naming)
-    config = HunyuanVideoConfig.from_shapes(shapes, checkpoint.config.get("rope_dims"))
-    with torch.device("meta"):
-        model = HYVideoDiffusionTransformer(config)
+    with _about(path):
+        given = file.checkpoint.config
+        config = HunyuanVideoConfig.from_shapes(shapes, given.get("rope_dims") or given.get("rope_axes_dim"))
+        with torch.device("meta"):
+            model = HYVideoDiffusionTransformer(config)
+        model.set_attention(attention)
     _check_names(path, model, shapes)
+    if fp8:
+        quantize_linears(model, is_quantized_in_dit)
+    weights = _Weights(
+        file,
+        parts=lambda name: [file.prefixes[DIT] + part for part in dit_parts(name, naming)],
+        join=lambda name, parts: dit_to_official(name, parts, naming),
+    )
+    return weights.fill(model, device, dtype)
 
-    def read(name: str) -> Tensor:
-        return dit_to_official(name, [checkpoint.read(prefix + part) for part in dit_parts(name, naming)], naming)
 
-    _fill(path, model, read, device, dtype)
-    model.set_attention(attention)
-    return model
+def is_quantized_in_dit(name: str) -> bool:
+    """Whether fp8 keeps the linear layer of this dotted name as float8; rounding hurts modulation most."""
+    return name.startswith(("double_blocks.", "single_blocks.")) and "mod" not in name.split(".", 2)[2]
 
 
 def load_vae(path: str | Path, device: Device = "cpu", dtype: torch.dtype = torch.float32) -> nn.Module:
-    """A frozen VAE from any published layout.
+    """A frozen VAE.
 
     Raises:
         UserError: not the HunyuanVideo VAE, or a broken or incomplete one.
     """
     from hunyuan_model.vae import AutoencoderKLCausal3D, VaeConfig
 
-    checkpoint = open_checkpoint(path)
-    prefix = _prefix(checkpoint, ("decoder.conv_in.conv.weight",), "HunyuanVideo VAE")
-    found = _shapes(checkpoint, prefix)
-    names = {vae_official_name(name): name for name in found}
-    shapes = {official: _without_kernel(official, found[name]) for official, name in names.items()}
-    config = VaeConfig.from_shapes(shapes, checkpoint.config)
-    with torch.device("meta"):
-        model = AutoencoderKLCausal3D(config)
+    file = identify(path)
+    names = {vae_official_name(name): name for name in file.tensors(VAE)}
+    shapes = {official: _matrix_shape(official, file.tensors(VAE)[name].shape) for official, name in names.items()}
+    with _about(path):
+        config = VaeConfig.from_shapes(shapes, file.checkpoint.config)
+        with torch.device("meta"):
+            model = AutoencoderKLCausal3D(config)
     _check_names(path, model, shapes)
-    _fill(path, model, lambda name: checkpoint.read(prefix + names[name]).reshape(shapes[name]), device, dtype)
-    return model
+    weights = _Weights(
+        file,
+        parts=lambda name: [file.prefixes[VAE] + names[name]],
+        join=lambda name, parts: parts[0].reshape(shapes[name]),
+    )
+    return weights.fill(model, device, dtype)
 
 
-def _without_kernel(name: str, shape: Sequence[int]) -> tuple[int, ...]:
+def _matrix_shape(name: str, shape: Sequence[int]) -> tuple[int, ...]:
     """ComfyUI keeps the four attention matrices of the VAE as 1x1x1 convolutions."""
     return tuple(shape[:2]) if ".attentions." in name else tuple(shape)
 
 
-def _prefix(checkpoint: Checkpoint, markers: Sequence[str], what: str) -> str:
-    """What precedes the names of a model's tensors in this file."""
-    for name in checkpoint.infos:
-        for marker in markers:
-            if name == marker or name.endswith("." + marker):
-                return name.removesuffix(marker)
-    raise UserError(f"{checkpoint.path}: not a {what}: it has no tensor {markers[0]}")
+def load_text_encoder_1(
+    path: str | Path,
+    device: Device = "cpu",
+    dtype: torch.dtype = torch.float16,
+    fp8: bool = False,
+    tokenizer: str | Path | None = None,
+) -> "LlmTextEncoder":  # noqa: F821 - imported when needed: it imports transformers
+    """The language model of LLaVA-Llama-3-8B, as far as it is used.
+
+    Args:
+        path: Hugging Face folder (of a whole LLaVA only the language part is read) or one file.
+        device, dtype: where and as what the weights are kept.
+        fp8: keep the linear weights of the layers as float8.
+        tokenizer: folder or tokenizer.json; by default what lies beside the model, or the Hugging Face cache.
+
+    Raises:
+        UserError: not this model, broken, or without a sound tokenizer.
+    """
+    from hunyuan_model.text_encoder import LlmTextEncoder, empty_llm, llm_config_from_shapes
+    from hunyuan_model.tokenizers import LLM_REPOSITORY, find_tokenizer, llm_tokenizer
+
+    file = identify(path)
+    shapes = {f"model.{name}": info.shape for name, info in file.tensors(LLM).items()}
+    words = llm_tokenizer(find_tokenizer(path, tokenizer, LLM_REPOSITORY))
+    with _about(path):
+        model = empty_llm(llm_config_from_shapes(shapes, file.checkpoint.config))
+    _check_needed(path, model, {name.removeprefix("model."): shape for name, shape in shapes.items()})
+    if fp8:
+        quantize_linears(model, lambda name: name.startswith("layers."))
+    _Weights(file, parts=lambda name: [file.prefixes[LLM] + name]).fill(model, device, dtype)
+    return LlmTextEncoder(model, words, _fingerprint(file, words.fingerprint, fp8))
 
 
-def _shapes(checkpoint: Checkpoint, prefix: str) -> dict[str, tuple[int, ...]]:
-    infos = checkpoint.infos.items()
-    return {name.removeprefix(prefix): info.shape for name, info in infos if name.startswith(prefix)}
+def load_text_encoder_2(
+    path: str | Path,
+    device: Device = "cpu",
+    dtype: torch.dtype = torch.float16,
+    tokenizer: str | Path | None = None,
+) -> "ClipTextEncoder":  # noqa: F821
+    """The text model of CLIP-L; arguments and errors as `load_text_encoder_1`."""
+    from hunyuan_model.text_encoder import ClipTextEncoder, clip_config_from_shapes, empty_clip
+    from hunyuan_model.tokenizers import CLIP_REPOSITORY, clip_tokenizer, find_tokenizer
+
+    file = identify(path)
+    shapes = {f"text_model.{name}": info.shape for name, info in file.tensors(CLIP).items()}
+    words = clip_tokenizer(find_tokenizer(path, tokenizer, CLIP_REPOSITORY))
+    with _about(path):
+        model = empty_clip(clip_config_from_shapes(shapes, file.checkpoint.config))
+    _check_needed(path, model, {name.removeprefix("text_model."): shape for name, shape in shapes.items()})
+    _Weights(file, parts=lambda name: [file.prefixes[CLIP] + name]).fill(model, device, dtype)
+    return ClipTextEncoder(model, words, _fingerprint(file, words.fingerprint, False))
 
 
-def _check_names(path: str | Path, model: nn.Module, shapes: Mapping[str, Sequence[int]]) -> None:
+def _fingerprint(file: ModelFile, tokenizer: str, fp8: bool) -> str:
+    return hashlib.sha256(f"{file.checkpoint.fingerprint} {tokenizer} {fp8}".encode()).hexdigest()[:16]
+
+
+@contextlib.contextmanager
+def _about(path: str | Path) -> Iterator[None]:
+    """Errors of a model's sizes name the file they came from."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
+
+
+def _check_names(path: str | Path, model: nn.Module, shapes: Shapes) -> None:
     """Every tensor of the model is there with its shape, and no other."""
-    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    for complaint, names in {
-        "tensors are missing": [name for name in expected if name not in shapes],
-        "tensors do not belong to this model": [name for name in shapes if name not in expected],
-    }.items():
-        if names:
-            raise UserError(f"{path}: {len(names)} {complaint}, the first is {names[0]}")
+    expected = {name for name, _ in model.named_parameters()}
+    foreign = [name for name in shapes if name not in expected]
+    if foreign:
+        raise UserError(f"{path}: {len(foreign)} tensors do not belong to this model, the first is {foreign[0]}")
+    _check_needed(path, model, shapes)
+
+
+def _check_needed(path: str | Path, model: nn.Module, shapes: Shapes) -> None:
+    """Every tensor of the model is there with its shape."""
+    expected = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    missing = [name for name in expected if name not in shapes]
+    if missing:
+        raise UserError(f"{path}: {len(missing)} of {len(expected)} tensors are missing, the first is {missing[0]}")
     for name, shape in expected.items():
         if tuple(shapes[name]) != shape:
             raise UserError(f"{path}: {name} has shape {tuple(shapes[name])}, {shape} is expected")
 
 
-def _fill(
-    path: str | Path, model: nn.Module, read: Callable[[str], Tensor], device: Device, dtype: torch.dtype
-) -> None:
-    """Gives every parameter of a model on the meta device its tensor, frozen."""
-    for name, _ in list(model.named_parameters()):
-        owner, _, leaf = name.rpartition(".")
-        tensor = read(name).to(device, dtype, copy=True)
-        setattr(model.get_submodule(owner), leaf, nn.Parameter(tensor, requires_grad=False))
-    model.eval()
+@dataclass
+class _Weights:
+    """A model's tensors in a file, under the names of our modules."""
+
+    file: ModelFile
+    parts: Callable[[str], Sequence[str]]  # our name -> the file's tensors whose rows, stacked, it is
+    join: Callable[[str, Sequence[Tensor]], Tensor] = lambda name, parts: parts[0]
+
+    def __post_init__(self) -> None:
+        self.infos = self.file.checkpoint.infos
+        self.map = read_fp8_map(self.file.checkpoint) if self.file.fp8 == "official" else {}
+
+    def fill(self, model: nn.Module, device: Device, dtype: torch.dtype) -> nn.Module:
+        """Gives every parameter of a model on the meta device its tensor, frozen."""
+        for name in [name for name, _ in model.named_parameters()]:
+            owner, _, leaf = name.rpartition(".")
+            module = model.get_submodule(owner)
+            if not isinstance(module, Fp8Linear) or leaf == "bias":
+                setattr(module, leaf, nn.Parameter(self._dense(name, device, dtype), requires_grad=False))
+            elif leaf == "weight":
+                self._fill_fp8(name, module, device)
+        print(self.file.summary())
+        return model.eval()
+
+    def _dense(self, name: str, device: Device, dtype: torch.dtype) -> Tensor:
+        tensor, scale = self._read(name)
+        if scale is None:
+            tensor = tensor.to(device, dtype, copy=True)
+        else:
+            tensor = dequantize(tensor.to(device), scale.to(device), dtype)
+        return self._finite(name, tensor)
+
+    def _fill_fp8(self, name: str, layer: Fp8Linear, device: Device) -> None:
+        tensor, scale = self._read(name)
+        if tensor.dtype != FP8:
+            tensor = tensor.to(device)
+            layer.set_weight(tensor if scale is None else dequantize(tensor, scale.to(device), torch.float32))
+        else:
+            scale = torch.ones(1) if scale is None else scale
+            layer.weight = nn.Parameter(tensor.to(device, copy=True), requires_grad=False)
+            scale = scale.expand(layer.out_features, 1).to(device, copy=True, memory_format=torch.contiguous_format)
+            layer.scale = nn.Parameter(scale, requires_grad=False)
+        self._finite(name, layer.weight)
+        self._finite(name, layer.scale)
+
+    def _read(self, name: str) -> tuple[Tensor, Tensor | None]:
+        """A tensor in the dtype of the file, a view of it possibly, and the scale of a scaled fp8 one."""
+        parts = self.parts(name)
+        tensor = self.join(name, [self.file.checkpoint.read(part) for part in parts])
+        if tensor.dtype not in FP8_DTYPES or self.file.fp8 in ("none", "plain"):
+            return tensor, None
+        scales = [self._scale(part) for part in parts]
+        if len(parts) == 1:
+            return tensor, scales[0]
+        rows = [self.infos[part].shape[0] for part in parts]
+        return tensor, torch.cat([scale.expand(count, 1) for scale, count in zip(scales, rows, strict=True)])
+
+    def _scale(self, part: str) -> Tensor:
+        """Scale (1, 1) or (out, 1) of a float8 tensor of the file."""
+        module = part.removesuffix(".weight")
+        for leaf in SCALE_LEAVES:
+            if f"{module}.{leaf}" in self.infos:
+                return self.file.checkpoint.read(f"{module}.{leaf}").float().reshape(-1, 1)
+        if module in self.map:
+            return self.map[module].reshape(-1, 1)
+        raise UserError(f"{self.file.path}: {part} is fp8 but has no scale, unlike others of this file")
+
+    def _finite(self, name: str, tensor: Tensor) -> Tensor:
+        values = tensor.detach()
+        if values.dtype == FP8:
+            sound = not bool((values.view(torch.uint8) & 0x7F == 0x7F).any())  # its only NaNs; it has no infinity
+        else:
+            sound = values.numel() == 0 or all(bool(torch.isfinite(extreme)) for extreme in values.aminmax())
+        if not sound:
+            word = dtype_word(values.dtype)
+            raise UserError(f"{self.file.path}: {name} holds NaN or infinite numbers (as {word}); download it again")
+        return tensor
+
+
+_LOADERS = {DIT: load_dit, VAE: load_vae, LLM: load_text_encoder_1, CLIP: load_text_encoder_2}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("files", nargs="+", type=Path, help="model files or folders")
+    parser.add_argument("--check", action="store_true", help="load each on the CPU: every tensor in shape and finite")
+    options = parser.parse_args()
+    files = [identify(path) for path in options.files]
+    rows = [
+        (file.path.name, file.what, file.variant, file.layout, file.dtype, file.fp8, f"{file.parameters:,}", depths)
+        for file in files
+        for depths in [", ".join(f"{depth} {name}" for name, depth in file.depths.items())]
+    ]
+    print_table("Model files", rows, ("file", "what", "variant", "layout", "dtype", "fp8", "parameters", "depths"))
+    for file in files if options.check else []:
+        if not file.prefixes:
+            raise UserError(f"{file.path}: {file.what}: not a model of HunyuanVideo")
+        for part in file.prefixes:
+            _LOADERS[part](file.path)
+
+
+if __name__ == "__main__":
+    run_script(main)

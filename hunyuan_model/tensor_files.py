@@ -3,6 +3,7 @@
 Headers are read when a checkpoint is opened; the tensors one by one, when asked for.
 """
 
+import hashlib
 import json
 import pickle
 import re
@@ -24,13 +25,20 @@ from utils.safetensors_utils import TensorInfo, read_header, read_tensor
 WRAPPERS = ("module", "state_dict", "model", "ema", "model_state_dict")
 # Mapped pages stay resident until the file is unmapped, so it is mapped anew after so many bytes.
 REMAP_BYTES = 128 << 20
+HEAD_BYTES = 256
 
 
 class TensorFile(Protocol):
     """One file: what its header says, and a way to read one tensor."""
 
+    path: Path
     infos: dict[str, TensorInfo]
     metadata: dict[str, str]
+    wrapper: str  # the top key of a .pt file under which the tensors are
+
+    def head(self, name: str) -> bytes:
+        """The first bytes of a tensor, HEAD_BYTES at most."""
+        ...
 
     def read(self, name: str) -> Tensor:
         """The tensor on the CPU; it may be a view of the file, valid until the next read."""
@@ -42,6 +50,11 @@ class SafetensorsFile:
         self.path = path
         self.infos, self.metadata = read_header(path)
         self.wrapper = ""
+
+    def head(self, name: str) -> bytes:
+        with open(self.path, "rb") as file:
+            file.seek(self.infos[name].offset)
+            return file.read(min(HEAD_BYTES, self.infos[name].nbytes))
 
     def read(self, name: str) -> Tensor:
         with open(self.path, "rb") as file:
@@ -67,6 +80,10 @@ class PtFile:
                 return wrapper, tensors
             wrapper, content = wrapper or inner[0], content[inner[0]]
         raise UserError(f"{self.path}: holds a {type(content).__name__}, not a dictionary of tensors")
+
+    def head(self, name: str) -> bytes:
+        flat = self._tensors[name].detach().flatten()[: HEAD_BYTES // self.infos[name].dtype.itemsize]
+        return flat.contiguous().view(torch.uint8).numpy().tobytes()
 
     def read(self, name: str) -> Tensor:
         size = self.infos[name].nbytes
@@ -107,6 +124,10 @@ class Checkpoint:
     config: dict[str, Any] = field(default_factory=dict)  # of config.json beside it, or of the metadata key `config`
 
     @property
+    def paths(self) -> list[Path]:
+        return [file.path for file in self.files]
+
+    @property
     def container(self) -> str:
         """ "safetensors" or ".pt"."""
         return ".pt" if isinstance(self.files[0], PtFile) else "safetensors"
@@ -120,14 +141,20 @@ class Checkpoint:
     def infos(self) -> dict[str, TensorInfo]:
         return {name: info for file in self.files for name, info in file.infos.items()}
 
-    @property
-    def metadata(self) -> dict[str, str]:
-        return self.files[0].metadata
+    @cached_property
+    def fingerprint(self) -> str:
+        """Identifies the content wherever it lies: names, dtypes, shapes and the first bytes of every tensor."""
+        digest = hashlib.sha256()
+        for name, info in sorted(self.infos.items()):
+            digest.update(f"{name} {info.dtype} {info.shape}".encode() + self._holder(name).head(name))
+        return digest.hexdigest()[:16]
+
+    def _holder(self, name: str) -> TensorFile:
+        return next(file for file in self.files if name in file.infos)
 
     def read(self, name: str) -> Tensor:
         """One tensor on the CPU; it may be a view of the file, valid until the next read."""
-        (file,) = [file for file in self.files if name in file.infos]
-        return file.read(name)
+        return self._holder(name).read(name)
 
 
 def open_checkpoint(path: str | Path) -> Checkpoint:
