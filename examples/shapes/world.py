@@ -1,0 +1,154 @@
+"""A procedural world: short clips of one coloured shape that moves, grows or shrinks on a plain background.
+
+    python -m examples.shapes.world FOLDER --clips 6 --images 2 --seed 0
+
+writes H.264 clips, PNG and JPEG images, a caption file beside each, and `dataset.toml` for the caching scripts.
+"""
+
+import argparse
+import math
+import random
+from dataclasses import dataclass
+from pathlib import Path
+
+import cv2
+import numpy as np
+import torch
+from PIL import Image
+
+from utils.files import write_text
+from utils.video_io import save_video, to_uint8
+
+COLOURS = {  # RGB
+    "red": (220, 40, 40),
+    "yellow": (235, 205, 40),
+    "green": (40, 170, 70),
+    "blue": (50, 80, 220),
+    "purple": (150, 50, 190),
+}
+BACKGROUNDS = {"black": (16, 16, 16), "gray": (128, 128, 128), "white": (240, 240, 240)}
+SHAPES = ("circle", "square", "triangle", "star")
+# Step of the centre per clip (right, down) and growth of the radius per clip, both relative to the frame.
+MOTIONS = {
+    "moves to the left": (-0.4, 0.0, 1.0),
+    "moves to the right": (0.4, 0.0, 1.0),
+    "moves up": (0.0, -0.4, 1.0),
+    "moves down": (0.0, 0.4, 1.0),
+    "grows": (0.0, 0.0, 2.0),
+    "shrinks": (0.0, 0.0, 0.5),
+}
+FPS = 24
+SUBPIXEL_BITS = 6  # cv2 draws polygons at 1/64 pixel, so that slow motion is smooth
+
+
+@dataclass(frozen=True)
+class Scene:
+    """What a clip shows; `offset` moves the path away from the middle, in parts of the frame."""
+
+    shape: str
+    colour: str
+    motion: str
+    background: str
+    radius: float = 0.16
+    offset: tuple[float, float] = (0.0, 0.0)
+
+    @property
+    def caption(self) -> str:
+        return f"A {self.colour} {self.shape} {self.motion} on a {self.background} background."
+
+
+def random_scene(generator: random.Random) -> Scene:
+    """One scene, every property drawn evenly."""
+    return Scene(
+        generator.choice(SHAPES),
+        generator.choice(list(COLOURS)),
+        generator.choice(list(MOTIONS)),
+        generator.choice(list(BACKGROUNDS)),
+        generator.uniform(0.14, 0.19),
+        (generator.uniform(-0.08, 0.08), generator.uniform(-0.08, 0.08)),
+    )
+
+
+def outline(shape: str, centre: tuple[float, float], radius: float) -> np.ndarray:
+    """The corner points (N, 2) of a shape; all shapes have nearly the area of the circle of that radius."""
+    if shape == "circle":
+        turns, radii = np.arange(48) / 48, np.ones(48)
+    elif shape == "square":
+        turns, radii = np.arange(4) / 4 + 1 / 8, np.full(4, 1.25)
+    elif shape == "triangle":
+        turns, radii = np.arange(3) / 3 - 1 / 4, np.full(3, 1.5)
+    elif shape == "star":
+        turns, radii = np.arange(10) / 10 - 1 / 4, np.tile([1.55, 0.65], 5)
+    else:
+        raise ValueError(f"unknown shape '{shape}'")
+    angles = 2 * math.pi * turns
+    return np.stack((centre[0] + radius * radii * np.cos(angles), centre[1] + radius * radii * np.sin(angles)), axis=1)
+
+
+def render(scene: Scene, frames: int, height: int, width: int) -> torch.Tensor:
+    """Pixels (3, F, H, W) in 0..1 of a scene."""
+    side = min(height, width)
+    step_x, step_y, growth = MOTIONS[scene.motion]
+    clip = np.empty((frames, height, width, 3), np.uint8)
+    for index in range(frames):
+        progress = index / max(frames - 1, 1)
+        centre = (
+            width / 2 + side * (scene.offset[0] + step_x * (progress - 0.5)),
+            height / 2 + side * (scene.offset[1] + step_y * (progress - 0.5)),
+        )
+        radius = side * scene.radius * growth ** (progress - 0.5)
+        corners = np.round(outline(scene.shape, centre, radius) * (1 << SUBPIXEL_BITS)).astype(np.int32)
+        clip[index] = BACKGROUNDS[scene.background]
+        cv2.fillPoly(clip[index], [corners], COLOURS[scene.colour], cv2.LINE_AA, SUBPIXEL_BITS)
+    return torch.from_numpy(clip).permute(3, 0, 1, 2).float() / 255  # F H W C -> C F H W
+
+
+def write_dataset(
+    folder: Path, clips: int, images: int, frames: int = 9, height: int = 64, width: int = 64, seed: int = 0
+) -> Path:
+    """Writes media, captions and `dataset.toml`; returns the path of the latter.
+
+    The clips are mp4, the images PNG and JPEG by turns; a caption file stands beside each.
+    """
+    generator = random.Random(seed)
+    for kind, count in (("videos", clips), ("images", images)):
+        for index in range(count):
+            scene = random_scene(generator)
+            stem = folder / kind / f"{index:03d}_{scene.colour}_{scene.shape}"
+            if kind == "videos":
+                save_video(render(scene, frames, height, width), stem.with_suffix(".mp4"), FPS)
+            else:
+                still = to_uint8(render(scene, 1, height, width))[0].numpy()  # H W C
+                stem.parent.mkdir(parents=True, exist_ok=True)
+                Image.fromarray(still).save(stem.with_suffix((".png", ".jpg")[index % 2]), quality=95)
+            write_text(stem.with_suffix(".txt"), scene.caption + "\n")
+    config = folder / "dataset.toml"
+    write_text(config, _dataset_toml(folder, clips, images, frames, height, width))
+    return config
+
+
+def _dataset_toml(folder: Path, clips: int, images: int, frames: int, height: int, width: int) -> str:
+    root = folder.resolve().as_posix()
+    text = f'[general]\nresolution = [{width}, {height}]\ncaption_extension = ".txt"\nbatch_size = 1\n'
+    if clips:
+        text += f"\n[[datasets]]\nvideo_directory = '{root}/videos'\ncache_directory = '{root}/cache_videos'\n"
+        text += f'target_frames = [{frames}]\nframe_extraction = "head"\n'
+    if images:
+        text += f"\n[[datasets]]\nimage_directory = '{root}/images'\ncache_directory = '{root}/cache_images'\n"
+    return text
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--clips", type=int, default=6)
+    parser.add_argument("--images", type=int, default=2)
+    parser.add_argument("--frames", type=int, default=9, help="frames of each clip, 4n+1")
+    parser.add_argument("--size", type=int, default=64, help="height and width in pixels")
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    print(write_dataset(args.folder, args.clips, args.images, args.frames, args.size, args.size, args.seed))
+
+
+if __name__ == "__main__":
+    main()

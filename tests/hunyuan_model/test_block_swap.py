@@ -1,0 +1,139 @@
+"""Block swap on = off, bit for bit; on the CPU the same code streams into CPU buffers."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from hunyuan_model.block_swap import enable_block_swap, max_blocks_to_swap, offload_embedders, swapped_blocks
+from hunyuan_model.models import HunyuanVideoConfig, HYVideoDiffusionTransformer
+from modules.activation_checkpointing import checkpoint_activations
+from networks.lora import create_arch_network
+from utils.errors import UserError
+
+CONFIG = HunyuanVideoConfig(
+    hidden_size=32,
+    heads=2,
+    mlp_hidden=64,
+    depth_double=4,
+    depth_single=8,
+    depth_refiner=1,
+    text_dim=16,
+    text_dim_2=8,
+    rope_dims=(4, 6, 6),
+)
+
+
+def new_model(dtype: torch.dtype = torch.float32) -> HYVideoDiffusionTransformer:
+    torch.manual_seed(0)
+    model = HYVideoDiffusionTransformer(CONFIG).requires_grad_(False)
+    for parameter in model.parameters():
+        parameter.normal_(std=0.3)
+    return model.to(dtype)
+
+
+def inputs(seed: int) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return {
+        "x": torch.randn(2, 16, 2, 4, 4, generator=generator),
+        "timestep": torch.tensor([900.0, 100.0]),
+        "text_states": torch.randn(2, 6, 16, generator=generator),
+        "text_mask": torch.tensor([[1, 1, 1, 1, 1, 0], [1, 1, 0, 0, 0, 0]]),
+        "text_states_2": torch.randn(2, 8, generator=generator),
+        "guidance": torch.tensor([6000.0, 1000.0]),
+    }
+
+
+def train_and_preview(model: HYVideoDiffusionTransformer, checkpointing: bool) -> list[Tensor]:
+    """Three rounds of a training step and two previews; everything that came out, gradients included."""
+    if checkpointing:
+        checkpoint_activations(model.blocks)
+    torch.manual_seed(1)
+    network = create_arch_network(1.0, 4, 4.0, None, None, model)
+    network.apply_to(None, model, False, True)
+    for parameter in network.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    seen = []
+    for seed in range(3):
+        given = inputs(seed)
+        given["x"].requires_grad_()
+        output = model(**given)
+        output.square().mean().backward()
+        seen += [output.detach(), given["x"].grad, *(p.grad.clone() for p in network.parameters())]
+        network.zero_grad()
+        with torch.no_grad():
+            seen += [model(**inputs(10 + seed)), model(**inputs(20 + seed))]
+    return seen
+
+
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["kept", "checkpointed"])
+@pytest.mark.parametrize("ring_size", [1, 2, 3])
+@pytest.mark.parametrize("count", [1, 3, 6])
+def test_swap_on_is_swap_off(count: int, ring_size: int, checkpointing: bool) -> None:
+    expected = train_and_preview(new_model(), checkpointing)
+    model = new_model()
+    enable_block_swap(model, count, "cpu", ring_size=ring_size)
+    for ours, plain in zip(train_and_preview(model, checkpointing), expected, strict=True):
+        assert torch.equal(ours, plain)
+
+
+def test_weights_are_never_written() -> None:
+    model, twin = new_model(), new_model()
+    swap = enable_block_swap(model, 6, "cpu")
+    before = [block.flat.clone() for block in swap.blocks]
+    train_and_preview(model, False)
+    assert all(torch.equal(block.flat, old) for block, old in zip(swap.blocks, before, strict=True))
+    for name, value in twin.state_dict().items():
+        assert torch.equal(model.state_dict()[name], value), name
+
+
+def test_only_the_ring_holds_swapped_weights() -> None:
+    model = new_model(torch.bfloat16)
+    swap = enable_block_swap(model, 6, "cpu", ring_size=2)
+    assert [len(block.places) for block in swap.blocks] == [10] * 3 + [3] * 7
+    train_and_preview(model, True)
+    assert len(swap.ring) == 2
+    in_ring = {index for index, block in enumerate(swap.blocks) for p in block.places if _inside(p.parameter, swap)}
+    assert in_ring == set(swap.slot_of)
+    assert len(in_ring) == 2
+
+
+def _inside(parameter: Tensor, swap) -> bool:
+    return parameter.untyped_storage().data_ptr() in swap.storages
+
+
+def test_the_next_block_is_copied_ahead() -> None:
+    model = new_model()
+    swap = enable_block_swap(model, 6, "cpu", ring_size=2)
+    copied, original = [], swap._copy
+    swap._copy = lambda index, keep: (copied.append((swap.current, index)), original(index, keep))
+    output = model(**inputs(0) | {"x": inputs(0)["x"].requires_grad_()})
+    last = len(swap.blocks) - 1
+    assert copied == [(0, 0), (0, 1)] + [(i, i + 1) for i in range(1, last)]
+    copied.clear()
+    output.sum().backward()
+    assert copied == [(i, i - 1) for i in range(last - 1, 0, -1)]
+
+
+def test_counts_and_limits() -> None:
+    assert max_blocks_to_swap(20, 40, training=False) == 38
+    assert max_blocks_to_swap(20, 40, training=True) == 36
+    for count, doubles, singles in ((1, 0, 3), (20, 10, 21), (36, 18, 37), (38, 19, 39)):
+        chosen = swapped_blocks(count, 20, 40)
+        assert sum(index < 20 for index in chosen) == doubles
+        assert sum(index >= 20 for index in chosen) == singles
+        assert len(set(chosen)) == len(chosen)
+    with pytest.raises(UserError, match=r"--blocks_to_swap 37.*training is 36"):
+        swapped_blocks(37, 20, 40, training=True)
+    with pytest.raises(UserError, match="generation is 38"):
+        swapped_blocks(39, 20, 40)
+
+
+def test_trained_weights_are_refused() -> None:
+    with pytest.raises(ValueError, match="frozen"):
+        enable_block_swap(new_model().requires_grad_(True), 2, "cpu")
+
+
+def test_offloaded_embedders_change_nothing() -> None:
+    model, plain = new_model(), new_model()
+    offload_embedders(model, "cpu")
+    assert torch.equal(model(**inputs(0)), plain(**inputs(0)))
