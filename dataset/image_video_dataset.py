@@ -18,13 +18,14 @@ from dataset.cache import (
     Verdict,
     check_latents,
     check_text,
+    file_identity,
     read_latent_cache,
     read_text_cache,
     text_cache_path,
 )
 from dataset.config_utils import DatasetConfig, DatasetSettings
 from dataset.items import Item, Probe, made_from, plan_items
-from dataset.sources import Source, content_digest, list_sources
+from dataset.sources import Source, list_sources
 from utils.errors import UserError
 
 
@@ -144,9 +145,8 @@ class TrainingDataset(torch.utils.data.Dataset):
         """Chooses the order of the batches; takes effect in running workers when they begin their next pass."""
         self._epoch.fill_(epoch)
 
-    def _batches(self) -> list[tuple[int, list[TrainingItem]]]:
-        """(bucket number, items) of each batch of the current epoch, in order."""
-        epoch = int(self._epoch)
+    def _batches(self, epoch: int) -> list[tuple[int, list[TrainingItem]]]:
+        """(bucket number, items) of each batch of an epoch, in order."""
         if self._order is None or self._order[0] != epoch:
             batches = []
             for number, bucket in enumerate(self._buckets):
@@ -158,12 +158,16 @@ class TrainingDataset(torch.utils.data.Dataset):
         return self._order[1]
 
     def __getitem__(self, index: int) -> Batch:
-        number, items = self._batches()[index]
+        return self.batch_of(int(self._epoch), index)
+
+    def batch_of(self, epoch: int, index: int) -> Batch:
+        """A batch of any epoch, whatever `set_epoch` says: for loaders that read ahead into the next epoch."""
+        number, items = self._batches(epoch)[index]
         return _load(items, self._buckets[number].name)
 
     def names_of(self, index: int) -> list[str]:
         """Names of the items of a batch, without reading them."""
-        return [item.name for item in self._batches()[index][1]]
+        return [item.name for item in self._batches(int(self._epoch))[index][1]]
 
     def largest_batch(self) -> Batch:
         """The batch that needs the most memory: the most latents at once."""
@@ -239,7 +243,7 @@ def _unchanged(source: Source | None, entry: dict[str, Any]) -> bool:
     """Whether a media file is the one that was cached; a copy with a new modification time is told by its content."""
     if source is None or entry["stamp"] == source.stamp:
         return True
-    return entry["stamp"][0] == source.size and entry["probe"]["digest"] == content_digest(source.path)
+    return entry["stamp"][0] == source.size and entry["probe"]["digest"] == file_identity(source.path)
 
 
 def _checked_items(settings: DatasetSettings, name: str, entry: dict[str, Any]) -> list[tuple[Item, Verdict]]:
