@@ -1,0 +1,155 @@
+"""What a LoRA file says about itself: kohya's `ss_*` and `sshs_*` keys, and ModelSpec's `modelspec.*` keys.
+
+Sources: kohya-ss/sd-scripts and musubi-tuner for the key names and hashes, https://github.com/Stability-AI/ModelSpec for
+`modelspec.*`. Only options named here are written, so that no token or key can get in.
+"""
+
+import dataclasses
+import datetime
+import hashlib
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from utils.cli import option
+from utils.errors import UserError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+ARCHITECTURE = "hunyuan-video"
+IMPLEMENTATION = "https://github.com/Tencent/HunyuanVideo"
+BASE_MODEL_VERSION = "hunyuan_video"
+# What other tools need to use a file; kept with --no_metadata.
+MINIMUM_KEYS = ("ss_base_model_version", "ss_network_module", "ss_network_dim", "ss_network_alpha", "ss_network_args")
+_OPTIONS = (
+    "output_name learning_rate gradient_checkpointing gradient_checkpointing_cpu_offload gradient_accumulation_steps "
+    "network_module network_dropout training_comment max_grad_norm scale_weight_norms fp8_base guidance_scale "
+    "timestep_sampling discrete_flow_shift sigmoid_scale weighting_scheme logit_mean logit_std mode_scale min_timestep "
+    "max_timestep preserve_distribution_shape num_timestep_buckets"
+).split()
+
+
+@dataclass(frozen=True, kw_only=True)
+class MetadataOptions:
+    """metadata of the LoRA"""
+
+    no_metadata: bool = option(False, help="leave out everything but what other tools need to use the file")
+    training_comment: str | None = option(None, help="any text, stored as ss_training_comment")
+    metadata_title: str | None = option(None, help="title; --output_name if unset")
+    metadata_author: str | None = option(None, help="author")
+    metadata_description: str | None = option(None, help="description")
+    metadata_license: str | None = option(None, help="license")
+    metadata_tags: str | None = option(None, help="tags, separated by commas")
+    metadata_reso: str | None = option(None, help="resolution, such as 1280,720 or 1024; 1280,720 if unset")
+    metadata_arch: str | None = option(None, help=f"architecture; {ARCHITECTURE}/lora if unset")
+
+    def __post_init__(self) -> None:
+        if not re.fullmatch(r"\d+([,x]\d+)?", self.metadata_reso or "1024"):
+            raise UserError(f"--metadata_reso {self.metadata_reso}: WIDTH,HEIGHT or one number is expected")
+
+    @property
+    def resolution(self) -> str:
+        """`1280x720`."""
+        width, _, height = (self.metadata_reso or "1280,720").replace("x", ",").partition(",")
+        return f"{width}x{height or width}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunFacts:
+    """What a run knows beside its options; `dataclasses.replace` brings it up to date for each checkpoint.
+
+    Times are seconds since 1970. Each field but the last two becomes `ss_{name}`.
+    """
+
+    session_id: int
+    training_started_at: float
+    training_finished_at: float
+    num_train_items: int
+    num_batches_per_epoch: int
+    num_epochs: int
+    max_train_steps: int
+    steps: int
+    epoch: int
+    seed: int
+    optimizer: str
+    lr_scheduler: str
+    lr_warmup_steps: int
+    mixed_precision: str
+    network_dim: int | str | None
+    network_alpha: float | str | None
+    network_args: Mapping[str, str]
+    datasets: Any
+    sd_model_name: str | None
+    vae_name: str | None
+    validation: Mapping[str, float] = dataclasses.field(default_factory=dict)
+
+
+def checkpoint_metadata(facts: RunFacts, options: MetadataOptions, *groups: Any, title: str) -> dict[str, str]:
+    """All metadata of a trained LoRA but the hashes, which `model_hashes` adds when its tensors are written.
+
+    Args:
+        groups: the other option groups of the run, for the settings that are worth keeping.
+        title: used if the options have none.
+    """
+    settings = {field.name: getattr(group, field.name) for group in groups for field in dataclasses.fields(group)}
+    training = training_metadata(facts, settings | dataclasses.asdict(options))
+    if options.no_metadata:
+        training = {key: value for key, value in training.items() if key in MINIMUM_KEYS}
+    window = settings.get("min_timestep"), settings.get("max_timestep")
+    return training | modelspec_metadata(options, title, facts.training_finished_at, window)
+
+
+def training_metadata(facts: RunFacts, settings: Mapping[str, Any]) -> dict[str, str]:
+    """The `ss_*` keys; `settings` are options by name, of which only the known ones are used."""
+    values = {name: settings[name] for name in _OPTIONS if name in settings}
+    values |= {field.name: getattr(facts, field.name) for field in dataclasses.fields(facts)}
+    values |= {f"validation_{name}": value for name, value in values.pop("validation").items()}
+    for name in ("network_args", "datasets"):
+        values[name] = json.dumps(values[name], ensure_ascii=False)
+    for name in ("sd_model_name", "vae_name"):
+        values[name] = values[name] and Path(values[name]).name
+    values |= {"base_model_version": BASE_MODEL_VERSION, "full_fp16": False, "full_bf16": False}
+    return {f"ss_{name}": str(value) for name, value in values.items()}
+
+
+def modelspec_metadata(
+    options: MetadataOptions, title: str, timestamp: float, timesteps: Sequence[int | None] = (None, None)
+) -> dict[str, str]:
+    """The `modelspec.*` keys of a LoRA for HunyuanVideo."""
+    date = datetime.datetime.fromtimestamp(int(timestamp), datetime.UTC)
+    low, high = timesteps
+    values = {
+        "sai_model_spec": "1.0.0",
+        "architecture": options.metadata_arch or f"{ARCHITECTURE}/lora",
+        "implementation": IMPLEMENTATION,
+        "title": options.metadata_title or title,
+        "date": date.isoformat(),
+        "resolution": options.resolution,
+        "author": options.metadata_author,
+        "description": options.metadata_description,
+        "license": options.metadata_license,
+        "tags": options.metadata_tags,
+        "timestep_range": None if low is None and high is None else f"{low or 0},{high or 1000}",
+    }
+    return {f"modelspec.{name}": value for name, value in values.items() if value is not None}
+
+
+def model_hashes(tensors: Mapping[str, "Tensor"], metadata: Mapping[str, str] | None = None) -> dict[str, str]:
+    """The two hashes by which web interfaces find the metadata of a LoRA, as kohya's tools compute them.
+
+    Both are of the file as it would be with the `ss_*` metadata alone, because a user may edit the rest. The new hash
+    is SHA-256 of all that follows the header; the legacy one the first 8 digits of SHA-256 of the 64 KiB at 1 MiB.
+    """
+    from safetensors.torch import save
+
+    training = {key: value for key, value in (metadata or {}).items() if key.startswith("ss_")}
+    data = save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, training or None)
+    start = 8 + int.from_bytes(data[:8], "little")
+    return {
+        "sshs_model_hash": hashlib.sha256(memoryview(data)[start:]).hexdigest(),
+        "sshs_legacy_hash": hashlib.sha256(data[0x100000:0x110000]).hexdigest()[:8],
+    }
