@@ -63,8 +63,7 @@ def load_dit(
     naming = dit_naming(found)
     shapes = dit_official_shapes(found, naming)
     with _about(path):
-        given = file.checkpoint.config
-        config = HunyuanVideoConfig.from_shapes(shapes, given.get("rope_dims") or given.get("rope_axes_dim"))
+        config = _dit_config(file, shapes)
         with torch.device("meta"):
             model = HYVideoDiffusionTransformer(config)
         model.set_attention(attention)
@@ -77,6 +76,23 @@ def load_dit(
         join=lambda name, parts: dit_to_official(name, parts, naming),
     )
     return weights.fill(model, device, dtype)
+
+
+def read_dit_config(path: str | Path) -> HunyuanVideoConfig:
+    """The sizes of a DiT, from headers only.
+
+    Raises:
+        UserError: not a HunyuanVideo DiT.
+    """
+    file = identify(path)
+    found = {name: info.shape for name, info in file.tensors(DIT).items()}
+    with _about(path):
+        return _dit_config(file, dit_official_shapes(found, dit_naming(found)))
+
+
+def _dit_config(file: ModelFile, shapes: Shapes) -> HunyuanVideoConfig:
+    given = file.checkpoint.config
+    return HunyuanVideoConfig.from_shapes(shapes, given.get("rope_dims") or given.get("rope_axes_dim"))
 
 
 def is_quantized_in_dit(name: str) -> bool:
