@@ -184,7 +184,11 @@ def demo() -> None:
 
 
 def main() -> None:
-    actions = {"demo": demo, "install": lambda: None, "test": lambda: run([executable("python"), "-m", "pytest"])}
+    actions = {
+        "demo": demo,
+        "install": lambda: None,
+        "test": lambda: run([executable("python"), "-m", "pytest", "-n", "2"]),
+    }
     action = sys.argv[1] if len(sys.argv) > 1 else "demo"
     if len(sys.argv) > 2 or action not in actions:
         print(f"error: '{' '.join(sys.argv[1:])}' is unknown; use no argument, test or install", file=sys.stderr)

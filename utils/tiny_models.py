@@ -38,8 +38,8 @@ class DitSize:
 
     hidden: int = 64
     heads: int = 2
-    double_blocks: int = 2
-    single_blocks: int = 2
+    double_blocks: int = 3
+    single_blocks: int = 6
     text_dim: int = 64
     text_dim_2: int = 128
     in_channels: int = 16
