@@ -7,11 +7,10 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
-from networks.lora_files import load_native, save_native
+from networks.format_table import NATIVE
+from networks.lora_files import load_native, native_tensors, save_native
 from networks.merging import write_weight
 from utils.errors import UserError
-
-PREFIX = "lora_unet_"
 
 
 class AdapterModule(nn.Module):
@@ -127,11 +126,12 @@ class AdapterNetwork(nn.Module):
         model: nn.Module,
         build: Callable[[nn.Module, Mapping[str, torch.Tensor]], AdapterModule],
     ) -> "AdapterNetwork":
-        """The network of a native state dict: `build(target, tensors by suffix)` makes each adapter.
+        """The network of a state dict of any format; `build(target, tensors by suffix)` makes each adapter.
 
         Raises:
             UserError: a module of the state dict is not in the model, or a shape differs.
         """
+        tensors = native_tensors(tensors)
         per_module: dict[str, dict[str, torch.Tensor]] = {}
         for key, tensor in tensors.items():
             module, suffix = key.split(".", 1)
@@ -239,14 +239,14 @@ class AdapterNetwork(nn.Module):
     ) -> None:
         """Puts the updates into the DiT's weights, each computed in float32; the adapters are then no longer needed."""
         if weights_sd is not None:
-            self.load_native(weights_sd, "weights_sd")
+            self.load_native(native_tensors(weights_sd), "weights_sd")
         for adapter in self.adapters:
-            write_weight(adapter.target, adapter.merged_weight, device)
+            write_weight(adapter.target, adapter.merged_weight)
 
 
 def native_name(name: str) -> str:
     """`double_blocks.0.img_mlp.fc1` -> `lora_unet_double_blocks_0_img_mlp_fc1`"""
-    return PREFIX + name.replace(".", "_")
+    return NATIVE.prefix + name.replace(".", "_")
 
 
 def _group(parameters: list[nn.Parameter], learning_rate: float | None) -> dict[str, Any]:

@@ -47,22 +47,39 @@ class Lora:
     leftover: list[str] = field(default_factory=list)
 
 
+def _names_of(official: str, naming: str) -> tuple[str, ...]:
+    """A module's names in a naming; official names and those that ComfyUI keeps are not in the tables."""
+    table = {"official": {}, "diffusers": DIT_TO_DIFFUSERS, "ComfyUI": DIT_TO_COMFYUI}[naming]
+    return table.get(official, (official,))
+
+
 @functools.cache
 def _name_table(naming: str, flat: bool) -> dict[str, tuple[str, int]]:
     """Module name in a file, `{}` for the block's number -> (official name, which part of it)."""
-    other = {"official": {}, "diffusers": DIT_TO_DIFFUSERS, "ComfyUI": DIT_TO_COMFYUI}[naming]
-    table = {}
-    for official in DIT_TO_DIFFUSERS:
-        for part, name in enumerate(other.get(official, (official,))):
-            table[name.replace(".", "_") if flat else name] = (official, part)
-    return table
+    return {
+        name.replace(".", "_") if flat else name: (official, part)
+        for official in DIT_TO_DIFFUSERS
+        for part, name in enumerate(_names_of(official, naming))
+    }
+
+
+_BLOCK_NUMBER = re.compile(r"(?<=blocks[._])\d+")
+
+
+def block_template(name: str) -> str:
+    """A module name with `{}` for its block's number."""
+    return _BLOCK_NUMBER.sub("{}", name, count=1)
+
+
+def _filled(template: str, like: str) -> str:
+    """A template with the block's number of the name `like`."""
+    number = _BLOCK_NUMBER.search(like)
+    return template if number is None else template.format(number[0])
 
 
 def part_names(official: str, format_: Format) -> tuple[str, ...]:
     """What a format calls a module, with prefix: one name, or one for each part."""
-    template, number = _templated(official, r"(?<=blocks\.)\d+")
-    other = {"official": {}, "diffusers": DIT_TO_DIFFUSERS, "ComfyUI": DIT_TO_COMFYUI}[format_.naming]
-    names = [name.format(number) for name in other.get(template, (template,))]
+    names = [_filled(name, official) for name in _names_of(block_template(official), format_.naming)]
     return tuple(format_.prefix + (name.replace(".", "_") if format_.flat else name) for name in names)
 
 
@@ -70,14 +87,9 @@ def official_part(name: str, format_: Format) -> tuple[str, int] | None:
     """(official name, which part of it) of a module name in a file; None if the format has no such module."""
     if not name.startswith(format_.prefix):
         return None
-    template, number = _templated(name[len(format_.prefix) :], r"(?<=blocks[._])\d+")
-    found = _name_table(format_.naming, format_.flat).get(template)
-    return None if found is None else (found[0].format(number), found[1])
-
-
-def _templated(name: str, block_number: str) -> tuple[str, str]:
-    found = re.search(block_number, name)
-    return (name, "") if found is None else (name[: found.start()] + "{}" + name[found.end() :], found[0])
+    name = name.removeprefix(format_.prefix)
+    found = _name_table(format_.naming, format_.flat).get(block_template(name))
+    return None if found is None else (_filled(found[0], name), found[1])
 
 
 def split_key(key: str) -> tuple[str, str] | None:
@@ -342,5 +354,10 @@ def write_lora(
     metadata = dict(lora.metadata)
     if format_.adapter_metadata:
         metadata["lora_adapter_metadata"] = adapter_metadata(tensors, format_.prefix)
-    save_file(tensors, path, metadata)
+    save_lora_file(tensors, path, metadata)
     return tensors
+
+
+def save_lora_file(tensors: Mapping[str, Tensor], path: str | os.PathLike, metadata: Mapping[str, str]) -> None:
+    """Writes a LoRA file; the hashes by which other tools know it are those of these very tensors."""
+    save_file(tensors, path, metadata)

@@ -1,27 +1,122 @@
-"""LoRA into weights, computed exactly: each weight in float32, rounded once."""
+"""LoRA into weights, computed exactly: each weight in float32, with all its LoRAs, rounded once."""
 
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+
+from networks.factors import Factors
+from networks.formats import Lora, read_lora
+from utils.errors import UserError
 
 
-def dense_weight(module: nn.Module, device: torch.device | str | None = None) -> torch.Tensor:
-    """The weight (out, in) of a Linear, plain or quantised, in float32."""
+@dataclass(frozen=True)
+class MergeReport:
+    """What became of one LoRA file: `matched` of its `total` modules are in the model."""
+
+    path: str
+    matched: int
+    total: int
+
+    def __str__(self) -> str:
+        return f"{self.path}: {self.matched} of {self.total} modules merged"
+
+
+def dense_weight(module: nn.Module) -> Tensor:
+    """The weight of a Linear, plain or quantised, in float32."""
     if hasattr(module, "dequantized"):
-        return module.dequantized(torch.float32).to(device or module.weight.device)
-    return module.weight.detach().to(device or module.weight.device, torch.float32)
+        return module.dequantized(torch.float32)
+    return module.weight.detach().float()
 
 
 @torch.no_grad()
-def write_weight(
-    module: nn.Module, change: Callable[[torch.Tensor], torch.Tensor], device: torch.device | str | None = None
-) -> None:
-    """Replaces a Linear's weight by `change(float32 weight)`, rounded to the dtype that it has.
+def write_weight(module: nn.Module, change: Callable[[Tensor], Tensor]) -> None:
+    """Replaces a Linear's weight by `change(its float32 weight)`, rounded to what it is stored as."""
+    weight = change(dense_weight(module))
+    if hasattr(module, "set_weight"):
+        module.set_weight(weight)
+    else:
+        module.weight.copy_(weight)
+
+
+# For each official module name, the LoRAs on it in the order in which they are applied.
+Changes = dict[str, list[tuple[Factors, float]]]
+
+
+def read_changes(
+    loras: Sequence[tuple[str | os.PathLike, float]], exclude_single_blocks: bool = False
+) -> tuple[Changes, list[Lora]]:
+    """The changes that LoRA files (path, multiplier) of any format make, and the files without what was excluded."""
+    changes: Changes = {}
+    files = []
+    for path, multiplier in loras:
+        lora = read_lora(path)
+        if exclude_single_blocks:
+            lora.modules = {n: f for n, f in lora.modules.items() if not n.startswith("single_blocks.")}
+        for name, factors in lora.modules.items():
+            changes.setdefault(name, []).append((factors, multiplier))
+        files.append(lora)
+    return changes, files
+
+
+def changed_weight(name: str, weight: Tensor, changes: Sequence[tuple[Factors, float]]) -> Tensor:
+    """A float32 weight (out, in, ...) with its LoRAs.
+
+    Raises:
+        UserError: a LoRA is for a weight of another shape.
+    """
+    expected, device = (weight.shape[0], weight[0].numel()), weight.device
+    for factors, multiplier in changes:
+        if (factors.out_features, factors.in_features) != expected:
+            raise UserError(
+                f"{name}: the LoRA is for a weight of {factors.out_features} x {factors.in_features}, "
+                f"this DiT has {expected[0]} x {expected[1]}"
+            )
+        weight = factors.map(lambda tensor: tensor.to(device)).apply(weight, multiplier)
+    return weight
+
+
+def count_matches(
+    paths: Sequence[str | os.PathLike], files: Sequence[Lora], known: "set[str] | dict"
+) -> list[MergeReport]:
+    """How many modules of each file are among the `known` ones.
+
+    Raises:
+        UserError: a file has none of them.
+    """
+    reports = []
+    for path, lora in zip(paths, files):
+        matched = sum(name in known for name in lora.modules)
+        if not matched:
+            example = next(iter(lora.modules), "none, for all are excluded")
+            raise UserError(f"{path}: none of its {len(lora.modules)} modules is in this DiT, such as {example}")
+        reports.append(MergeReport(str(path), matched, len(lora.modules)))
+    return reports
+
+
+def merge_lora_into(
+    model: nn.Module, loras: Sequence[tuple[str | os.PathLike, float]], exclude_single_blocks: bool = False
+) -> list[MergeReport]:
+    """Merges LoRA files of any format into a DiT, where its weights are and in the dtype that they have.
 
     Args:
-        module: a Linear, plain or quantised.
-        change: maps the old to the new weight.
-        device: where to compute, None: where the weight is.
+        model: the DiT; its Linear may be quantised.
+        loras: (path, multiplier).
+        exclude_single_blocks: leave the single blocks as they are.
+
+    Returns:
+        How many modules of each file matched; also printed.
+
+    Raises:
+        UserError: a file cannot be read, matches nothing, or is for other shapes.
     """
-    module.weight.copy_(change(dense_weight(module, device)))
+    changes, files = read_changes(loras, exclude_single_blocks)
+    targets = {name: module for name, module in model.named_modules() if name in changes and hasattr(module, "weight")}
+    reports = count_matches([path for path, _ in loras], files, targets)
+    for name, module in targets.items():
+        write_weight(module, lambda weight, name=name: changed_weight(name, weight, changes[name]))
+    for report in reports:
+        print(report)
+    return reports

@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-
 from lora_reference import LAYOUTS, SPLIT, random_file, updates
 
 from networks.format_table import FORMATS
