@@ -97,7 +97,7 @@ def decode_saved(options: GenerationOptions) -> None:
     for index, path in enumerate(options.output.latent_path):
         latents, settings = load_latents(path)
         request = Request(fps=options.prompt.fps or int(settings.get("fps", 0)) or Request.fps)
-        name = f"{stem(time_stamp(), index, settings.get('seed'))}_{path.stem}"
+        name = f"{stem(time_stamp(), index, settings.get('seed'))}_{path.stem.removesuffix('_latent')}"
         job = Job(request, name, None if options.output.no_metadata or not settings else settings)
         generator.outputs.save_pixels(job, generator.decode(latents))
         rows.append([path, generator.outputs.result_path(job)])
@@ -125,6 +125,7 @@ def build_generator(options: GenerationOptions, keep_loaded: bool = False) -> "G
     from modules.step_cache import StepCache
 
     attention_backend(options.speed.attn_mode)
+    check_model_files(options)
     device = own_device(options)
     text, vae_dtype = options.text, default_dtype(options.vae.vae_dtype, device)
     text_dtype = default_dtype(text.text_encoder_dtype, device)
@@ -143,12 +144,64 @@ def build_generator(options: GenerationOptions, keep_loaded: bool = False) -> "G
         scaling_factor=SCALING_FACTOR,
         device=device,
         outputs=OutputFolder(options.output.save_path, options.output.output_type),
+        source_pixels=source_pixels,
         later_command=lambda latents: decode_command(options, latents),
         split_uncond=options.speed.split_uncond or options.speed.split_attn,
         chunk_size=options.vae.vae_chunk_size,
         tile_size=options.vae.tile_size,
         before_step=None if cache is None else cache.begin_step,
     )
+
+
+def check_model_files(options: GenerationOptions) -> None:
+    """Looks into every model file's header, so that a wrong file is found before the first one is loaded."""
+    from hunyuan_model.model_files import CLIP, DIT, LLM, VAE, identify
+    from networks.formats import detect_format
+    from utils.safetensors_utils import read_header
+
+    text = options.text
+    for path, part in (
+        (options.dit.dit, DIT),
+        (options.vae.vae, VAE),
+        (text.text_encoder1, LLM),
+        (text.text_encoder2, CLIP),
+    ):
+        if path is not None:
+            identify(path).tensors(part)
+    for path in options.lora.lora_weight:
+        if detect_format(list(read_header(path)[0])) is None:
+            raise UserError(f"{path}: no LoRA for HunyuanVideo: none of its keys is known")
+
+
+def source_pixels(request: Request) -> tuple["torch.Tensor | None", "torch.Tensor | None"]:
+    """The video and the image that a request starts from, at its size: (3, F, H, W) and (3, 1, H, W) in 0..1."""
+    import numpy as np
+    import torch
+    from einops import rearrange
+
+    from dataset.media import MediaError, load_image, resize_to_bucket
+    from utils.video_io import read_video, to_uint8
+
+    def fitted(frames: Sequence[np.ndarray]) -> torch.Tensor:
+        resized = np.stack([resize_to_bucket(frame, (request.width, request.height)) for frame in frames])
+        return rearrange(torch.from_numpy(resized), "F H W C -> C F H W").float() / 255
+
+    video = image = None
+    if request.video_path is not None:
+        frames = to_uint8(read_video(request.video_path, request.frames)[0]).numpy()
+        if len(frames) < request.frames:
+            shorter = (len(frames) - 1) // 4 * 4 + 1
+            raise UserError(
+                f"{request.video_path}: {len(frames)} frames, --video_length {request.frames} needs more; "
+                f"the longest is {shorter}"
+            )
+        video = fitted(frames)
+    if request.image_path is not None:
+        try:
+            image = fitted([load_image(Path(request.image_path))])
+        except MediaError as error:
+            raise UserError(f"{request.image_path}: {error}") from None
+    return video, image
 
 
 def own_device(options: GenerationOptions) -> "torch.device":
@@ -186,7 +239,7 @@ def load_merged_dit(options: GenerationOptions, device: "torch.device", fp8: boo
 
 
 def merge_loras(model: "HYVideoDiffusionTransformer", options: GenerationOptions) -> None:
-    from networks.formats import merge_lora_into
+    from networks.merging import merge_lora_into
 
     merge_lora_into(model, options.lora.pairs(), exclude_single_blocks=options.lora.exclude_single_blocks)
 

@@ -8,6 +8,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from modules.outputs import Job, OutputFolder, load_latents
 from modules.sampler import BeforeStep, Conditioning, NonFiniteError, sample_latents
 from utils.device_utils import release_memory
 from utils.errors import UserError, one_line
+from utils.prompt_files import Request
 
 SMALLEST_TILE = 64  # pixels; below it the overlap of tiles is most of the work
 
@@ -31,9 +33,12 @@ class LazyModel:
 
     @property
     def model(self) -> Any:
+        self.load()
+        return self._model
+
+    def load(self) -> None:
         if self._model is None:
             self._model = self._load()
-        return self._model
 
     def release(self) -> None:
         if not self._keep:
@@ -51,6 +56,8 @@ class Generator:
         dit: see `modules.sampler.sample_latents`.
         vae: `decode(latents)` -> pixels in -1..1, `configure_memory(chunk_size, tile_size)`.
         scaling_factor: latents of the DiT / latents of the VAE.
+        source_pixels: request -> pixels (3, F, H, W) in 0..1 of the video and (3, 1, H, W) of the image that it starts
+            from, each None without one.
         later_command: latent file -> the command that decodes it later.
     """
 
@@ -61,7 +68,8 @@ class Generator:
     scaling_factor: float
     device: torch.device
     outputs: OutputFolder
-    later_command: Callable[[Any], str]
+    source_pixels: Callable[[Request], tuple[Tensor | None, Tensor | None]]
+    later_command: Callable[[Path], str]
     split_uncond: bool = False
     chunk_size: int | None = None
     tile_size: int | None = None
@@ -71,29 +79,36 @@ class Generator:
 
     def run(self, jobs: Sequence[Job]) -> None:
         """Makes every job's files; `failures` has a line for each job that failed, by stem."""
-        missing = [job for job in jobs if not self.outputs.latent_path(job).exists()]
-        prompts = self._encode_prompts(missing)
-        for number, job in enumerate(missing, start=1):
-            label = f"video {number}/{len(missing)}"
-            self._attempt(job, lambda job=job, label=label: self._sample(job, prompts, label))
-        self.dit.release()
+        self._sample_all([job for job in jobs if not self.outputs.latent_path(job).exists()])
         if self.outputs.decodes:
-            for job in jobs:
-                self._attempt(job, lambda job=job: self._decode(job))
+            for job in self._unfailed(jobs):
+                self._attempt(job, self._decode)
             self.vae.release()
 
-    def _attempt(self, job: Job, action: Callable[[], None]) -> None:
-        """One phase of one job; a failure is noted and the next job goes on."""
-        if job.stem in self.failures:
+    def _sample_all(self, jobs: Sequence[Job]) -> None:
+        if not jobs:
             return
+        prompts = self._encode_prompts(jobs)
+        sources = self._encode_sources(jobs)
+        self.dit.load()
+        for number, job in enumerate(self._unfailed(jobs), start=1):
+            label = f"video {number}/{len(jobs)}"
+            self._attempt(job, lambda job, label=label: self._sample(job, prompts, sources, label))
+        self.dit.release()
+
+    def _unfailed(self, jobs: Iterable[Job]) -> list[Job]:
+        return [job for job in jobs if job.stem not in self.failures]
+
+    def _attempt(self, job: Job, action: Callable[[Job], None]) -> None:
+        """One phase of one job; a failure is noted and the next job goes on."""
         start = time.monotonic()
         try:
-            action()
+            action(job)
         except Exception as error:
             if not isinstance(error, UserError) and not is_out_of_memory(error):
                 traceback.print_exc()
-            self.failures[job.stem] = one_line(error)
-            print(f"failed: {job.stem}: {one_line(error)}", file=sys.stderr)
+            self.failures[job.stem] = "out of memory" if is_out_of_memory(error) else one_line(error)
+            print(f"failed: {job.stem}: {self.failures[job.stem]}", file=sys.stderr)
             release_memory(self.device)
         self.seconds[job.stem] = self.seconds.get(job.stem, 0.0) + time.monotonic() - start
 
@@ -101,19 +116,53 @@ class Generator:
         """Every different text once, one at a time, so that a prompt's encoding does not depend on its company."""
         texts = {job.request.prompt: None for job in jobs}
         texts |= {job.request.negative_prompt: None for job in jobs if job.request.cfg_scale != 1.0}
-        if not texts:
-            return {}
         with torch.no_grad():
-            states = {text: self.text_encoder_1.model.encode([text]) for text in tqdm(texts, desc="text encoder 1")}
+            llm = self.text_encoder_1.model
+            states = {text: llm.encode([text]) for text in tqdm(texts, desc="text encoder 1", disable=len(texts) < 3)}
             states = {text: (state.cpu(), mask.cpu()) for text, (state, mask) in states.items()}
+            del llm
             self.text_encoder_1.release()
-            pooled = {
-                text: self.text_encoder_2.model.encode([text]).cpu() for text in tqdm(texts, desc="text encoder 2")
-            }
+            clip = self.text_encoder_2.model
+            pooled = {text: clip.encode([text]).cpu() for text in texts}
+            del clip
             self.text_encoder_2.release()
         return {text: Conditioning(*states[text], pooled[text]) for text in texts}
 
-    def _sample(self, job: Job, prompts: Mapping[str, Conditioning], label: str) -> None:
+    def _encode_sources(self, jobs: Iterable[Job]) -> dict[str, dict[str, Tensor]]:
+        """Scaled latents of the video (`source`) and the image (`image`) that a job starts from, by stem."""
+        sources: dict[str, dict[str, Tensor]] = {}
+        for job in jobs:
+            if job.request.video_path or job.request.image_path:
+                self._attempt(job, lambda job: sources.update({job.stem: self._encode_source(job.request)}))
+        self.vae.release()
+        return sources
+
+    @torch.no_grad()
+    def _encode_source(self, request: Request) -> dict[str, Tensor]:
+        video, image = self.source_pixels(request)
+        encoded = {}
+        if video is not None:
+            encoded["source"] = self._encode(video)
+        if image is not None:
+            first = self._encode(image)  # 1 C 1 h w
+            rest = first.new_zeros(*first.shape[:2], request.latent_frames - 1, *first.shape[3:])
+            encoded["image"] = torch.cat((first, rest), dim=2)  # 1 C f h w
+        return encoded
+
+    def _encode(self, pixels: Tensor) -> Tensor:
+        """Pixels (3, F, H, W) in 0..1 -> scaled latents (1, C, f, h, w), the mean of the posterior, on the CPU."""
+        vae = self.vae.model
+        vae.configure_memory(self.chunk_size, self.tile_size)
+        posterior = vae.encode((pixels * 2 - 1)[None].to(self.device, next(vae.parameters()).dtype))
+        return posterior.mean.float().cpu() * self.scaling_factor
+
+    def _sample(
+        self,
+        job: Job,
+        prompts: Mapping[str, Conditioning],
+        sources: Mapping[str, Mapping[str, Tensor]],
+        label: str,
+    ) -> None:
         with tqdm(total=job.request.steps, desc=label, unit="step") as bar:
 
             def before_step(step: int, steps: int) -> None:
@@ -130,6 +179,7 @@ class Generator:
                 device=self.device,
                 split_uncond=self.split_uncond,
                 before_step=before_step,
+                **sources.get(job.stem, {}),
             )
             bar.update(bar.total - bar.n)
         self.outputs.save_latents(job, latents)
