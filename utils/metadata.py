@@ -1,7 +1,7 @@
 """What a LoRA file says about itself: kohya's `ss_*` and `sshs_*` keys, and ModelSpec's `modelspec.*` keys.
 
-Sources: kohya-ss/sd-scripts and musubi-tuner for the key names and hashes, https://github.com/Stability-AI/ModelSpec for
-`modelspec.*`. Only options named here are written, so that no token or key can get in.
+Sources: kohya-ss/sd-scripts and musubi-tuner for the key names and hashes, https://github.com/Stability-AI/ModelSpec
+for `modelspec.*`. Only options named here are written, so that no token or key can get in.
 """
 
 import dataclasses
@@ -25,12 +25,12 @@ IMPLEMENTATION = "https://github.com/Tencent/HunyuanVideo"
 BASE_MODEL_VERSION = "hunyuan_video"
 # What other tools need to use a file; kept with --no_metadata.
 MINIMUM_KEYS = ("ss_base_model_version", "ss_network_module", "ss_network_dim", "ss_network_alpha", "ss_network_args")
-_OPTIONS = (
+_OPTION_NAMES = (
     "output_name learning_rate gradient_checkpointing gradient_checkpointing_cpu_offload gradient_accumulation_steps "
     "network_module network_dropout training_comment max_grad_norm scale_weight_norms fp8_base guidance_scale "
     "timestep_sampling discrete_flow_shift sigmoid_scale weighting_scheme logit_mean logit_std mode_scale min_timestep "
     "max_timestep preserve_distribution_shape num_timestep_buckets"
-).split()
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,7 +62,7 @@ class MetadataOptions:
 class RunFacts:
     """What a run knows beside its options; `dataclasses.replace` brings it up to date for each checkpoint.
 
-    Times are seconds since 1970. Each field but the last two becomes `ss_{name}`.
+    Times are seconds since 1970. Each field becomes `ss_{name}`, each number of `validation` `ss_validation_{name}`.
     """
 
     session_id: int
@@ -105,7 +105,7 @@ def checkpoint_metadata(facts: RunFacts, options: MetadataOptions, *groups: Any,
 
 def training_metadata(facts: RunFacts, settings: Mapping[str, Any]) -> dict[str, str]:
     """The `ss_*` keys; `settings` are options by name, of which only the known ones are used."""
-    values = {name: settings[name] for name in _OPTIONS if name in settings}
+    values = {name: settings[name] for name in _OPTION_NAMES.split() if name in settings}
     values |= {field.name: getattr(facts, field.name) for field in dataclasses.fields(facts)}
     values |= {f"validation_{name}": value for name, value in values.pop("validation").items()}
     for name in ("network_args", "datasets"):
