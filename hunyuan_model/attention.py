@@ -1,18 +1,28 @@
 """One attention entry: heads in, tokens out; the backend is chosen once, when a model is loaded.
 
 Every backend has the signature `(q, k, v, key_mask=None)` with q, k, v (B, H, L, D) and key_mask (B, 1, 1, L) bool,
-True for keys that count, and returns (B, L, H x D). Nobody here ever builds an L x L mask.
+True for keys that count, and returns (B, L, H x D). The keys that count come first in each row, since text is padded
+on the right. Nobody here ever builds an L x L mask.
 """
 
+import math
 from collections.abc import Callable
 
+import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
-from utils.errors import UserError
+from utils.attention_modes import require_attention
+from utils.device_utils import dtype_word
+from utils.errors import UserError, one_line
 
-Attention = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
+Attention = Callable[..., Tensor]
+
+# Largest relative error against exact attention that a backend may have: a few roundings of its dtype. The float32
+# value allows TF32. SageAttention rounds q and k to 8 bits.
+TOLERANCE = {torch.float32: 2e-3, torch.float16: 5e-3, torch.bfloat16: 2e-2}
+SAGE_TOLERANCE = 0.1
 
 
 def torch_attention(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None = None) -> Tensor:
@@ -21,16 +31,161 @@ def torch_attention(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None = N
     return rearrange(x, "B H L D -> B L (H D)")
 
 
-_BACKENDS: dict[str, Attention] = {"torch": torch_attention, "sdpa": torch_attention}
+def _sequence_ends(key_mask: Tensor) -> Tensor:
+    """Cumulative lengths (2B + 1,) int32 of the sequences in the rows laid end to end.
+
+    Each row is two sequences, its tokens and its padding: so the padding attends to itself alone, and no token has to
+    be moved to make room for another.
+    """
+    batch, length = key_mask.shape[0], key_mask.shape[-1]
+    starts = torch.arange(batch, device=key_mask.device) * length
+    ends = torch.stack((starts + key_mask.flatten(1).sum(1), starts + length), dim=1).flatten()  # B 2 -> 2B
+    return F.pad(ends, (1, 0)).to(torch.int32)
 
 
-def attention_backend(name: str) -> Attention:
+def _flash() -> Attention:
+    from flash_attn import flash_attn_func, flash_attn_varlen_func
+
+    return _flash_like(flash_attn_func, flash_attn_varlen_func)
+
+
+def _flash3() -> Attention:
+    from flash_attn_interface import flash_attn_func, flash_attn_varlen_func
+
+    return _flash_like(flash_attn_func, flash_attn_varlen_func)
+
+
+def _flash_like(dense: Callable[..., Tensor], ragged: Callable[..., Tensor]) -> Attention:
+    """FlashAttention 2 and 3: (B, L, H, D), or all rows end to end as (B L, H, D)."""
+
+    def attention(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None = None) -> Tensor:
+        batch, _, length, _ = q.shape
+        if key_mask is None:
+            q, k, v = (rearrange(x, "B H L D -> B L H D") for x in (q, k, v))
+            return _only_output(dense(q, k, v)).flatten(2)  # B L H D -> B L (H D)
+        q, k, v = (rearrange(x, "B H L D -> (B L) H D") for x in (q, k, v))
+        ends = _sequence_ends(key_mask)
+        x = _only_output(ragged(q, k, v, ends, ends, length, length))
+        return rearrange(x, "(B L) H D -> B L (H D)", B=batch)
+
+    return attention
+
+
+def _only_output(result: Tensor | tuple[Tensor, ...]) -> Tensor:
+    """Some releases of FlashAttention 3 return the log-sum-exp as well."""
+    return result[0] if isinstance(result, tuple) else result
+
+
+def _sageattn() -> Attention:
+    from sageattention import sageattn, sageattn_varlen
+
+    def attention(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None = None) -> Tensor:
+        batch, _, length, _ = q.shape
+        if key_mask is None:
+            return rearrange(sageattn(q, k, v, tensor_layout="HND", is_causal=False), "B H L D -> B L (H D)")
+        q, k, v = (rearrange(x, "B H L D -> (B L) H D") for x in (q, k, v))
+        ends = _sequence_ends(key_mask)
+        x = sageattn_varlen(q, k, v, ends, ends, length, length, is_causal=False)
+        return rearrange(x, "(B L) H D -> B L (H D)", B=batch)
+
+    return attention
+
+
+def _xformers() -> Attention:
+    from xformers.ops import memory_efficient_attention
+    from xformers.ops.fmha.attn_bias import BlockDiagonalMask
+
+    def attention(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None = None) -> Tensor:
+        batch = q.shape[0]
+        if key_mask is None:
+            q, k, v = (rearrange(x, "B H L D -> B L H D") for x in (q, k, v))
+            return memory_efficient_attention(q, k, v).flatten(2)  # B L H D -> B L (H D)
+        q, k, v = (rearrange(x, "B H L D -> 1 (B L) H D") for x in (q, k, v))
+        lengths = _sequence_ends(key_mask).diff().tolist()
+        rows = BlockDiagonalMask.from_seqlens([length for length in lengths if length])
+        return rearrange(memory_efficient_attention(q, k, v, attn_bias=rows), "1 (B L) H D -> B L (H D)", B=batch)
+
+    return attention
+
+
+_BACKENDS: dict[str, Callable[[], Attention]] = {
+    "torch": lambda: torch_attention,
+    "sdpa": lambda: torch_attention,
+    "flash": _flash,
+    "flash3": _flash3,
+    "sageattn": _sageattn,
+    "xformers": _xformers,
+}
+
+
+def attention_backend(name: str, split: bool = False) -> Attention:
     """The backend called `name` (a value of --attn_mode).
 
+    Args:
+        split: attend to the items of a batch one after the other, each without its padding (--split_attn).
+
     Raises:
-        UserError: the name is unknown.
+        UserError: the name is unknown, or its package is not installed or does not import.
     """
+    require_attention(name)
     try:
-        return _BACKENDS[name]
-    except KeyError:
-        raise UserError(f"attention mode '{name}' is not one of {', '.join(_BACKENDS)}") from None
+        backend = _BACKENDS[name]()
+    except Exception as error:  # compiled extensions fail to import in many ways
+        message = one_line(error)[:200]
+        raise UserError(f"attention mode '{name}': its package does not import ({message}); install it again") from None
+    return _one_by_one(backend) if split else backend
+
+
+def _one_by_one(backend: Attention) -> Attention:
+    def attention(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None = None) -> Tensor:
+        batch, _, longest, _ = q.shape
+        lengths = [longest] * batch if key_mask is None else key_mask.flatten(1).sum(1).tolist()
+        rows = []
+        for index, length in enumerate(lengths):
+            row = backend(*(x[index : index + 1, :, :length] for x in (q, k, v)))  # 1 H length D -> 1 length (H D)
+            rows.append(F.pad(row, (0, 0, 0, longest - length)))
+        return torch.cat(rows)
+
+    return attention
+
+
+def exact_attention(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None = None) -> Tensor:
+    """softmax(q k^T / sqrt(D)) v in float64 on the CPU: what every backend is measured by."""
+    q, k, v = (x.double().cpu() for x in (q, k, v))
+    scores = q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1])  # B H L L
+    if key_mask is not None:
+        scores = scores.masked_fill(~key_mask.cpu(), -math.inf)
+    return rearrange(scores.softmax(-1) @ v, "B H L D -> B L (H D)")
+
+
+def verify_attention(
+    name: str, device: torch.device | str, dtype: torch.dtype, head_dim: int = 128, split: bool = False
+) -> float:
+    """Compares a backend with exact attention on a small batch, with and without padding, before it is relied on.
+
+    Returns:
+        The larger relative error of the two.
+
+    Raises:
+        UserError: the backend is missing, does not run with this device and dtype, or is wrong.
+    """
+    backend = attention_backend(name, split)
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(2, 4, 96, head_dim, generator=generator).to(device, dtype) for _ in range(3))
+    lengths = torch.tensor([96, 77], device=device)
+    padded = (torch.arange(96, device=device) < lengths[:, None])[:, None, None, :]  # B 1 1 L
+    errors = []
+    for key_mask in (None, padded):
+        counts = torch.ones(2, 96, dtype=torch.bool) if key_mask is None else padded[:, 0, 0].cpu()
+        expected = exact_attention(q, k, v, key_mask)[counts]
+        try:
+            found = backend(q, k, v, key_mask).double().cpu()[counts]
+        except Exception as error:  # whatever a kernel raises for a GPU or dtype that it was not built for
+            message = f"does not run on {device} with {dtype_word(dtype)}: {one_line(error)[:200]}"
+            raise UserError(f"attention mode '{name}' {message}; use --attn_mode torch or --sdpa") from None
+        errors.append(float((found - expected).norm() / expected.norm()))
+    allowed = SAGE_TOLERANCE if name == "sageattn" else TOLERANCE[dtype]
+    if not all(error <= allowed for error in errors):
+        message = f"relative error {max(errors):.2g} on {device} with {dtype_word(dtype)}, at most {allowed:g} is right"
+        raise UserError(f"attention mode '{name}' computes wrong results here ({message}); use --attn_mode torch")
+    return max(errors)

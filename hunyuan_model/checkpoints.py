@@ -45,6 +45,7 @@ def load_dit(
     dtype: torch.dtype = torch.bfloat16,
     fp8: bool = False,
     attention: str = "torch",
+    split_attention: bool = False,
 ) -> HYVideoDiffusionTransformer:
     """A frozen DiT.
 
@@ -54,6 +55,7 @@ def load_dit(
         dtype: of all weights that are not fp8.
         fp8: keep the linear weights of the blocks, modulation excepted, as float8; those of an fp8 file as they are.
         attention: the backend, a value of --attn_mode.
+        split_attention: attend to the items of a batch one after the other.
 
     Raises:
         UserError: not a HunyuanVideo DiT, or a broken or incomplete one.
@@ -66,7 +68,7 @@ def load_dit(
         config = _dit_config(file, shapes)
         with torch.device("meta"):
             model = HYVideoDiffusionTransformer(config)
-        model.set_attention(attention)
+        model.set_attention(attention, split_attention)
     _check_names(path, model, shapes)
     if fp8:
         quantize_linears(model, is_quantized_in_dit)

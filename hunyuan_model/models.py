@@ -215,9 +215,9 @@ class HYVideoDiffusionTransformer(nn.Module):
         """All double and single blocks in the order in which they run."""
         return [*self.double_blocks, *self.single_blocks]
 
-    def set_attention(self, name: str) -> None:
+    def set_attention(self, name: str, split: bool = False) -> None:
         """Chooses the attention backend of every block; see `hunyuan_model.attention`."""
-        backend = attention_backend(name)
+        backend = attention_backend(name, split)
         for module in self.modules():
             if hasattr(module, "attention"):
                 module.attention = backend

@@ -7,10 +7,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from utils.attention_modes import ATTENTION_MODES, require_attention
 from utils.cli import option, parse_options
 from utils.errors import UserError
 from utils.option_groups import (
-    ATTENTION_MODES,
     BlockSwapOptions,
     CompileOptions,
     DeviceOptions,
@@ -133,7 +133,7 @@ class LoraOptions:
 class SpeedOptions:
     """memory and speed"""
 
-    attn_mode: str = option("torch", help="attention; torch and sdpa are the same", choices=ATTENTION_MODES)
+    attn_mode: str = option("torch", help="attention; torch and sdpa are the same", choices=list(ATTENTION_MODES))
     split_attn: bool = option(False, help="one prompt per call of the model; implies --split_uncond")
     split_uncond: bool = option(False, help="two calls with one video instead of one with two; half the activations")
     fp8: bool = option(False, help="keep the Linear weights of the DiT's blocks as float8, half the memory of bfloat16")
@@ -146,6 +146,8 @@ class SpeedOptions:
     compile_args: list[str] = option([], help="deprecated: backend, mode, dynamic, fullgraph of --compile in one")
 
     def __post_init__(self) -> None:
+        require_attention(self.attn_mode)
+        require_attention(self.attn_mode)
         if self.fp8_fast and not self.fp8:
             raise UserError("--fp8_fast needs --fp8")
         if self.compile_args and len(self.compile_args) != 4:

@@ -7,7 +7,6 @@ from utils.cli import option
 from utils.errors import UserError
 
 DTYPE_WORDS = ("float32", "fp32", "float", "float16", "fp16", "bfloat16", "bf16")
-ATTENTION_MODES = ("torch", "sdpa", "flash", "flash3", "sageattn", "xformers")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,6 +6,7 @@ Groups of single parts (timesteps, optimizer, scheduler, metadata, upload) are d
 from dataclasses import dataclass
 from pathlib import Path
 
+from utils.attention_modes import require_attention
 from utils.cli import option
 from utils.errors import UserError
 
@@ -37,6 +38,7 @@ class TrainingAttentionOptions:
             raise UserError("--sage_attn: SageAttention has no backward pass; train with --sdpa or --flash_attn")
         if len(self._chosen()) > 1:
             raise UserError(f"{' and '.join(f'--{name}' for name in self._chosen())}: choose one attention backend")
+        require_attention(self.mode)
 
     def _chosen(self) -> list[str]:
         return [name for name in ("sdpa", "flash_attn", "flash3", "xformers") if getattr(self, name)]
@@ -182,7 +184,9 @@ class LogOptions:
     log_tracker_name: str | None = option(None, help="name of the tracker's project; network_train if unset")
     wandb_run_name: str | None = option(None, help="name of the wandb run")
     log_tracker_config: Path | None = option(None, help="TOML file with arguments of the trackers", path="file")
-    wandb_api_key: str | None = option(None, help="wandb key; better: the environment variable WANDB_API_KEY")
+    wandb_api_key: str | None = option(
+        None, help="wandb key; better: the environment variable WANDB_API_KEY", secret=True
+    )
     log_config: bool = option(False, help="log the settings to the trackers")
 
     def __post_init__(self) -> None:

@@ -1,0 +1,47 @@
+"""Attention backends by the words that users type, and what each needs; imports nothing heavy."""
+
+import importlib.metadata
+import importlib.util
+from dataclasses import dataclass
+
+from packaging.version import Version
+
+from utils.errors import UserError, did_you_mean
+
+# Before it, scaled dot product attention with a key mask could give wrong results on CUDA: black videos.
+MINIMUM_TORCH = "2.5.1"
+
+
+@dataclass(frozen=True)
+class AttentionMode:
+    """What a backend needs."""
+
+    module: str
+    install: str
+
+
+ATTENTION_MODES = {
+    "torch": AttentionMode("torch", f"pip install 'torch>={MINIMUM_TORCH}'"),
+    "sdpa": AttentionMode("torch", f"pip install 'torch>={MINIMUM_TORCH}'"),
+    "flash": AttentionMode("flash_attn", "pip install flash-attn --no-build-isolation"),
+    "flash3": AttentionMode("flash_attn_interface", "pip install flash-attn-3 (Hopper GPUs, from PyTorch's own index)"),
+    "sageattn": AttentionMode("sageattention", "pip install sageattention"),
+    "xformers": AttentionMode("xformers", "pip install xformers"),
+}
+
+
+def require_attention(name: str) -> None:
+    """Refuses a backend that cannot work here, before anything is loaded.
+
+    Raises:
+        UserError: unknown, its package is not installed, or torch is too old for its own attention.
+    """
+    mode = ATTENTION_MODES.get(name)
+    if mode is None:
+        hint = did_you_mean(name, list(ATTENTION_MODES))
+        raise UserError(f"attention mode '{name}' is not one of {', '.join(ATTENTION_MODES)}{hint}")
+    if importlib.util.find_spec(mode.module) is None:
+        raise UserError(f"attention mode '{name}': the package {mode.module} is not installed; {mode.install}")
+    if mode.module == "torch" and Version(importlib.metadata.version("torch")) < Version(MINIMUM_TORCH):
+        found = importlib.metadata.version("torch")
+        raise UserError(f"attention mode '{name}': torch {found} has a wrong one (black videos); {mode.install}")
