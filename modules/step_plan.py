@@ -79,16 +79,9 @@ class _KeyedDataset(Dataset):
 
     def __init__(self, dataset: Any) -> None:
         self.dataset = dataset
-        self.epoch: int | None = None
 
     def __getitem__(self, key: BatchKey) -> Any:
-        if key is None:
-            return None
-        epoch, batch = key
-        if epoch != self.epoch:
-            self.dataset.set_epoch(epoch)
-            self.epoch = epoch
-        return self.dataset[batch]
+        return None if key is None else self.dataset.batch_of(*key)
 
 
 def as_it_is(batch: Any) -> Any:
@@ -100,7 +93,7 @@ def batch_loader(dataset: Any, plan: StepPlan, rank: int, first_step: int, worke
     """One loader for the whole run of a rank, from `first_step` on: `plan.accumulation` items for each step.
 
     Args:
-        dataset: `set_epoch(epoch)`, then item i is the i-th batch of the epoch; can be pickled.
+        dataset: `batch_of(epoch, index)`; can be pickled.
         workers: loader processes; 0 loads in this process.
     """
     return DataLoader(

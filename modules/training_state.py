@@ -31,8 +31,10 @@ class Progress:
 
     seed: int
     step: int = 0
+    samples: int = 0
     nonfinite_in_a_row: int = 0
     smoothed_loss: float | None = None
+    first_losses: list[float] = field(default_factory=list)
     loss_by_band: dict[str, float] = field(default_factory=dict)
     base_validation_loss: float | None = None
     validation_loss: float | None = None

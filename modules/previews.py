@@ -1,0 +1,118 @@
+"""Videos and images of the model in training, through the sampler that generation uses."""
+
+import dataclasses
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from modules.sampler import Conditioning, sample_latents
+from modules.training_log import TrainingLog
+from utils.device_utils import release_memory
+from utils.errors import one_line
+from utils.prompt_files import Request
+from utils.training_files import TrainingFiles
+from utils.video_io import save_image, save_video
+
+Decode = Callable[[Tensor], Tensor]
+"""Scaled latents (1, C, f, h, w) -> pixels (3, F, H, W) in 0..1."""
+
+
+PreviewPrompt = tuple[Request, Conditioning, Conditioning | None]
+"""A request with its encoded positive and negative prompt."""
+
+
+@torch.no_grad()
+def encode_prompts(
+    requests: Sequence[Request], load_1: Callable[[], Any], load_2: Callable[[], Any], device: torch.device
+) -> list[PreviewPrompt]:
+    """Encodes every prompt, with one text encoder in memory at a time.
+
+    Args:
+        load_1: loads an encoder with `encode([prompt])` -> states (1, L, D), mask (1, L).
+        load_2: loads an encoder with `encode([prompt])` -> pooled (1, D2).
+    """
+    texts = list({text: None for request in requests for text in (request.prompt, request.negative_prompt)})
+    encoder = load_1()
+    states = {text: [tensor.cpu() for tensor in encoder.encode([text])] for text in texts}
+    del encoder
+    release_memory(device)
+    encoder = load_2()
+    pooled = {text: encoder.encode([text]).cpu() for text in texts}
+    del encoder
+    release_memory(device)
+    encoded = {text: Conditioning(*states[text], pooled[text]) for text in texts}
+    return [(request, encoded[request.prompt], encoded[request.negative_prompt]) for request in requests]
+
+
+class Previewer:
+    """Makes the previews of a run; one that fails is reported, and training goes on.
+
+    Args:
+        prompts: requests with their encoded positive and negative prompts.
+        seed: of requests that have none.
+    """
+
+    def __init__(
+        self,
+        dit: nn.Module,
+        prompts: Sequence[PreviewPrompt],
+        decode: Decode,
+        files: TrainingFiles,
+        accelerator: Accelerator,
+        seed: int,
+    ) -> None:
+        self.dit, self.prompts, self.decode = dit, prompts, decode
+        self.files, self.accelerator, self.seed = files, accelerator, seed
+
+    def run(self, moment: str, log: TrainingLog) -> None:
+        """Makes every preview; `moment` is `e{epoch:06d}` or the step as `{step:06d}`, for the names."""
+        for index, prompt in enumerate(self.prompts):
+            try:
+                path, pixels = self._make(index, moment, *prompt)
+                _track(self.accelerator, index, pixels, prompt[0], log.progress.step)
+                log.record(log.progress.step, preview=path.name)
+            except Exception as error:
+                log.record(log.progress.step, preview_failed=index, reason=one_line(error))
+                log.say(f"preview {index + 1} failed, training goes on: {type(error).__name__}: {one_line(error)}")
+            release_memory(self.accelerator.device)
+
+    def _make(
+        self, index: int, moment: str, request: Request, positive: Conditioning, negative: Conditioning | None
+    ) -> tuple[Path, Tensor]:
+        device = self.accelerator.device
+        seeded = dataclasses.replace(request, seed=self.seed if request.seed is None else request.seed)
+        with self.accelerator.autocast():
+            latents = sample_latents(self.dit, seeded, positive, negative, device=device)
+        with torch.no_grad():
+            pixels = self.decode(latents)
+        seed = "" if request.seed is None else f"_{request.seed}"
+        stem = f"{self.files.name}_{moment}_{index:02d}_{time.strftime('%Y%m%d%H%M%S')}{seed}"
+        if pixels.shape[1] == 1:
+            path = self.files.previews / f"{stem}.png"
+            save_image(pixels, path)
+        else:
+            path = self.files.previews / f"{stem}.mp4"
+            save_video(pixels, path, request.fps)
+        return path, pixels
+
+
+def _track(accelerator: Accelerator, index: int, pixels: Tensor, request: Request, step: int) -> None:
+    """Shows a preview (3, F, H, W) in TensorBoard and wandb."""
+    for tracker in accelerator.trackers:
+        if tracker.name == "tensorboard":
+            if pixels.shape[1] == 1:
+                tracker.writer.add_image(f"preview {index}", pixels[:, 0].float().cpu(), step)
+            else:
+                frames = pixels.float().cpu().transpose(0, 1).unsqueeze(0)  # 3 F H W -> 1 F 3 H W
+                tracker.writer.add_video(f"preview {index}", frames, step, fps=request.fps)
+        elif tracker.name == "wandb":
+            import wandb
+
+            frames = pixels.mul(255).round().byte().cpu().transpose(0, 1).numpy()
+            shown = wandb.Image(pixels[:, 0].cpu()) if len(frames) == 1 else wandb.Video(frames, fps=request.fps)
+            tracker.log({f"preview {index}": shown}, step=step)

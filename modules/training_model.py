@@ -1,0 +1,52 @@
+"""A video DiT as training sees it: batches in, velocities out."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from modules.sampler import GUIDANCE_SCALE, TIMESTEP_SCALE
+
+
+@dataclass(frozen=True)
+class TrainingModel:
+    """A DiT with what its call needs besides the batch.
+
+    Attributes:
+        dit: called as dit(x, timestep, text_states, text_mask, text_states_2, guidance), with `config.in_channels` and
+            `config.guidance_embed`.
+        latent_scale: latents of the DiT = latents of the cache x this.
+        guidance: embedded guidance scale; the model is given it x 1000.
+        split_batches: run the items of a batch one by one.
+    """
+
+    dit: nn.Module
+    latent_scale: float
+    guidance: float
+    device: torch.device
+    split_batches: bool = False
+
+    def latents(self, batch: Any) -> Tensor:
+        """Scaled latents x0 of a batch, (B, C, f, h, w) float32 on the device."""
+        return batch.latents.to(self.device, torch.float32) * self.latent_scale
+
+    def velocity(self, x_t: Tensor, sigma: Tensor, batch: Any) -> Tensor:
+        """What the DiT predicts for noisy latents x_t (B, C, f, h, w) at sigma (B,) and the captions of the batch."""
+        guidance = torch.full_like(sigma, self.guidance * GUIDANCE_SCALE) if self.dit.config.guidance_embed else None
+        captions = [batch.text_states, batch.text_mask, batch.text_states_2]
+        captions = [tensor.to(self.device, non_blocking=True) for tensor in captions]
+        x = self._with_image(x_t, batch)
+        arguments = (x, sigma * TIMESTEP_SCALE, *captions, guidance)
+        if not self.split_batches:
+            return self.dit(*arguments)
+        items = [[None if a is None else a[i : i + 1] for a in arguments] for i in range(len(sigma))]
+        return torch.cat([self.dit(*item) for item in items])
+
+    def _with_image(self, x_t: Tensor, batch: Any) -> Tensor:
+        """Image-to-video models with doubled input channels see the first frame, and zeros after it, beside x_t."""
+        if self.dit.config.in_channels == x_t.shape[1]:
+            return x_t
+        image = torch.zeros_like(x_t)
+        image[:, :, :1] = self.latents(batch)[:, :, :1]
+        return torch.cat((x_t, image), dim=1)  # B 2C f h w
