@@ -40,7 +40,8 @@ class LlmTextEncoder:
 
     def __init__(self, model: nn.Module, tokenizer: PromptTokenizer, fingerprint: str) -> None:
         _check_vocabulary(model, tokenizer)
-        self.model = model.eval().requires_grad_(False)
+        # Loaders place the parameters; the buffers follow.
+        self.model = model.eval().requires_grad_(False).to(model.device)
         self.tokenizer = tokenizer
         self.fingerprint = fingerprint
 
@@ -71,7 +72,8 @@ class ClipTextEncoder:
 
     def __init__(self, model: nn.Module, tokenizer: PromptTokenizer, fingerprint: str) -> None:
         _check_vocabulary(model, tokenizer)
-        self.model = model.eval().requires_grad_(False)
+        # Loaders place the parameters; the buffers follow.
+        self.model = model.eval().requires_grad_(False).to(model.device)
         self.tokenizer = tokenizer
         self.fingerprint = fingerprint
 

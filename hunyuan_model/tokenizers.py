@@ -61,7 +61,7 @@ class PromptTokenizer:
         self.path = Path(path)
         text = read_text(self.path, "tokenizer")
         self._tokenizer = _parsed(self.path, text)
-        self.fingerprint = hashlib.sha256((template + text).encode()).hexdigest()[:16]
+        self.fingerprint = fingerprint(self.path, template)
         missing = [token for token in markers if self._tokenizer.token_to_id(token) is None]
         if missing:
             raise UserError(f"{self.path}: not the tokenizer of this text encoder: the token {missing[0]} is missing")
@@ -116,6 +116,11 @@ def llm_tokenizer(path: str | Path, template: str = VIDEO_TEMPLATE) -> PromptTok
 def clip_tokenizer(path: str | Path) -> PromptTokenizer:
     """The CLIP tokenizer of text encoder 2 from a `tokenizer.json`."""
     return PromptTokenizer(path, "{}", CLIP_TOKENS, CLIP_MARKERS)
+
+
+def fingerprint(path: str | Path, template: str) -> str:
+    """Identifies a tokenizer and the template that it is used with, without loading it."""
+    return hashlib.sha256((template + read_text(path, "tokenizer")).encode()).hexdigest()[:16]
 
 
 def find_tokenizer(model: str | Path, given: str | Path | None, repository: str) -> Path:

@@ -1,0 +1,316 @@
+"""Encodes every caption of a dataset once, with LLaVA-Llama-3 and CLIP-L, so that training needs no text encoder.
+
+Before: captions as described in dataset/dataset_config.md; cache_latents.py may run before or after.
+After:  {name}_hv_te.safetensors for each captioned file, in the dataset's cache_directory.
+
+    python cache_text_encoder_outputs.py --dataset_config dataset.toml --batch_size 16 \
+        --text_encoder1 ckpts/text_encoder --text_encoder2 ckpts/text_encoder_2 --fp8_llm
+
+A second run encodes only what changed. One text encoder is in memory at a time.
+"""
+
+import json
+import os
+import sys
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from utils.cli import option, parse_options, print_table, run_script
+from utils.errors import UserError
+from utils.option_groups import DeviceOptions, TextEncoderOptions, require
+
+if TYPE_CHECKING:
+    import torch
+
+    from dataset.cache import Manifest, Verdict
+    from dataset.config_utils import DatasetSettings
+    from dataset.sources import Source
+    from hunyuan_model.text_encoder import ClipTextEncoder, LlmTextEncoder
+
+DEFAULT_WORKERS = 8
+# In a cache file's `made_from`: the end of the caption that the LLM does not see, because it takes 256 tokens.
+CUT_KEY = "cut"
+SHOWN = 5  # captions named in a warning, and so many words of each
+
+
+@dataclass(frozen=True, kw_only=True)
+class CachingOptions:
+    """caching"""
+
+    dataset_config: Path = option(help="dataset config, a .toml or .json file", path="file")
+    batch_size: int | None = option(
+        None, help="captions encoded at once; where a dataset's batch_size is smaller, that counts", minimum=1
+    )
+    num_workers: int | None = option(
+        None, help=f"threads that look at existing cache files; {DEFAULT_WORKERS} when unset", minimum=0
+    )
+    skip_existing: bool = option(
+        False, help="keep every complete cache file by its name, also when its caption changed"
+    )
+    keep_cache: bool = option(False, help="accepted; cache files are kept anyway unless --prune is given")
+    prune: bool = option(False, help="delete cache files in the cache directories that belong to no caption")
+    strict: bool = option(False, help="stop when a file of the dataset cannot be used, instead of skipping it")
+
+    def __post_init__(self) -> None:
+        if self.prune and self.keep_cache:
+            raise UserError("--prune deletes what --keep_cache keeps; give one of them")
+
+
+@dataclass
+class Entry:
+    """One caption and what is to be done with its cache file."""
+
+    source: "Source"
+    cache: Path
+    verdict: "Verdict"
+
+
+@dataclass
+class Work:
+    """One dataset: its captions, and what lies in its cache directory."""
+
+    settings: "DatasetSettings"
+    manifest: "Manifest"
+    entries: list[Entry]
+    skipped: list["Source"]
+    orphaned: list[Path]
+
+    def batches(self, limit: int | None) -> Iterator[list[Entry]]:
+        """The captions that this process encodes."""
+        rank, processes = process_share()
+        pending = [entry for entry in self.entries if not entry.verdict.kept][rank::processes]
+        size = min(self.settings.batch_size, limit or self.settings.batch_size)
+        for start in range(0, len(pending), size):
+            yield pending[start : start + size]
+
+
+def main() -> None:
+    options, encoders, device = parse_options(__doc__, CachingOptions, TextEncoderOptions, DeviceOptions)
+    require(encoders, "text_encoder1", "text_encoder2")
+    from dataset.config_utils import load_dataset_config
+
+    config = load_dataset_config(options.dataset_config)
+    made_from = fingerprint(encoders)
+    works = [survey(settings, options, made_from) for settings in config.every_dataset]
+    report_skipped(works, options.strict)
+    encode([batch for work in works for batch in work.batches(options.batch_size)], encoders, device, made_from)
+    if process_share()[0] == 0:
+        finish(works, options.prune)
+
+
+def process_share() -> tuple[int, int]:
+    """(rank, number of processes) under `accelerate launch`, else (0, 1)."""
+    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+
+def fingerprint(encoders: TextEncoderOptions) -> dict[str, Any]:
+    """What the embeddings depend on besides the caption, read from headers and tokenizer files.
+
+    Raises:
+        UserError: a path does not hold the model that its option names, or a tokenizer is missing.
+    """
+    from hunyuan_model import tokenizers
+    from hunyuan_model.model_files import CLIP, LLM, identify
+
+    llm, clip = identify(encoders.text_encoder1), identify(encoders.text_encoder2)
+    for file, part in ((llm, LLM), (clip, CLIP)):
+        file.tensors(part)
+    tokenizer1 = tokenizers.find_tokenizer(encoders.text_encoder1, encoders.tokenizer1, tokenizers.LLM_REPOSITORY)
+    tokenizer2 = tokenizers.find_tokenizer(encoders.text_encoder2, encoders.tokenizer2, tokenizers.CLIP_REPOSITORY)
+    return {
+        "text_encoder1": llm.checkpoint.fingerprint,
+        "text_encoder2": clip.checkpoint.fingerprint,
+        "tokenizer1": tokenizers.fingerprint(tokenizer1, tokenizers.VIDEO_TEMPLATE),
+        "tokenizer2": tokenizers.fingerprint(tokenizer2, "{}"),
+        "dtype": stored_dtype(encoders),
+        "fp8_llm": encoders.fp8_llm,
+    }
+
+
+def stored_dtype(encoders: TextEncoderOptions) -> str:
+    """The word of the dtype in the cache files."""
+    from utils.device_utils import DTYPES, dtype_word
+
+    return dtype_word(DTYPES[encoders.text_encoder_dtype or "float16"])
+
+
+def compute_dtype(encoders: TextEncoderOptions, device: "torch.device") -> "torch.dtype":
+    """float16 on a GPU and float32 on a CPU unless the user says otherwise."""
+    from utils.device_utils import DTYPES
+
+    return DTYPES[encoders.text_encoder_dtype or ("float16" if device.type == "cuda" else "float32")]
+
+
+def survey(settings: "DatasetSettings", options: CachingOptions, made_from: Mapping[str, Any]) -> Work:
+    """What a dataset needs: nothing is encoded whose cache file was made from the same things."""
+    from dataset.cache import TEXT_SUFFIX, Manifest, Verdict, check_text, orphans, remove_leftovers, text_cache_path
+    from dataset.sources import explain_empty, list_sources
+
+    sources = list_sources(settings)
+    usable = [source for source in sources if source.problem is None]
+    if not usable:
+        raise UserError(sources[0].problem if sources else explain_empty(settings))
+    manifest = Manifest.load(settings.cache_directory, "text")
+    caches = {source.name: text_cache_path(settings.cache_directory, source.name) for source in sources}
+    if process_share()[0] == 0:
+        remove_leftovers(settings.cache_directory, caches.values())
+
+    def entry(source: "Source") -> Entry:
+        cache = caches[source.name]
+        verdict = check_text(cache, source.caption, made_from, trust_name=options.skip_existing)
+        if verdict.kept and not manifest.is_sound(cache):
+            verdict = Verdict("changed", "the cache file is damaged")
+        return Entry(source, cache, verdict)
+
+    with ThreadPoolExecutor(max(1, DEFAULT_WORKERS if options.num_workers is None else options.num_workers)) as pool:
+        entries = list(pool.map(entry, usable))
+    skipped = [source for source in sources if source.problem is not None]
+    return Work(settings, manifest, entries, skipped, orphans(settings.cache_directory, TEXT_SUFFIX, caches.values()))
+
+
+def report_skipped(works: Sequence[Work], strict: bool) -> None:
+    for source in [source for work in works for source in work.skipped]:
+        if strict:
+            raise UserError(f"--strict: {source.problem}")
+        print(f"warning: skipped: {source.problem}", file=sys.stderr)
+
+
+def encode(
+    batches: Sequence[list[Entry]], encoders: TextEncoderOptions, options: DeviceOptions, made_from: Mapping[str, Any]
+) -> None:
+    """Encodes and writes; CLIP goes first, because its small results can wait for the LLM's."""
+    if not batches:
+        return
+    from hunyuan_model.checkpoints import load_text_encoder_1, load_text_encoder_2
+    from utils.device_utils import release_memory, resolve_device
+
+    device = resolve_device(options.device)
+    dtype = compute_dtype(encoders, device)
+    clip = load_text_encoder_2(encoders.text_encoder2, device, dtype, encoders.tokenizer2)
+    pooled = [encode_clip(clip, batch) for batch in progress(batches, "text encoder 2")]
+    del clip
+    release_memory(device)
+
+    llm = load_text_encoder_1(encoders.text_encoder1, device, dtype, encoders.fp8_llm, encoders.tokenizer1)
+    for batch, of_clip in zip(progress(batches, "text encoder 1"), pooled, strict=True):
+        write_batch(llm, batch, of_clip, made_from)
+    del llm
+    release_memory(device)
+
+
+def progress(batches: Sequence[list[Entry]], title: str) -> Iterator[list[Entry]]:
+    """The batches, with a bar that counts captions."""
+    from tqdm import tqdm
+
+    with tqdm(total=sum(map(len, batches)), desc=title, unit="caption") as bar:
+        for batch in batches:
+            yield batch
+            bar.update(len(batch))
+
+
+def encode_clip(clip: "ClipTextEncoder", batch: Sequence[Entry]) -> tuple["torch.Tensor", "torch.Tensor"]:
+    """Pooled vectors (B, D2) and the masks of the tokens (B, 77), on the CPU."""
+    captions = [entry.source.caption for entry in batch]
+    return clip.encode(captions).cpu(), clip.tokenizer(captions)[1]
+
+
+def write_batch(
+    llm: "LlmTextEncoder",
+    batch: Sequence[Entry],
+    of_clip: tuple["torch.Tensor", "torch.Tensor"],
+    made_from: Mapping[str, Any],
+) -> None:
+    from dataset.cache import write_text_cache
+    from utils.device_utils import DTYPES
+
+    dtype = DTYPES[made_from["dtype"]]
+    captions = [entry.source.caption for entry in batch]
+    states, mask = (each.cpu() for each in llm.encode(captions))  # (B, 256, D), (B, 256)
+    cut = llm.truncated(captions)
+    for index, (entry, caption) in enumerate(zip(batch, captions, strict=True)):
+        pooled, pooled_mask = (each[index] for each in of_clip)
+        try:
+            write_text_cache(
+                entry.cache,
+                states[index].to(dtype),
+                mask[index],
+                pooled.to(dtype),
+                pooled_mask,
+                caption,
+                {**made_from, CUT_KEY: cut[index]},
+            )
+        except ValueError as error:
+            raise UserError(
+                f"{entry.source.path}: {error} in {made_from['dtype']}; use --text_encoder_dtype bfloat16 or float32"
+            ) from None
+
+
+def finish(works: Sequence[Work], prune: bool) -> None:
+    """Says what was done and what deserves attention, and deletes orphans if asked to."""
+    entries = [entry for work in works for entry in work.entries]
+    report_cut(entries)
+    empty = [entry.source.path for entry in entries if not entry.source.caption]
+    if empty:
+        print(f"warning: {len(empty)} captions are empty, the first is that of {empty[0]}", file=sys.stderr)
+    foreign = sum(entry.verdict.by_musubi for entry in entries)
+    if foreign:
+        print(f"note: {foreign} cache files were made by musubi-tuner and are used as they are")
+    for work in works:
+        close(work, prune)
+    header = (
+        "cache directory",
+        "captions",
+        "new",
+        "changed",
+        "kept",
+        "pruned" if prune else "orphaned",
+        "skipped",
+        "changed because",
+    )
+    print_table("Text encoder outputs", [table_row(work) for work in works], header)
+
+
+def report_cut(entries: Sequence[Entry]) -> None:
+    """Names the captions of which the LLM sees only a part, those of earlier runs too."""
+    cut = [(entry.source.path, text) for entry in entries if (text := cut_text(entry.cache))]
+    if cut:
+        print(f"warning: {len(cut)} captions exceed 256 tokens; what is cut:", file=sys.stderr)
+    for path, text in cut[:SHOWN]:
+        words = text.split()
+        print(f"  {path}: {' '.join(words[:SHOWN])}{' ...' if len(words) > SHOWN else ''}", file=sys.stderr)
+
+
+def cut_text(cache: Path) -> str:
+    """The end of a caption that its cache file says was cut; empty where nothing was, or nothing is known."""
+    from utils.safetensors_utils import read_header
+
+    if not cache.exists():
+        return ""
+    _, metadata = read_header(cache)
+    return json.loads(metadata.get("made_from", "{}")).get(CUT_KEY, "")
+
+
+def close(work: Work, prune: bool) -> None:
+    """Notes which files are sound, and deletes the orphans."""
+    for entry in work.entries:
+        if not entry.verdict.kept and entry.cache.exists():
+            work.manifest.mark_sound(entry.cache)
+    work.manifest.save()
+    for path in work.orphaned if prune else []:
+        path.unlink()
+
+
+def table_row(work: Work) -> list[object]:
+    words = Counter(entry.verdict.word for entry in work.entries)
+    reasons = Counter(entry.verdict.reason for entry in work.entries if entry.verdict.word == "changed")
+    counts = [len(work.entries), words["new"], words["changed"], words["kept"], len(work.orphaned), len(work.skipped)]
+    why = ", ".join(f"{reason} ({number})" for reason, number in reasons.items())
+    return [work.settings.cache_directory, *counts, why]
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -1,0 +1,325 @@
+"""cache_text_encoder_outputs.py on real files and the small models."""
+
+import json
+import subprocess
+import sys
+import weakref
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+import cache_text_encoder_outputs as script
+from hunyuan_model import checkpoints
+from utils.errors import UserError
+from utils.safetensors_utils import load_file, read_header, save_file
+
+ROOT = Path(__file__).parents[2]
+CAPTIONS = {
+    "cat": "a cat walks on the grass",
+    "ball 1": "a red ball moves from the left to the right",
+    "海 #[x]": "  the camera pans slowly over the sea at night\n",
+}
+
+
+@pytest.fixture
+def dataset(tmp_path) -> Path:
+    """A dataset config of three captioned images; caches go to tmp_path/cache."""
+    for name, caption in CAPTIONS.items():
+        add_image(tmp_path, name, caption)
+    config = tmp_path / "dataset.toml"
+    config.write_text(
+        "[general]\nresolution = [64, 64]\nbatch_size = 2\n\n[[datasets]]\n"
+        f"image_directory = '{tmp_path / 'images'}'\ncache_directory = '{tmp_path / 'cache'}'\n",
+        encoding="utf-8",
+    )
+    return config
+
+
+def add_image(folder: Path, name: str, caption: str | None) -> None:
+    (folder / "images").mkdir(exist_ok=True)
+    Image.new("RGB", (80, 64), "red").save(folder / "images" / f"{name}.png")
+    if caption is not None:
+        (folder / "images" / f"{name}.txt").write_text(caption, encoding="utf-8")
+
+
+def arguments(dataset: Path, models, *more: object) -> list[str]:
+    return [
+        *("--dataset_config", str(dataset), "--device", "cpu"),
+        *("--text_encoder1", str(models.text_encoder1), "--text_encoder2", str(models.text_encoder2)),
+        *map(str, more),
+    ]
+
+
+@pytest.fixture
+def run(dataset, tiny_models, monkeypatch, capsys):
+    """Runs the script's main in this process; returns the numbers of the table by column."""
+
+    def run_main(*more: object) -> dict[str, str]:
+        monkeypatch.setattr(sys, "argv", ["cache_text_encoder_outputs.py", *arguments(dataset, tiny_models, *more)])
+        capsys.readouterr()
+        script.main()
+        run_main.output = capsys.readouterr()
+        _, header, _, row = run_main.output.out.strip().split("Text encoder outputs")[1].split("\n")
+        columns, values = header.split(), row.strip().removeprefix(str(dataset.parent / "cache")).split(maxsplit=6)
+        return dict(zip(columns[2:8], values, strict=False)) | {"because": "".join(values[6:])}
+
+    return run_main
+
+
+@pytest.fixture
+def loads(monkeypatch) -> list[str]:
+    """The text encoders that are loaded from here on."""
+    loaded = []
+
+    def noting(name: str, load):
+        def noted(*arguments):
+            loaded.append(name)
+            return load(*arguments)
+
+        return noted
+
+    for name in ("load_text_encoder_1", "load_text_encoder_2"):
+        monkeypatch.setattr(checkpoints, name, noting(name, getattr(checkpoints, name)))
+    return loaded
+
+
+def caches(dataset: Path) -> dict[str, Path]:
+    return {path.name.removesuffix("_hv_te.safetensors"): path for path in (dataset.parent / "cache").glob("*_hv_te.*")}
+
+
+def counts(result: dict[str, str]) -> tuple[int, ...]:
+    return tuple(int(result[word]) for word in ("new", "changed", "kept", "orphaned"))
+
+
+def test_the_script_writes_exactly_the_documented_files(dataset, tiny_models):
+    command = [sys.executable, "cache_text_encoder_outputs.py", *arguments(dataset, tiny_models, "--batch_size", "16")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, encoding="utf-8")
+    assert done.returncode == 0, done.stderr
+    assert "Text encoder outputs" in done.stdout and "caption/s" in done.stderr
+
+    files = {f"{name}_hv_te.safetensors" for name in CAPTIONS}
+    assert {path.name for path in (dataset.parent / "cache").iterdir()} == files | {"hv_text.manifest.json"}
+    llm = checkpoints.load_text_encoder_1(tiny_models.text_encoder1, dtype=torch.float32)
+    clip = checkpoints.load_text_encoder_2(tiny_models.text_encoder2, dtype=torch.float32)
+    for name, path in caches(dataset).items():
+        caption = CAPTIONS[name].strip()
+        infos, metadata = read_header(path)
+        assert {key: (info.dtype, info.shape) for key, info in infos.items()} == {
+            "llm_float16": (torch.float16, (256, 64)),
+            "llm_mask": (torch.int64, (256,)),
+            "clipL_float16": (torch.float16, (128,)),
+            "clipL_mask": (torch.int64, (77,)),
+        }
+        assert set(metadata) == {"architecture", "caption1", "format_version", "made_from"}
+        assert (metadata["architecture"], metadata["format_version"]) == ("hunyuan_video", "1.0.1")
+        assert metadata["caption1"] == caption
+        tensors = load_file(path)
+        states, mask = llm.encode([caption])
+        torch.testing.assert_close(tensors["llm_float16"].float(), states[0], rtol=1e-3, atol=1e-3)
+        torch.testing.assert_close(tensors["clipL_float16"].float(), clip.encode([caption])[0], rtol=1e-3, atol=1e-3)
+        assert torch.equal(tensors["llm_mask"], mask[0])
+        assert tensors["clipL_mask"].sum() == clip.tokenizer([caption])[1].sum()
+
+
+def test_a_second_run_loads_no_model_and_an_edited_caption_is_encoded_alone(dataset, run, loads):
+    assert counts(run()) == (3, 0, 0, 0)
+    assert loads == ["load_text_encoder_2", "load_text_encoder_1"]
+    loads.clear()
+    before = {name: path.stat().st_mtime_ns for name, path in caches(dataset).items()}
+    assert counts(run()) == (0, 0, 3, 0)
+    assert loads == []
+
+    (dataset.parent / "images" / "cat.txt").write_text("a yellow triangle", encoding="utf-8")
+    result = run()
+    assert counts(result) == (0, 1, 2, 0) and result["because"] == "caption (1)"
+    after = {name: path.stat().st_mtime_ns for name, path in caches(dataset).items()}
+    assert {name for name in after if after[name] != before[name]} == {"cat"}
+    assert read_header(caches(dataset)["cat"])[1]["caption1"] == "a yellow triangle"
+
+
+def test_one_text_encoder_is_in_memory_at_a_time(run, monkeypatch):
+    alive = []
+    load_1, load_2 = checkpoints.load_text_encoder_1, checkpoints.load_text_encoder_2
+
+    def load_clip(*arguments):
+        clip = load_2(*arguments)
+        alive.append(weakref.ref(clip.model))
+        return clip
+
+    def load_llm(*arguments):
+        assert alive[0]() is None
+        return load_1(*arguments)
+
+    monkeypatch.setattr(checkpoints, "load_text_encoder_2", load_clip)
+    monkeypatch.setattr(checkpoints, "load_text_encoder_1", load_llm)
+    run()
+    assert alive
+
+
+def test_what_the_embeddings_depend_on_is_noticed(run):
+    run()
+    for option, reason in [
+        (["--fp8_llm"], "fp8_llm (3)"),
+        (["--text_encoder_dtype", "bfloat16"], "dtype, fp8_llm (3)"),
+    ]:
+        result = run(*option)
+        assert counts(result) == (0, 3, 0, 0) and result["because"] == reason
+
+
+def test_the_dtype_option_decides_the_dtype_of_the_file(dataset, run):
+    run("--text_encoder_dtype", "bf16")
+    assert {"llm_bfloat16", "clipL_bfloat16"} < set(read_header(caches(dataset)["cat"])[0])
+
+
+def test_fp8_is_near(dataset, run):
+    run()
+    plain = load_file(caches(dataset)["cat"])["llm_float16"].float()
+    run("--fp8_llm")
+    rounded = load_file(caches(dataset)["cat"])["llm_float16"].float()
+    assert 0 < (plain - rounded).norm() / plain.norm() < 0.15
+
+
+def test_damaged_files_are_made_again_equal(dataset, run):
+    run()
+    sound = {name: load_file(path) for name, path in caches(dataset).items()}
+    cat, ball, sea = (caches(dataset)[name] for name in CAPTIONS)
+    cat.write_bytes(cat.read_bytes()[:-100])
+    ball.write_bytes(b"")
+    tensors = load_file(sea)
+    save_file({**tensors, "clipL_float16": tensors["clipL_float16"] * float("nan")}, sea, read_header(sea)[1])
+    result = run()
+    assert counts(result) == (0, 3, 0, 0) and result["because"] == "the cache file is damaged (3)"
+    for name, path in caches(dataset).items():
+        assert all(torch.equal(tensor, sound[name][key]) for key, tensor in load_file(path).items())
+
+
+def test_only_prune_deletes(dataset, run):
+    run()
+    (dataset.parent / "images" / "cat.png").unlink()
+    foreign = dataset.parent / "cache" / "notes.txt"
+    foreign.write_text("mine")
+    assert counts(run("--keep_cache")) == (0, 0, 2, 1)
+    assert "cat" in caches(dataset)
+    run("--prune")
+    assert set(caches(dataset)) == {"ball 1", "海 #[x]"} and foreign.exists()
+
+
+def test_skip_existing_trusts_the_name(dataset, run, loads):
+    run()
+    loads.clear()
+    (dataset.parent / "images" / "cat.txt").write_text("something else", encoding="utf-8")
+    assert counts(run("--skip_existing")) == (0, 0, 3, 0)
+    assert loads == []
+
+
+def test_caches_of_musubi_are_used(dataset, run, loads):
+    run()
+    for path in caches(dataset).values():
+        tensors, (_, metadata) = load_file(path), read_header(path)
+        save_file(tensors, path, {key: value for key, value in metadata.items() if key != "made_from"})
+    loads.clear()
+    assert counts(run()) == (0, 0, 3, 0) and loads == []
+    assert "made by musubi-tuner" in run.output.out
+
+
+def test_long_captions_are_reported_in_this_run_and_the_next(dataset, run):
+    add_image(dataset.parent, "long", "grass " * 300)
+    run()
+    for _ in range(2):
+        assert "1 captions exceed 256 tokens" in run.output.err
+        assert f"{dataset.parent / 'images' / 'long.png'}: grass grass" in run.output.err
+        run()
+
+
+def test_a_missing_caption_is_skipped_or_with_strict_stops(dataset, run, loads):
+    add_image(dataset.parent, "silent", None)
+    with pytest.raises(UserError, match=r"--strict: .*silent\.txt"):
+        run("--strict")
+    assert loads == []
+    result = run()
+    assert counts(result) == (3, 0, 0, 0) and result["skipped"] == "1"
+    assert "silent.txt" in run.output.err
+
+
+def test_processes_share_the_captions(dataset, run, monkeypatch, tiny_models):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(sys, "argv", ["cache_text_encoder_outputs.py", *arguments(dataset, tiny_models)])
+    monkeypatch.setenv("RANK", "1")
+    script.main()
+    of_rank_1 = set(caches(dataset))
+    assert len(of_rank_1) == 1
+    for path in caches(dataset).values():
+        path.unlink()
+    monkeypatch.setenv("RANK", "0")
+    script.main()
+    assert set(caches(dataset)) == set(CAPTIONS) - of_rank_1
+
+
+def test_batches_do_not_change_results(dataset, run):
+    run("--batch_size", 1)
+    single = {name: load_file(path) for name, path in caches(dataset).items()}
+    for path in caches(dataset).values():
+        path.unlink()
+    run()
+    for name, path in caches(dataset).items():
+        for key, tensor in load_file(path).items():
+            torch.testing.assert_close(tensor, single[name][key], rtol=2e-3, atol=2e-3)
+
+
+def test_exchanged_encoders_are_refused_before_anything_is_loaded(dataset, run, tiny_models, loads):
+    with pytest.raises(UserError, match=str(tiny_models.text_encoder2)):
+        run("--text_encoder1", tiny_models.text_encoder2)
+    assert loads == [] and not (dataset.parent / "cache").exists()
+
+
+def test_no_usable_caption_says_why(dataset, run):
+    for path in (dataset.parent / "images").glob("*.txt"):
+        path.unlink()
+    with pytest.raises(UserError, match="caption not found"):
+        run()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ([], "--dataset_config"),
+        (["--dataset_config", "missing.toml"], "missing.toml: no such file"),
+        (["--dataset_config", "{}", "--text_encoder2", "."], "--text_encoder1"),
+        (
+            ["--dataset_config", "{}", "--text_encoder1", ".", "--text_encoder2", ".", "--batchsize", "2"],
+            "--batch_size",
+        ),
+        (["--dataset_config", "{}", "--batch_size", "0"], "minimum is 1"),
+        (["--dataset_config", "{}", "--prune", "--keep_cache"], "--keep_cache"),
+    ],
+)
+def test_mistakes_end_in_one_line_and_exit_2(dataset, options, message):
+    command = [sys.executable, "cache_text_encoder_outputs.py", *(option.format(dataset) for option in options)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stdout == ""
+    assert message in done.stderr and done.stderr.count("\n") == 1
+
+
+def test_help_names_every_option_and_imports_nothing_heavy():
+    probe = (
+        "import runpy, sys; sys.argv = ['script', '--help']\n"
+        "try: runpy.run_path('cache_text_encoder_outputs.py', run_name='__main__')\n"
+        "finally: assert not {'torch', 'transformers', 'pydantic', 'numpy', 'safetensors'} & set(sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", probe], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    options = {word for word in done.stdout.split() if word.startswith("--")}
+    reference = ["dataset_config", "device", "batch_size", "num_workers", "skip_existing", "keep_cache"]
+    reference += ["text_encoder1", "text_encoder2", "text_encoder_dtype", "fp8_llm"]
+    assert {f"--{name}" for name in reference} <= options
+
+
+def test_the_manifest_holds_no_absolute_path(dataset, run):
+    """So that the cache directory can be copied to another machine."""
+    run()
+    text = (dataset.parent / "cache" / "hv_text.manifest.json").read_text(encoding="utf-8")
+    assert str(dataset.parent) not in text and set(json.loads(text)["sound"]) == {
+        p.name for p in caches(dataset).values()
+    }
