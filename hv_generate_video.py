@@ -117,14 +117,12 @@ def save_merged_model(options: GenerationOptions) -> None:
 
 def build_generator(options: GenerationOptions, keep_loaded: bool = False) -> "Generator":
     """The models, none of them loaded yet, and everything that the options say about using them."""
-    from hunyuan_model.attention import attention_backend
     from hunyuan_model.checkpoints import load_text_encoder_1, load_text_encoder_2, load_vae
     from hunyuan_model.vae import SCALING_FACTOR
     from modules.generation import Generator, LazyModel
     from modules.outputs import OutputFolder
     from modules.step_cache import StepCache
 
-    attention_backend(options.speed.attn_mode)
     check_model_files(options)
     device = own_device(options)
     text, vae_dtype = options.text, default_dtype(options.vae.vae_dtype, device)
