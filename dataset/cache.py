@@ -26,6 +26,8 @@ FORMAT_VERSION = "1.0.1"
 CACHE_VERSION = 1
 LATENT_SUFFIX = "_hv.safetensors"
 TEXT_SUFFIX = "_hv_te.safetensors"
+# Kind of the manifests in which each caching process lists the items that it could not make.
+FAILURES = "failures-"
 LATENT_CHANNELS = 16
 # Unscaled latents have a standard deviation of about 2.1, scaled ones (x 0.476986) of about 1.
 SCALED_STD_LIMIT = 1.45
@@ -42,9 +44,9 @@ def text_cache_path(directory: Path, name: str) -> Path:
 
 
 def file_identity(path: str | os.PathLike) -> str:
-    """Identity of a model file or folder without reading it whole: sizes and a hash of the ends of each file.
+    """Identity of a file or folder without reading it whole: sizes and a hash of the ends of each file.
 
-    Neither path nor modification time count, so a model may be moved or copied.
+    Neither path nor modification time count, so models and media may be moved or copied.
     """
     path, ends = Path(path), 1 << 20
     digest, total = hashlib.blake2b(digest_size=16), 0
@@ -282,6 +284,15 @@ class Manifest:
         """Notes that a file was just written, which the writers do with finite tensors only."""
         stat = path.stat()
         self.sound[path.name] = [stat.st_size, stat.st_mtime_ns]
+
+
+def failed_items(directory: Path) -> dict[str, list[int]]:
+    """Items that the last caching run could not make, with the stamp of the source they were to be made from."""
+    failed = {}
+    for path in directory.glob(f"hv_{FAILURES}*.manifest.json"):
+        kind = path.name.removeprefix("hv_").removesuffix(".manifest.json")
+        failed |= {name: entry["stamp"] for name, entry in Manifest.load(directory, kind).sources.items()}
+    return failed
 
 
 def orphans(directory: Path, suffix: str, wanted: Iterable[Path]) -> list[Path]:

@@ -18,6 +18,7 @@ from dataset.cache import (
     Verdict,
     check_latents,
     check_text,
+    failed_items,
     file_identity,
     read_latent_cache,
     read_text_cache,
@@ -212,12 +213,13 @@ def _items_of(settings: DatasetSettings, problems: list[str], notes: list[str]) 
     listed = {source.name: source for source in list_sources(settings)}
     latent_faults: dict[str, list[str]] = defaultdict(list)
     text_faults: dict[str, list[str]] = defaultdict(list)
+    failed = failed_items(settings.cache_directory)
     by_musubi = 0
     items: list[TrainingItem] = []
     for name in listed or manifest.sources:
         source = listed.get(name)
         entry = manifest.sources.get(name)
-        if (source and source.problem) or (entry and entry.get("problem") and _unchanged(source, entry)):
+        if source and source.problem:
             continue
         if entry is None or not _unchanged(source, entry):
             latent_faults["not cached" if entry is None else "the media file changed"].append(name)
@@ -230,7 +232,7 @@ def _items_of(settings: DatasetSettings, problems: list[str], notes: list[str]) 
             by_musubi += item_verdict.by_musubi
             if item_verdict.kept:
                 items.append(_training_item(item, text))
-            else:
+            elif failed.get(item.name) != entry["stamp"]:
                 latent_faults[item_verdict.reason].append(item.name)
     problems += [_fault(settings, faults, "cache_latents.py") for faults in (latent_faults,) if faults]
     problems += [_fault(settings, faults, "cache_text_encoder_outputs.py") for faults in (text_faults,) if faults]

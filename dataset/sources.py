@@ -107,16 +107,6 @@ def frame_files(folder: Path) -> list[Path]:
     return sorted(path for path in folder.iterdir() if path.suffix.lower() in IMAGE_EXTENSIONS)
 
 
-def content_digest(path: Path) -> str:
-    """Hash of the bytes of a file, or of all frames of a folder."""
-    digest = hashlib.blake2b(digest_size=16)
-    for file in frame_files(path) if path.is_dir() else [path]:
-        with open(file, "rb") as stream:
-            while chunk := stream.read(1 << 20):
-                digest.update(chunk)
-    return digest.hexdigest()
-
-
 def _with_caption_file(source: Source, extension: str) -> Source:
     path = source.path.with_suffix(extension) if source.path.is_file() else Path(f"{source.path}{extension}")
     try:
