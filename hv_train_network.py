@@ -14,6 +14,7 @@ Before: cache_latents.py and cache_text_encoder_outputs.py. After: hv_generate_v
 import contextlib
 import dataclasses
 import io
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +26,7 @@ from modules.schedulers import SchedulerOptions
 from modules.timestep_sampling import TimestepOptions
 from utils.cli import parse_options, print_table, run_script, settings_toml
 from utils.errors import UserError, did_you_mean
+from utils.metadata import MetadataOptions, RunFacts, checkpoint_metadata
 from utils.option_groups import (
     BlockSwapOptions,
     CompileOptions,
@@ -81,6 +83,7 @@ class Options:
     previews: PreviewOptions
     vae: VaeOptions
     text: TextEncoderOptions
+    metadata: MetadataOptions
     log: LogOptions
     distributed: DistributedOptions
 
@@ -363,7 +366,7 @@ def build_trainer(
         settings=options.settings(progress.seed),
         dtype=DTYPES[options.save.save_precision or "float"],
         keep_best=options.validation.keep_best,
-        metadata=lambda at, stem: {},
+        metadata=lambda at, title: metadata_of(options, trained, data, plan, at, title, accelerator.mixed_precision),
         extra_formats=lambda path: write_extra_formats(path, options.save.save_format),
         upload=lambda path: None,
     )
@@ -397,6 +400,44 @@ def build_trainer(
         data.validation,
         previewer,
     )
+
+
+def metadata_of(
+    options: Options,
+    trained: "TrainedNetwork",
+    data: Datasets,
+    plan: "StepPlan",
+    progress: "Progress",
+    title: str,
+    mixed_precision: str,
+) -> dict[str, str]:
+    """The metadata of a checkpoint."""
+    network, given = options.network, (options.network.network_dim, options.network.network_alpha)
+    dim, alpha = trained.sizes() or given
+    facts = RunFacts(
+        session_id=progress.session_id,
+        training_started_at=progress.started_at,
+        training_finished_at=time.time(),
+        num_train_items=data.train.num_items,
+        num_batches_per_epoch=plan.batches_per_epoch,
+        num_epochs=plan.total_epochs,
+        max_train_steps=plan.total_steps,
+        steps=progress.step,
+        epoch=plan.epoch_of(max(progress.step - 1, 0)) + 1,
+        seed=progress.seed,
+        optimizer=options.optimizer.description,
+        lr_scheduler=options.scheduler.description,
+        lr_warmup_steps=options.scheduler.lr_warmup_steps.of(plan.total_steps),
+        mixed_precision=mixed_precision,
+        network_dim=dim,
+        network_alpha=alpha,
+        network_args=network.arguments,
+        datasets=data.train.description(),
+        sd_model_name=str(options.dit.dit),
+        vae_name=options.vae.vae and str(options.vae.vae),
+        validation=progress.validation_facts(),
+    )
+    return checkpoint_metadata(facts, options.metadata, *vars(options).values(), title=title)
 
 
 def write_extra_formats(path: Path, formats: Sequence[str]) -> list[Path]:

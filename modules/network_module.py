@@ -87,6 +87,11 @@ class TrainedNetwork:
         """Every trained tensor by name."""
         return {name: tensor for name, tensor in self.network.named_parameters() if tensor.requires_grad}
 
+    def sizes(self) -> tuple[int, float] | None:
+        """Rank and alpha of our own networks, also where they came from a file."""
+        adapters = getattr(self.network, "adapters", None)
+        return (adapters[0].rank, float(adapters[0].alpha)) if adapters else None
+
     def parameter_groups(self, learning_rate: float) -> list[dict[str, Any]]:
         """Groups for the optimizer; each holds its parameters under `params` and, where it differs, `lr`."""
         groups = self.network.prepare_optimizer_params(unet_lr=learning_rate)

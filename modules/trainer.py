@@ -191,10 +191,11 @@ def note(trainer: Trainer, result: StepResult, summary: StepSummary, norm: float
     extra = {"spike": described(gather_object(result.samples()))} if spike else {}
     epoch = trainer.plan.epoch_of(progress.step) + 1
     log.step(progress.step + 1, epoch, summary.loss, summary.loss_by_band, norm, rates, **extra)
-    if progress.step + 1 == FIRST_STEPS and statistics.mean(progress.first_losses) > 1:
+    start = statistics.mean(progress.first_losses)
+    if progress.step + 1 == FIRST_STEPS and start > 1:
         log.say(
-            f"hint: the mean loss of the first {FIRST_STEPS} steps is {statistics.mean(progress.first_losses):.2f}; the "
-            "released checkpoint gives less than 1: is --dit complete, with its fp8 scales, and are the caches its own?"
+            f"hint: the mean loss of the first {FIRST_STEPS} steps is {start:.2f}, the released checkpoint gives less "
+            "than 1: is --dit complete, with its fp8 scales, and are the caches made by its VAE and text encoders?"
         )
 
 

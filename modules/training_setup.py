@@ -66,7 +66,9 @@ def first_progress(accelerator: Accelerator, training: TrainingOptions, state: P
             )
         return progress
     seed = training.seed if training.seed is not None else random.SystemRandom().randrange(2**32)
-    return Progress(seed=broadcast_object_list([seed])[0], started_at=time.time())
+    session = random.SystemRandom().randrange(2**32)
+    seed, session = broadcast_object_list([seed, session])
+    return Progress(seed=seed, session_id=session, started_at=time.time())
 
 
 def warn_of_differences(progress: Progress, plan: StepPlan, items: int) -> None:

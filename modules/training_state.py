@@ -40,6 +40,7 @@ class Progress:
     validation_loss: float | None = None
     validation_step: int | None = None
     best: list[tuple[float, int]] = field(default_factory=list)  # (validation loss, step), best first
+    session_id: int = 0
     started_at: float = 0.0
     arithmetic: dict[str, Any] = field(default_factory=dict)  # what the steps mean: batches per step, per epoch, data
 
@@ -51,6 +52,17 @@ class Progress:
         progress = cls(**{name: value for name, value in values.items() if name in names})
         progress.best = [tuple(entry) for entry in progress.best]
         return progress
+
+    def validation_facts(self) -> dict[str, float]:
+        """What validation found so far, for the metadata."""
+        facts = {
+            "loss": self.validation_loss,
+            "base_loss": self.base_validation_loss,
+            "step": self.validation_step,
+            "best_loss": self.best[0][0] if self.best else None,
+            "best_step": self.best[0][1] if self.best else None,
+        }
+        return {name: value for name, value in facts.items() if value is not None}
 
     def differences(self, arithmetic: Mapping[str, Any]) -> list[str]:
         """What the current run counts otherwise than the one that saved this state, in words."""
