@@ -11,14 +11,9 @@ import torch
 from tokenizers import Tokenizer, pre_tokenizers
 from transformers import CLIPTextModel, LlamaForCausalLM, LlamaTokenizer
 
-from hunyuan_model.text_encoder import (
-    ClipTextEncoder,
-    LlmTextEncoder,
-    clip_config_from_shapes,
-    empty_clip,
-    empty_llm,
-    llm_config_from_shapes,
-)
+from hunyuan_model.checkpoints import load_text_encoder_1, load_text_encoder_2
+from hunyuan_model.tensor_files import Checkpoint
+from hunyuan_model.text_encoder import LlmTextEncoder, clip_config_from_shapes, empty_llm, llm_config_from_shapes
 from hunyuan_model.tokenizers import (
     IMAGE_TEMPLATE,
     LLM_REPOSITORY,
@@ -28,7 +23,7 @@ from hunyuan_model.tokenizers import (
     llm_tokenizer,
 )
 from utils.errors import UserError
-from utils.safetensors_utils import load_file
+from utils.safetensors_utils import read_header
 from utils.tiny_tokenizers import llama_tokenizer_from
 
 SHORT = "a cat walks on the grass"
@@ -36,34 +31,33 @@ LONG = "the camera pans slowly over the sea at night, a red ball moves from the 
 PROMPTS = [SHORT, LONG]
 
 
-def parts(folder: Path, with_config: bool):
-    tensors = load_file(folder / "model.safetensors")
-    config = json.loads((folder / "config.json").read_text()) if with_config else None
-    return tensors, {name: tuple(tensor.shape) for name, tensor in tensors.items()}, config
-
-
-def make_llm(folder: Path, with_config: bool = True) -> LlmTextEncoder:
-    tensors, shapes, config = parts(folder, with_config)
-    model = empty_llm(llm_config_from_shapes(shapes, config))
-    model.load_state_dict({name: tensors[f"model.{name}"] for name in model.state_dict()}, assign=True)
-    return LlmTextEncoder(model, llm_tokenizer(folder / "tokenizer.json"), "llm")
-
-
-def make_clip(folder: Path, with_config: bool = True) -> ClipTextEncoder:
-    tensors, shapes, config = parts(folder, with_config)
-    model = empty_clip(clip_config_from_shapes(shapes, config))
-    model.load_state_dict({name: tensors[f"text_model.{name}"] for name in model.state_dict()}, assign=True)
-    return ClipTextEncoder(model, clip_tokenizer(folder / "tokenizer.json"), "clip")
+@pytest.fixture(scope="module")
+def single_files(tiny_models, tmp_path_factory) -> tuple[Path, Path]:
+    """Both text encoders as one file each, without a config, their tokenizers in folders of the same names."""
+    folder = tmp_path_factory.mktemp("single")
+    files = []
+    for name, encoder in [("llava", tiny_models.text_encoder1), ("clip_l", tiny_models.text_encoder2)]:
+        files.append(Path(shutil.copy(encoder / "model.safetensors", folder / f"{name}.safetensors")))
+        (folder / name).mkdir()
+        shutil.copy(encoder / "tokenizer.json", folder / name)
+    return tuple(files)
 
 
 @pytest.fixture(scope="module")
 def llm(tiny_models):
-    return make_llm(tiny_models.text_encoder1)
+    return load_text_encoder_1(tiny_models.text_encoder1, dtype=torch.float32)
 
 
 @pytest.fixture(scope="module")
 def clip(tiny_models):
-    return make_clip(tiny_models.text_encoder2)
+    return load_text_encoder_2(tiny_models.text_encoder2, dtype=torch.float32)
+
+
+def described(folder: Path) -> tuple[dict, dict[str, tuple[int, ...]]]:
+    """config.json and the shapes of a text encoder's folder."""
+    infos, _ = read_header(folder / "model.safetensors")
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    return config, {name: info.shape for name, info in infos.items()}
 
 
 def reference_inputs(tokenizer_file: Path, prompts: list[str], length: int, pad: str) -> dict[str, torch.Tensor]:
@@ -76,8 +70,7 @@ def reference_inputs(tokenizer_file: Path, prompts: list[str], length: int, pad:
     return {"input_ids": ids, "attention_mask": mask}
 
 
-@pytest.mark.parametrize("with_config", [True, False], ids=["config.json", "from shapes"])
-def test_llm_states_are_the_third_hidden_states_from_the_end_after_the_crop(tiny_models, with_config):
+def test_llm_states_are_the_third_hidden_states_from_the_end_after_the_crop(tiny_models, llm):
     folder = tiny_models.text_encoder1
     prefix = len(Tokenizer.from_file(str(folder / "tokenizer.json")).encode(VIDEO_TEMPLATE.split("{}")[0]).ids)
     templated = [VIDEO_TEMPLATE.replace("{}", prompt) for prompt in PROMPTS]
@@ -85,39 +78,41 @@ def test_llm_states_are_the_third_hidden_states_from_the_end_after_the_crop(tiny
     with torch.no_grad():
         reference = LlamaForCausalLM.from_pretrained(folder)(**inputs, output_hidden_states=True).hidden_states[-3]
 
-    states, mask = make_llm(folder, with_config).encode(PROMPTS)
+    states, mask = llm.encode(PROMPTS)
 
     assert states.shape == (2, 256, 64) and mask.shape == (2, 256) and mask.dtype == torch.int64
     assert torch.equal(mask, inputs["attention_mask"][:, prefix:])
     torch.testing.assert_close(states, reference[:, prefix:], rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize("with_config", [True, False], ids=["config.json", "from shapes"])
-def test_clip_is_the_pooler_output(tiny_models, with_config):
+def test_clip_is_the_pooler_output(tiny_models, clip):
     folder = tiny_models.text_encoder2
     inputs = reference_inputs(folder / "tokenizer.json", PROMPTS, 77, "<|endoftext|>")
     with torch.no_grad():
         reference = CLIPTextModel.from_pretrained(folder)(**inputs).pooler_output
-    torch.testing.assert_close(make_clip(folder, with_config).encode(PROMPTS), reference, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(clip.encode(PROMPTS), reference, rtol=1e-6, atol=1e-6)
 
 
-def test_only_the_needed_layers_exist(tiny_models, llm):
-    layers = json.loads((tiny_models.text_encoder1 / "config.json").read_text())["num_hidden_layers"]
-    assert len(llm.model.layers) == layers - 2
-    names = dict(llm.model.named_parameters())
-    assert not any("lm_head" in name or name.startswith("norm.") for name in names)
+def test_single_files_without_config_give_the_same(single_files, llm, clip):
+    llava, clip_l = single_files
+    assert torch.equal(load_text_encoder_1(llava, dtype=torch.float32).encode(PROMPTS)[0], llm.encode(PROMPTS)[0])
+    assert torch.equal(load_text_encoder_2(clip_l, dtype=torch.float32).encode(PROMPTS), clip.encode(PROMPTS))
 
 
-def test_the_layers_that_are_not_needed_have_no_influence(tiny_models, tmp_path, llm):
-    """Damaged weights in the last two layers, the norm and the head change nothing."""
-    from utils.safetensors_utils import save_file
-
-    folder = shutil.copytree(tiny_models.text_encoder1, tmp_path / "damaged")
-    tensors = load_file(folder / "model.safetensors")
+def test_only_the_needed_layers_are_read_and_exist(single_files, llm, monkeypatch):
+    read = []
+    original = Checkpoint.read
+    monkeypatch.setattr(Checkpoint, "read", lambda self, name: read.append(name) or original(self, name))
+    load_text_encoder_1(single_files[0], dtype=torch.float32)
+    shapes = {name: info.shape for name, info in read_header(single_files[0])[0].items()}
     unneeded = ("model.layers.3.", "model.layers.4.", "model.norm.", "lm_head.")
-    damaged = {name: tensor * float("nan") if name.startswith(unneeded) else tensor for name, tensor in tensors.items()}
-    save_file(damaged, folder / "model.safetensors")
-    assert torch.equal(make_llm(folder).encode(PROMPTS)[0], llm.encode(PROMPTS)[0])
+    assert set(read) == {name for name in shapes if not name.startswith(unneeded)} and len(read) == len(set(read))
+    assert len(llm.model.layers) == 3
+
+
+def test_nothing_is_trained(llm, clip):
+    assert not any(parameter.requires_grad for encoder in (llm, clip) for parameter in encoder.model.parameters())
+    assert not llm.encode([SHORT])[0].requires_grad and not llm.model.training
 
 
 def test_a_batch_of_two_lengths_equals_two_batches_of_one(llm, clip):
@@ -155,14 +150,14 @@ def test_clip_keeps_its_end_token_when_text_is_cut(clip):
 
 
 def test_a_model_with_too_few_layers_is_refused(tiny_models):
-    _, shapes, config = parts(tiny_models.text_encoder1, with_config=True)
+    config, shapes = described(tiny_models.text_encoder1)
     with pytest.raises(UserError, match="at least 3"):
         empty_llm(llm_config_from_shapes(shapes, config | {"num_hidden_layers": 2}))
 
 
 def test_the_language_part_of_a_llava_config_counts(tiny_models):
     """LLaVA's text_config leaves out the sizes that are Llama's defaults; the shapes tell them."""
-    _, shapes, _ = parts(tiny_models.text_encoder1, with_config=False)
+    _, shapes = described(tiny_models.text_encoder1)
     text = {"model_type": "llama", "rms_norm_eps": 3e-5, "rope_theta": 10_000.0, "bos_token_id": 1}
     merged = llm_config_from_shapes(shapes, {"model_type": "llava", "hidden_size": 1024, "text_config": text})
     assert (merged.hidden_size, merged.num_attention_heads, merged.num_hidden_layers) == (64, 2, 5)

@@ -158,27 +158,16 @@ def test_one_text_encoder_is_in_memory_at_a_time(run, monkeypatch):
     assert alive
 
 
-def test_what_the_embeddings_depend_on_is_noticed(run):
-    run()
-    for option, reason in [
-        (["--fp8_llm"], "fp8_llm (3)"),
-        (["--text_encoder_dtype", "bfloat16"], "dtype, fp8_llm (3)"),
-    ]:
-        result = run(*option)
-        assert counts(result) == (0, 3, 0, 0) and result["because"] == reason
-
-
-def test_the_dtype_option_decides_the_dtype_of_the_file(dataset, run):
-    run("--text_encoder_dtype", "bf16")
-    assert {"llm_bfloat16", "clipL_bfloat16"} < set(read_header(caches(dataset)["cat"])[0])
-
-
-def test_fp8_is_near(dataset, run):
+def test_options_that_change_the_embeddings_are_noticed(dataset, run):
     run()
     plain = load_file(caches(dataset)["cat"])["llm_float16"].float()
-    run("--fp8_llm")
+    result = run("--fp8_llm")
+    assert counts(result) == (0, 3, 0, 0) and result["because"] == "fp8_llm (3)"
     rounded = load_file(caches(dataset)["cat"])["llm_float16"].float()
     assert 0 < (plain - rounded).norm() / plain.norm() < 0.15
+    result = run("--fp8_llm", "--text_encoder_dtype", "bf16")
+    assert result["because"] == "dtype (3)"
+    assert {"llm_bfloat16", "clipL_bfloat16"} < set(read_header(caches(dataset)["cat"])[0])
 
 
 def test_damaged_files_are_made_again_equal(dataset, run):
