@@ -13,11 +13,20 @@ Look at the dataset first, without any model: --debug_mode html. Share the work 
 
 import os
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from utils.cli import option, parse_options, run_script
+from utils.errors import UserError
 from utils.option_groups import DeviceOptions, VaeOptions, require
+
+if TYPE_CHECKING:
+    import torch
+
+    from dataset.intake import TakenDataset
+    from dataset.latent_caching import Outcome, Task
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,6 +41,10 @@ class CachingOptions:
     prune: bool = option(False, help="delete caches in the cache directories that belong to no item")
     strict: bool = option(False, help="stop at the first media file that cannot be used instead of skipping it")
     disable_cudnn_backend: bool = option(False, help="switch cuDNN off, which may help AMD GPUs")
+
+    def __post_init__(self) -> None:
+        if self.prune and self.keep_cache:
+            raise UserError("--prune deletes what --keep_cache keeps; give one of them")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,77 +63,121 @@ class DebugOptions:
 
 
 def main() -> None:
-    options, vae_options, device_options, debug = parse_options(
-        __doc__, CachingOptions, VaeOptions, DeviceOptions, DebugOptions
-    )
+    options, vae, device, debug = parse_options(__doc__, CachingOptions, VaeOptions, DeviceOptions, DebugOptions)
     if debug.debug_mode is None:
-        require(vae_options, "vae")
-    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        require(vae, "vae")
     from dataset.config_utils import load_dataset_config
 
     config = load_dataset_config(options.dataset_config)
+    ingredients = fingerprint(vae) if debug.debug_mode is None else {}
 
     from dataset.intake import take_in
     from dataset.report import print_intake, print_outcome
-    from utils.errors import UserError
 
+    rank, _ = process_share()
     datasets = take_in(config, options.num_workers)
     if rank == 0:
         print(config.effective_text())
         for note in config.notes:
             print(f"note: {note}", file=sys.stderr)
         print_intake(datasets)
-    problems = [problem for dataset in datasets for problem in dataset.problems]
-    if problems and options.strict:
-        raise UserError(f"{problems[0]} (--strict)")
+    if options.strict:
+        stop_at_problem(datasets)
     if debug.debug_mode is not None:
         from dataset.preview import show
 
-        show(datasets, debug.debug_mode, debug)
+        show(datasets, debug)
         return
-
-    outcomes = cache(datasets, options, vae_options, device_options, rank, world_size)
+    outcomes = cache(datasets, ingredients, options, vae, device)
     if rank == 0:
         print_outcome(datasets, outcomes, options.prune)
 
 
-def cache(datasets, options, vae_options, device_options, rank, world_size):
-    """Encodes what is to do; loads the VAE only if there is something."""
-    import torch
+def process_share() -> tuple[int, int]:
+    """(rank, number of processes) under `accelerate launch`, else (0, 1)."""
+    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
-    from dataset.cache import file_identity
-    from dataset.latent_caching import LatentWriter, Outcome, begin, finish, judge, tasks_of
-    from utils.device_utils import DTYPES, dtype_word, resolve_device
 
-    local_rank = os.environ.get("LOCAL_RANK")
-    on_gpu = device_options.device is None and torch.cuda.is_available()
-    device = resolve_device(f"cuda:{local_rank}" if on_gpu and local_rank is not None else device_options.device)
-    given = DTYPES.get(vae_options.vae_dtype)
-    cache_dtype = given or torch.float16
-    dtype = given or (torch.float32 if device.type == "cpu" else torch.float16)
-    ingredients = {"vae": file_identity(vae_options.vae), "dtype": dtype_word(cache_dtype)}
+def fingerprint(vae: VaeOptions) -> dict[str, str]:
+    """What all latents depend on: the VAE and the dtype they are stored in.
 
+    Raises:
+        UserError: the file is no VAE of HunyuanVideo.
+    """
+    from hunyuan_model.model_files import VAE, identify
+    from utils.device_utils import dtype_word
+
+    file = identify(vae.vae)
+    file.tensors(VAE)
+    return {"vae": file.checkpoint.fingerprint, "dtype": dtype_word(cache_dtype(vae))}
+
+
+def cache_dtype(vae: VaeOptions) -> "torch.dtype":
+    """The dtype of the stored latents: float16 unless the user says otherwise, whatever the VAE computes in."""
+    from utils.device_utils import DTYPES
+
+    return DTYPES[vae.vae_dtype or "float16"]
+
+
+def stop_at_problem(datasets: "Sequence[TakenDataset]") -> None:
+    for dataset in datasets:
+        for problem in dataset.problems:
+            raise UserError(f"{problem} (--strict)")
+
+
+def cache(
+    datasets: "Sequence[TakenDataset]",
+    ingredients: dict[str, str],
+    options: CachingOptions,
+    vae: VaeOptions,
+    device: DeviceOptions,
+) -> "dict[str, Outcome]":
+    """Encodes what is new or changed and returns what was done, by the heading of the dataset."""
+    from dataset.latent_caching import Outcome, begin, finish, judge, tasks_of
+
+    rank, processes = process_share()
     outcomes, tasks = {}, []
     for dataset in datasets:
-        mine = begin(dataset, rank, world_size)
-        outcome = outcomes[dataset.heading] = Outcome(judge(dataset, mine, ingredients, options.skip_existing))
-        to_do = [(source, item) for source, item in mine if not outcome.verdicts[item.name].kept]
+        mine = begin(dataset, rank, processes)
+        verdicts = judge(dataset, mine, ingredients, options.skip_existing)
+        outcomes[dataset.heading] = Outcome(verdicts)
+        to_do = [member for member in mine if not verdicts[member[1].name].kept]
         batch_size = min(dataset.settings.batch_size, options.batch_size or dataset.settings.batch_size)
         tasks += tasks_of(dataset, to_do, batch_size)
     if tasks:
-        from hunyuan_model.checkpoints import load_vae
-
-        if options.disable_cudnn_backend:
-            torch.backends.cudnn.enabled = False
-        vae = load_vae(vae_options.vae, device, dtype)
-        vae.configure_memory(vae_options.vae_chunk_size, vae_options.tile_size)
-        writer = LatentWriter(vae, device, dtype, cache_dtype, ingredients, options.strict)
-        workers = options.num_workers or max((os.cpu_count() or 2) - 1, 1)
-        writer.run(tasks, outcomes, workers, show_progress=rank == 0)
+        encode(tasks, outcomes, ingredients, options, vae, device)
     for dataset in datasets:
-        outcome = outcomes[dataset.heading]
-        finish(dataset, outcome, rank, world_size, options.prune)
+        finish(dataset, outcomes[dataset.heading], rank, processes, options.prune)
     return outcomes
+
+
+def encode(
+    tasks: "Sequence[Task]",
+    outcomes: "dict[str, Outcome]",
+    ingredients: dict[str, str],
+    options: CachingOptions,
+    vae: VaeOptions,
+    device_options: DeviceOptions,
+) -> None:
+    """Loads the VAE and works through the tasks."""
+    import torch
+
+    from dataset.latent_caching import LatentWriter
+    from hunyuan_model.checkpoints import load_vae
+    from utils.device_utils import DTYPES, resolve_device
+
+    name = device_options.device
+    if name is None and torch.cuda.is_available() and "LOCAL_RANK" in os.environ:
+        name = f"cuda:{os.environ['LOCAL_RANK']}"
+    device = resolve_device(name)
+    dtype = DTYPES[vae.vae_dtype or ("float32" if device.type == "cpu" else "float16")]
+    if options.disable_cudnn_backend:
+        torch.backends.cudnn.enabled = False
+    model = load_vae(vae.vae, device, dtype)
+    model.configure_memory(vae.vae_chunk_size, vae.tile_size)
+    writer = LatentWriter(model, device, dtype, cache_dtype(vae), ingredients, options.strict)
+    workers = options.num_workers or max((os.cpu_count() or 2) - 1, 1)
+    writer.run(tasks, outcomes, workers, show_progress=process_share()[0] == 0)
 
 
 if __name__ == "__main__":

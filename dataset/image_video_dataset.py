@@ -62,16 +62,6 @@ class _Bucket:
     items: tuple[TrainingItem, ...]  # each as often as it is seen in an epoch
 
 
-def rank_schedule(num_batches: int, rank: int, world_size: int) -> list[int | None]:
-    """The batches of one of `world_size` processes, step by step; no batch is repeated and all take equally many steps.
-
-    None stands for a last step in which this process has no batch left and takes part without one.
-    """
-    steps = -(-num_batches // world_size)
-    mine = [step * world_size + rank for step in range(steps)]
-    return [index if index < num_batches else None for index in mine]
-
-
 def _generator(*parts: object) -> torch.Generator:
     digest = hashlib.blake2b("\n".join(map(str, parts)).encode(), digest_size=8).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
