@@ -1,0 +1,104 @@
+"""Bytes that autograd keeps for the backward pass of 1 double and 2 single blocks of the 13B model.
+
+    python -m benchmarks.saved_bytes
+
+510 image tokens, 64 of 256 text tokens valid, bfloat16, LoRA of rank 32 on all targets; the reference tool keeps
+303 MB. Every storage that is still alive after the forward pass counts once and whole, parameters excluded.
+"""
+
+import argparse
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from hunyuan_model.models import HunyuanVideoConfig, HYVideoDiffusionTransformer
+from modules.activation_checkpointing import checkpoint_activations, recompute_cheap
+from networks.lora import create_arch_network
+from utils.cli import print_table
+
+LIMITS_MB = {"none": 303, "cheap": 185, "selective": 115, "full": 115}
+
+
+def new_model(dtype: torch.dtype = torch.bfloat16) -> HYVideoDiffusionTransformer:
+    """One double and two single blocks of full width with small embedders, random weights."""
+    config = HunyuanVideoConfig(depth_double=1, depth_single=2, depth_refiner=0, text_dim=64, text_dim_2=64)
+    with torch.device("meta"):
+        model = HYVideoDiffusionTransformer(config).to(dtype).requires_grad_(False)
+    model = model.to_empty(device="cpu")
+    for parameter in model.parameters():
+        parameter.normal_(std=0.02)
+    return model
+
+
+def inputs(grid: tuple[int, int, int], valid_text: int, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Latents of f x h x w and 256 text tokens of which `valid_text` count."""
+    return {
+        "x": torch.randn(1, 16, *grid, dtype=dtype),
+        "timestep": torch.tensor([500.0]),
+        "text_states": torch.randn(1, 256, 64, dtype=dtype),
+        "text_mask": (torch.arange(256) < valid_text).long()[None],
+        "text_states_2": torch.randn(1, 64, dtype=dtype),
+        "guidance": torch.tensor([6000.0]),
+    }
+
+
+class _Allocations(TorchDispatchMode):
+    """Remembers every storage that an operation makes, to see afterwards which of them are still alive."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: dict[int, tuple[StorageWeakRef, int, tuple]] = {}
+
+    def __torch_dispatch__(self, op: Callable, types: object, args: tuple = (), kwargs: dict | None = None) -> object:
+        results = op(*args, **(kwargs or {}))
+        for result in results if isinstance(results, (tuple, list)) else [results]:
+            if isinstance(result, Tensor):
+                storage = result.untyped_storage()
+                shape = (tuple(result.shape), str(result.dtype).removeprefix("torch."))
+                self.seen.setdefault(storage._cdata, (StorageWeakRef(storage), storage.nbytes(), shape))
+        return results
+
+
+def kept_bytes(checkpointing: str) -> tuple[int, dict[tuple, int]]:
+    """Bytes alive after the forward pass for the sake of the backward pass, and the same by shape and dtype.
+
+    Saved-tensor hooks alone would not see what checkpointing keeps aside; storages that live on cannot hide.
+    """
+    model = new_model()
+    network = create_arch_network(1.0, 32, 32.0, None, None, model)
+    network.apply_to(None, model, False, True)
+    if checkpointing == "cheap":
+        recompute_cheap(model.blocks)
+    elif checkpointing != "none":
+        checkpoint_activations(model.blocks, checkpointing)
+    given = inputs((1, 30, 68), 64, torch.bfloat16)
+    excluded = {t.untyped_storage()._cdata for t in [*model.parameters(), *network.parameters(), *given.values()]}
+    with _Allocations() as allocations:
+        output = model(**given)
+    excluded.add(output.untyped_storage()._cdata)
+    by_shape: dict[tuple, int] = {}
+    for key, (storage, size, shape) in allocations.seen.items():
+        if key not in excluded and not storage.expired():
+            by_shape[shape] = by_shape.get(shape, 0) + size
+    return sum(by_shape.values()), by_shape
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--details", action="store_true", help="list the kept tensors by shape")
+    args = parser.parse_args()
+    rows = []
+    for kind, limit in LIMITS_MB.items():
+        total, by_shape = kept_bytes(kind)
+        rows.append((kind, f"{total / 1e6:.1f} MB", f"{limit} MB", f"{total / 1e6 / 303:.2f}"))
+        if args.details:
+            largest = sorted(by_shape.items(), key=lambda item: -item[1])[:24]
+            print_table(kind, [(shape, dtype, f"{size / 1e6:.1f}") for (shape, dtype), size in largest])
+    print_table("kept for backward", rows, ("checkpointing", "kept", "limit", "of the reference tool's"))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,66 @@
+"""Whatever is kept or made again, the gradients are those of plain autograd, bit for bit."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from benchmarks.saved_bytes import inputs, kept_bytes
+from hunyuan_model.models import HunyuanVideoConfig, HYVideoDiffusionTransformer
+from modules.activation_checkpointing import checkpoint_activations, recompute_cheap
+from networks.lora import create_arch_network
+
+WAYS: dict[str, Callable[[list[nn.Module]], None]] = {
+    "cheap": recompute_cheap,
+    "full": checkpoint_activations,
+    "selective": lambda blocks: checkpoint_activations(blocks, "selective"),
+    "offload": lambda blocks: checkpoint_activations(blocks, "offload"),
+}
+
+
+def gradients(way: Callable[[list[nn.Module]], None] | None, dtype: torch.dtype, dropout: float | None) -> list[Tensor]:
+    torch.manual_seed(0)
+    config = HunyuanVideoConfig(
+        hidden_size=32,
+        heads=2,
+        mlp_hidden=64,
+        depth_double=2,
+        depth_single=3,
+        depth_refiner=1,
+        text_dim=64,
+        text_dim_2=64,
+        rope_dims=(4, 6, 6),
+    )
+    model = HYVideoDiffusionTransformer(config).requires_grad_(False)
+    for parameter in model.parameters():
+        parameter.normal_(std=0.3)
+    model.to(dtype)
+    network = create_arch_network(1.0, 4, 4.0, None, None, model, neuron_dropout=dropout)
+    network.apply_to(None, model, False, True)
+    for parameter in network.parameters():
+        nn.init.normal_(parameter, std=0.1)
+    if way:
+        way(model.blocks)
+    torch.manual_seed(7)
+    seen = []
+    for _ in range(2):  # the second round sees whether anything of the first was left behind
+        output = model(**inputs((1, 4, 4), 40, dtype))
+        output.float().square().mean().backward()
+        seen += [output.detach(), torch.rand(1)]
+    return seen + [parameter.grad for parameter in network.get_trainable_params()]
+
+
+@pytest.mark.parametrize("dropout", [None, 0.5], ids=["plain", "dropout"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("way", WAYS)
+def test_gradients_are_those_of_plain_autograd(way: str, dtype: torch.dtype, dropout: float | None) -> None:
+    expected = gradients(None, dtype, dropout)
+    for ours, plain in zip(gradients(WAYS[way], dtype, dropout), expected, strict=True):
+        assert torch.equal(ours, plain)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("way", "limit"), [("cheap", 185e6), ("selective", 115e6)])
+def test_kept_bytes_at_full_width(way: str, limit: float) -> None:
+    assert kept_bytes(way)[0] <= limit
