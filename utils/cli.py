@@ -15,6 +15,7 @@ command line wins. Nothing heavy is imported here, so that --help and errors ans
 
 import argparse
 import dataclasses
+import errno
 import json
 import os
 import sys
@@ -29,6 +30,8 @@ from utils.files import clean_path, read_toml
 
 T = TypeVar("T")
 _UNSET = object()
+# A full, broken, read-only or foreign disk is not our bug.
+_DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.EACCES, errno.EPERM)
 
 
 def option(
@@ -93,7 +96,7 @@ class _Option:
         text = self.help.replace("%", "%%")
         if self.required:
             text += " (required)"
-        elif self.default not in (None, False, [], ()):
+        elif self.default is not None and self.default is not False and self.default not in ([], ()):
             text += f" (default: {_shown(self.default)})"
         if self.kind is bool:
             group.add_argument(flag, action="store_true", default=_UNSET, help=text)
@@ -188,19 +191,25 @@ def _config_words(path: Path, options: dict[str, _Option]) -> list[str]:
         known = options.get(name)
         if known is None:
             raise UserError(f"{path}: unknown option '{name}'{did_you_mean(name, list(options))}")
-        if known.kind is bool or isinstance(value, bool):
-            if known.kind is not bool or not isinstance(value, bool):
-                raise UserError(f"{path}: {name} = {value!r}: {known.expected} is expected")
-            words += [f"--{name}"] if value else []
-        elif isinstance(value, list):
+        if isinstance(value, list):
             if known.count is None:
                 raise UserError(f"{path}: {name} = {value!r}: one value is expected, not a list")
-            words += [f"--{name}", *map(str, value)]
-        elif isinstance(value, (int, float)) or (isinstance(value, str) and known.kind not in (int, float)):
-            words += [f"--{name}={value}"] if known.count is None else [f"--{name}", str(value)]
+            words += [f"--{name}", *(_config_word(path, known, item) for item in value)]
+        elif known.kind is bool:
+            words += [f"--{name}"] if _config_word(path, known, value) == "True" else []
+        elif known.count is None:
+            words.append(f"--{name}={_config_word(path, known, value)}")
         else:
-            raise UserError(f"{path}: {name} = {value!r}: {known.expected} is expected")
+            words += [f"--{name}", _config_word(path, known, value)]
     return words
+
+
+def _config_word(path: Path, known: _Option, value: Any) -> str:
+    """One value of a config file as the word that would be typed, if it is of the option's kind."""
+    right = {bool: bool, int: (int, float), float: (int, float)}.get(known.kind, (int, float, str))
+    if not isinstance(value, right) or isinstance(value, bool) != (known.kind is bool):
+        raise UserError(f"{path}: {known.name} = {value!r}: {known.expected} is expected")
+    return str(value)
 
 
 def parse_options(description: str, *groups: type, argv: Sequence[str] | None = None) -> list[Any]:
@@ -270,7 +279,7 @@ def _toml_value(value: Any) -> str:
         return str(value).lower()
     if isinstance(value, (list, tuple)):
         return f"[{', '.join(map(_toml_value, value))}]"
-    if isinstance(value, (int, float)):
+    if type(value) in (int, float):
         return str(value)
     # A JSON string is a TOML string but for DEL.
     return json.dumps(str(value), ensure_ascii=False).replace("\x7f", "\\u007f")
@@ -283,7 +292,7 @@ def unused_options(group: Any, used: Mapping[str, bool]) -> list[str]:
 
 
 def run_script(main: Callable[[], None]) -> NoReturn:
-    """Runs a script's main: UserError -> one line and exit 2, Ctrl+C -> exit 130; other errors are our bugs."""
+    """Runs a script's main: errors of user or disk -> one line and exit 2, Ctrl+C -> exit 130; others are our bugs."""
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="backslashreplace")  # a Windows console may lack the characters of a file's name
     try:
@@ -296,6 +305,11 @@ def run_script(main: Callable[[], None]) -> NoReturn:
         sys.exit(130)
     except BrokenPipeError:
         os._exit(1)
+    except OSError as error:
+        if error.errno not in _DISK_ERRORS:
+            raise
+        print(f"error: {error.filename or 'writing a file'}: {error.strerror}", file=sys.stderr)
+        sys.exit(2)
     sys.exit(0)
 
 

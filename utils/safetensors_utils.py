@@ -1,5 +1,6 @@
 """The one reader and the one writer of safetensors files."""
 
+import errno
 import json
 import math
 import os
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file as _save_file
 
 from utils.errors import UserError, one_line
@@ -67,19 +69,22 @@ def read_header(path: str | os.PathLike) -> tuple[dict[str, TensorInfo], dict[st
                 found = "the file is empty" if size == 0 else f"{size:,} bytes, header of {length:,} bytes claimed"
                 raise UserError(f"{path}: not a safetensors file, or cut off ({found}); download or make it again")
             header = json.loads(file.read(length))
+    except UserError:
+        raise
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror}") from None
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError):
+    except (ValueError, RecursionError):
         raise UserError(f"{path}: not a safetensors file (its header is not JSON)") from None
     try:
-        metadata = header.pop("__metadata__", None) or {}
+        metadata = {key: str(value) for key, value in (header.pop("__metadata__", None) or {}).items()}
         infos = {
             name: TensorInfo(TORCH_DTYPES[i["dtype"]], tuple(map(int, i["shape"])), 8 + length + i["data_offsets"][0])
             for name, i in header.items()
         }
         spans = {name: info["data_offsets"] for name, info in header.items()}
         end = max((span[1] for span in spans.values()), default=0)
-        broken = [name for name, (start, stop) in spans.items() if start < 0 or stop - start != infos[name].nbytes]
+        sizes = {name: stop - start if start >= 0 else -1 for name, (start, stop) in spans.items()}
+        broken = [name for name, info in infos.items() if min((0, *info.shape)) < 0 or info.nbytes != sizes[name]]
     except (AttributeError, KeyError, TypeError, ValueError, IndexError) as error:
         raise UserError(f"{path}: not a safetensors file this version reads: {one_line(repr(error))}") from None
     if broken:
@@ -118,7 +123,14 @@ def load_file(path: str | os.PathLike, device: torch.device | str = "cpu") -> di
 def save_file(
     tensors: Mapping[str, torch.Tensor], path: str | os.PathLike, metadata: Mapping[str, str] | None = None
 ) -> None:
-    """Writes the file whole: temporary file in the same folder, fsync, rename."""
+    """Writes the file whole: temporary file in the same folder, fsync, rename.
+
+    Raises:
+        OSError: the disk is full or the like; what was there before is still there.
+    """
     contiguous = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
     with atomic_path(path) as temporary:
-        _save_file(contiguous, temporary, metadata=dict(metadata) if metadata else None)
+        try:
+            _save_file(contiguous, temporary, metadata=dict(metadata) if metadata else None)
+        except SafetensorError as error:
+            raise OSError(errno.EIO, one_line(error), str(path)) from None

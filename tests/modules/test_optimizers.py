@@ -4,6 +4,7 @@ import copy
 import subprocess
 import sys
 import types
+from pathlib import Path
 
 import pytest
 import torch
@@ -179,4 +180,4 @@ def test_checking_options_imports_nothing_heavy() -> None:
         "timestep_sampling.TimestepOptions();"
         "assert not {'torch', 'transformers', 'bitsandbytes', 'diffusers'} & set(sys.modules)"
     )
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+    subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[2], check=True, timeout=60)

@@ -1,0 +1,90 @@
+"""Files are whole or not there, and read as the user meant them."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from utils.errors import UserError, did_you_mean, one_line
+from utils.files import atomic_path, clean_path, read_text, read_toml, write_text
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_a_finished_file_replaces_the_old_one(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "folder" / "a.txt"
+    for text in ("old", "new ä\nline"):
+        write_text(path, text)
+        assert path.read_bytes() == text.encode()
+    assert list(path.parent.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+def test_a_failure_leaves_the_old_file_and_nothing_else(tmp_path: Path, error: type[BaseException]) -> None:
+    path = tmp_path / "a.txt"
+    path.write_text("old")
+    with pytest.raises(error), atomic_path(path) as temporary:
+        temporary.write_text("half")
+        assert path.read_text() == "old"
+        raise error
+    assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_killed_process_leaves_the_old_file(tmp_path: Path) -> None:
+    path = tmp_path / "a.txt"
+    path.write_text("old")
+    code = (
+        "import os, sys; from utils.files import atomic_path\n"
+        "with atomic_path(sys.argv[1]) as temporary:\n    temporary.write_text('half'); os._exit(9)"
+    )
+    assert subprocess.run([sys.executable, "-c", code, str(path)], cwd=ROOT, timeout=60).returncode == 9
+    assert path.read_text() == "old"
+    (leftover,) = tmp_path.glob("*.partial")
+    assert leftover.read_text() == "half"
+
+
+def test_the_longest_legal_name_can_be_written(tmp_path: Path) -> None:
+    path = tmp_path / ("ü" * 127)  # 254 bytes of the 255 that a file system allows
+    write_text(path, "x")
+    assert path.read_text() == "x"
+
+
+def test_text_with_and_without_a_mark(tmp_path: Path) -> None:
+    for data in (b"\xef\xbb\xbfcaf\xc3\xa9", b"caf\xc3\xa9"):
+        (tmp_path / "a.txt").write_bytes(data)
+        assert read_text(tmp_path / "a.txt", "caption") == "café"
+
+
+def test_reading_mistakes_name_file_and_place(tmp_path: Path) -> None:
+    path = tmp_path / "a.txt"
+    with pytest.raises(UserError, match=r"a.txt: caption not found"):
+        read_text(path, "caption")
+    path.write_bytes(b"caf\xe9")
+    with pytest.raises(UserError, match=r"a.txt: caption is not UTF-8 \(byte 3\)"):
+        read_text(path, "caption")
+    with pytest.raises(UserError, match="cannot be read"):
+        read_text(tmp_path, "caption")
+
+
+def test_toml_mistakes_name_the_line_and_the_cure(tmp_path: Path) -> None:
+    path = tmp_path / "a.toml"
+    path.write_text('a = 1\nfolder = "C:\\media"\n')
+    with pytest.raises(UserError, match=r"a.toml: config is not valid TOML: .*line 2.*write Windows paths with /"):
+        read_toml(path, "config")
+    path.write_text("a = \n")
+    with pytest.raises(UserError, match=r"line 1") as error:
+        read_toml(path, "config")
+    assert "Windows" not in str(error.value)
+
+
+def test_paths_lose_what_nobody_sees() -> None:
+    assert clean_path("\u202a C:\\media\u200b \ufeff") == "C:\\media"
+    assert clean_path("a\u00a0b ü") == "a\u00a0b ü"
+
+
+def test_messages() -> None:
+    assert one_line("a\n  b\tc ") == "a b c"
+    assert did_you_mean("learning_rte", ["seed", "learning_rate"]) == " (did you mean 'learning_rate'?)"
+    assert did_you_mean("xyz", ["seed", "learning_rate"]) == ""
