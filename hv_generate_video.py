@@ -13,6 +13,8 @@ Models are loaded one after the other: text encoders, DiT, VAE. Latents are on d
 """
 
 import dataclasses
+import functools
+import itertools
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -39,6 +41,8 @@ def main() -> None:
         save_merged_model(options)
     elif options.output.latent_path:
         decode_saved(options)
+    elif options.lora.compare:
+        compare(options, options.prompt.requests())
     elif options.prompt.interactive:
         interact(options)
     elif options.prompt.from_file is not None:
@@ -86,6 +90,53 @@ def _next_line() -> str:
         return input("> ").strip()
     except EOFError:
         return ""
+
+
+def compare(options: GenerationOptions, requests: Sequence[Request]) -> None:
+    """--compare: every LoRA file at every multiplier for every prompt, with one seed and one load of the DiT."""
+    from modules.compare import ComparisonOutput, Page, Row
+    from modules.outputs import Job, time_stamp
+    from networks.live import LiveLoras
+
+    seed = drawn_seed() if options.prompt.seed is None else options.prompt.seed
+    requests = [
+        request if request.seed is not None else dataclasses.replace(request, seed=seed) for request in requests
+    ]
+    multipliers = options.lora.lora_multiplier or [1.0]
+    stem = f"{time_stamp()}_{seed}_compare"
+    jobs: dict[tuple[int, Path | None, float], Job] = {}
+    for index, request in enumerate(requests):
+        for path, multiplier in [(None, 0.0), *itertools.product(options.lora.lora_weight, multipliers)]:
+            jobs[index, path, multiplier] = Job(request, f"{stem}_{len(jobs):03d}")
+    lora_of = {job.stem: [] if path is None else [(path, multiplier)] for (_, path, multiplier), job in jobs.items()}
+
+    generator = build_generator(options)
+    outputs = ComparisonOutput(options.output.save_path, options.output.output_type)
+    loras = functools.cache(lambda: LiveLoras(generator.dit.model))
+    generator = dataclasses.replace(
+        generator,
+        outputs=outputs,
+        before_job=lambda job: loras().use(lora_of[job.stem], options.lora.exclude_single_blocks),
+    )
+    generator.run(list(jobs.values()))
+    if not outputs.pixels:
+        raise UserError(f"no video could be made: {next(iter(generator.failures.values()))}")
+    columns = ["without LoRA", *(f"multiplier {multiplier:g}" for multiplier in multipliers)]
+    rows = [
+        Row(
+            f"{path.stem}: {request.prompt}",
+            [
+                outputs.pixels.get(jobs[key].stem)
+                for key in [(index, None, 0.0), *((index, path, multiplier) for multiplier in multipliers)]
+            ],
+        )
+        for index, request in enumerate(requests)
+        for path in options.lora.lora_weight
+    ]
+    metadata = None if options.output.no_metadata else video_settings(options, requests[0])
+    paths = Page(columns, rows).save(options.output.save_path / stem, requests[0].fps, metadata)
+    print_table("compared", [[path] for path in paths])
+    report_failures(generator, len(jobs))
 
 
 def decode_saved(options: GenerationOptions) -> None:
@@ -221,25 +272,27 @@ def default_dtype(word: str | None, device: "torch.device", on_gpu: str = "float
 
 
 def load_merged_dit(options: GenerationOptions, device: "torch.device", fp8: bool) -> "HYVideoDiffusionTransformer":
-    """The DiT with its LoRAs merged before it is quantised; still on the CPU where block swap will place it."""
-    from hunyuan_model.checkpoints import load_dit
+    """The DiT with its LoRAs merged before it is quantised; on the CPU where it would not fit otherwise."""
+    from hunyuan_model.checkpoints import is_quantized_in_dit, load_dit
+    from hunyuan_model.model_files import identify
+    from networks.live import LiveLoras
+    from networks.merging import merge_lora_into
+    from utils.fp8 import quantize_linears
 
     dtype = default_dtype(options.dit.dit_dtype, device, on_gpu="bfloat16")
-    loras = options.lora.pairs()
+    loras, speed = options.lora.merged(), options.speed
+    if loras and fp8 and identify(options.dit.dit).fp8 != "none":
+        # A small change of a weight that is fp8 already would be lost in rounding it back to the same value.
+        model = load_dit(options.dit.dit, device, dtype, fp8, speed.attn_mode, speed.split_attn)
+        LiveLoras(model).use(loras, options.lora.exclude_single_blocks)
+        return model
     place = "cpu" if options.swap.blocks_to_swap or (loras and fp8) else device
-    model = load_dit(options.dit.dit, place, dtype, fp8 and not loras, options.speed.attn_mode)
-    expected = options.dit.dit_in_channels
-    if expected is not None and expected != model.config.in_channels:
-        raise UserError(f"--dit_in_channels {expected}: {options.dit.dit} has {model.config.in_channels}")
+    model = load_dit(options.dit.dit, place, dtype, fp8 and not loras, speed.attn_mode, speed.split_attn)
     if loras:
-        merge_loras(model, options)
+        merge_lora_into(model, loras, options.lora.exclude_single_blocks)
+        if fp8:
+            quantize_linears(model, is_quantized_in_dit)
     return model
-
-
-def merge_loras(model: "HYVideoDiffusionTransformer", options: GenerationOptions) -> None:
-    from networks.merging import merge_lora_into
-
-    merge_lora_into(model, options.lora.pairs(), exclude_single_blocks=options.lora.exclude_single_blocks)
 
 
 def load_ready_dit(
@@ -296,9 +349,13 @@ def run(generator: "Generator", jobs: Sequence["Job"]) -> None:
         for job in jobs
     ]
     print_table("generated", rows, ["video", "time", "result"])
+    report_failures(generator, len(jobs))
+
+
+def report_failures(generator: "Generator", total: int) -> None:
     if generator.failures:
         raise UserError(
-            f"{len(generator.failures)} of {len(jobs)} videos failed: {next(iter(generator.failures.values()))}"
+            f"{len(generator.failures)} of {total} videos failed: {next(iter(generator.failures.values()))}"
         )
 
 

@@ -59,6 +59,7 @@ class Generator:
         source_pixels: request -> pixels (3, F, H, W) in 0..1 of the video and (3, 1, H, W) of the image that it starts
             from, each None without one.
         later_command: latent file -> the command that decodes it later.
+        before_job: called before a job is sampled, with the DiT loaded.
     """
 
     text_encoder_1: LazyModel
@@ -74,6 +75,7 @@ class Generator:
     chunk_size: int | None = None
     tile_size: int | None = None
     before_step: BeforeStep | None = None
+    before_job: Callable[[Job], None] | None = None
     failures: dict[str, str] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
 
@@ -163,6 +165,8 @@ class Generator:
         sources: Mapping[str, Mapping[str, Tensor]],
         label: str,
     ) -> None:
+        if self.before_job is not None:
+            self.before_job(job)
         with tqdm(total=job.request.steps, desc=label, unit="step") as bar:
 
             def before_step(step: int, steps: int) -> None:

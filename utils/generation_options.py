@@ -121,8 +121,10 @@ class LoraOptions:
                 f"--save_merged_model {self.save_merged_model}: a name that ends in .safetensors is expected"
             )
 
-    def pairs(self) -> list[tuple[Path, float]]:
-        """Every LoRA file with its multiplier."""
+    def merged(self) -> list[tuple[Path, float]]:
+        """Every LoRA file with its multiplier; none where they are compared one by one."""
+        if self.compare:
+            return []
         multipliers = self.lora_multiplier or [1.0]
         if len(multipliers) == 1:
             multipliers = multipliers * len(self.lora_weight)
@@ -200,6 +202,8 @@ class GenerationOptions:
     def _check_sources(self) -> None:
         if not (self.prompt.prompt or self.prompt.from_file or self.prompt.interactive):
             raise UserError("nothing to make: give --prompt, --from_file, --interactive or --latent_path")
+        if self.lora.compare and self.compile.compile:
+            raise UserError("--compare and --compile exclude each other: a compiled model cannot change its LoRAs")
         if self.lora.compare and self.prompt.interactive:
             raise UserError("--compare and --interactive exclude each other; use --prompt or --from_file")
         if self.lora.compare and self.output.output_type == "latent":

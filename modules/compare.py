@@ -1,0 +1,122 @@
+"""One labelled page of many videos: a PNG of their middle frames and an mp4 in which they all play."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from einops import rearrange
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+from modules.outputs import Job, OutputFolder
+from utils.video_io import save_image, save_video, to_uint8
+
+LARGEST_PAGE = 3840  # pixels on the longer side; hardware decoders of browsers end at 4096
+LABEL_HEIGHT, MARGIN = 28, 8
+PAPER, INK, MISSING = (255, 255, 255), (20, 20, 20), (200, 200, 200)
+
+
+@dataclass(frozen=True)
+class ComparisonOutput(OutputFolder):
+    """Keeps the pixels of every job for the page instead of writing a file for each."""
+
+    pixels: dict[str, Tensor] = field(default_factory=dict)  # by stem: F H W C uint8
+
+    def save_pixels(self, job: Job, pixels: Tensor) -> None:
+        self.pixels[job.stem] = to_uint8(pixels)
+        if not self.keeps_latents:
+            self.latent_path(job).unlink(missing_ok=True)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row of the page: a title line above, and a video, or None where it failed, under each column's label."""
+
+    title: str
+    videos: Sequence[Tensor | None]  # F H W C uint8
+
+
+@dataclass(frozen=True)
+class Page:
+    """Rows of videos under common column labels."""
+
+    columns: Sequence[str]
+    rows: Sequence[Row]
+
+    @property
+    def frames(self) -> int:
+        return max(len(video) for row in self.rows for video in row.videos if video is not None)
+
+    def cell_size(self) -> tuple[int, int]:
+        """Height and width that every video is shown in: the largest of them, smaller if the page gets too large."""
+        videos = [video for row in self.rows for video in row.videos if video is not None]
+        height, width = max(video.shape[1] for video in videos), max(video.shape[2] for video in videos)
+        scale = min(
+            1.0,
+            (LARGEST_PAGE / len(self.columns) - MARGIN) / width,
+            (LARGEST_PAGE / len(self.rows) - LABEL_HEIGHT - MARGIN) / height,
+        )
+        return max(16, int(height * scale)), max(16, int(width * scale))
+
+    def place(self, row: int, column: int) -> tuple[int, int]:
+        """Left and top of a cell."""
+        height, width = self.cell_size()
+        left = MARGIN + column * (width + MARGIN)
+        return left, LABEL_HEIGHT + row * (LABEL_HEIGHT + height + MARGIN) + LABEL_HEIGHT
+
+    def background(self) -> Image.Image:
+        """The page with its labels and without videos; its sides are even, as H.264 wants them."""
+        height, width = self.cell_size()
+        left, top = self.place(len(self.rows) - 1, len(self.columns) - 1)
+        right, bottom = left + width + MARGIN, top + height + MARGIN
+        page = Image.new("RGB", (right + right % 2, bottom + bottom % 2), PAPER)
+        draw = ImageDraw.Draw(page)
+        for column, label in enumerate(self.columns):
+            left, _ = self.place(0, column)
+            draw.text((left, MARGIN), _shortened(draw, label, width), fill=INK, font=_font())
+        for index, row in enumerate(self.rows):
+            left, top = self.place(index, 0)
+            title = _shortened(draw, row.title, right - 2 * MARGIN)
+            draw.text((left, top - LABEL_HEIGHT + MARGIN), title, fill=INK, font=_font())
+        return page
+
+    def frame(self, background: Image.Image, index: int) -> np.ndarray:
+        """The page at one moment, (H, W, 3) uint8; shorter videos hold their last frame."""
+        height, width = self.cell_size()
+        page = background.copy()
+        for row_index, row in enumerate(self.rows):
+            for column, video in enumerate(row.videos):
+                cell = Image.new("RGB", (width, height), MISSING)
+                if video is not None:
+                    picture = Image.fromarray(video[min(index, len(video) - 1)].numpy())
+                    picture.thumbnail((width, height), Image.Resampling.LANCZOS)
+                    cell.paste(picture, ((width - picture.width) // 2, (height - picture.height) // 2))
+                page.paste(cell, self.place(row_index, column))
+        return np.asarray(page)
+
+    def save(self, path: Path, fps: float, metadata: Mapping[str, object] | None) -> list[Path]:
+        """Writes `path`.mp4 and, with the middle frame of every video, `path`.png."""
+        background = self.background()
+        frames = torch.from_numpy(np.stack([self.frame(background, index) for index in range(self.frames)]))
+        pixels = rearrange(frames, "F H W C -> C F H W") / 255
+        middle = self.frames // 2
+        paths = [path.with_name(path.name + suffix) for suffix in (".mp4", ".png")]
+        save_video(pixels, paths[0], fps, metadata)
+        save_image(pixels[:, middle : middle + 1], paths[1], metadata)
+        return paths
+
+
+def _font() -> ImageFont.FreeTypeFont:
+    return ImageFont.load_default(size=LABEL_HEIGHT - 2 * MARGIN + 2)
+
+
+def _shortened(draw: ImageDraw.ImageDraw, text: str, width: int) -> str:
+    """The text as far as it fits, with an ellipsis where it was cut."""
+    text = " ".join(text.split())
+    if draw.textlength(text, font=_font()) <= width:
+        return text
+    while text and draw.textlength(text + "...", font=_font()) > width:
+        text = text[:-1]
+    return text + "..."

@@ -1,0 +1,57 @@
+"""LoRAs that compute beside the weights instead of inside them: exchanged in a loaded model at no cost.
+
+Merging is faster to run, and what generation does; this serves comparisons of many LoRAs with one loaded model,
+whatever form its weights have (fp8, swapped to host memory).
+"""
+
+import os
+from collections.abc import Sequence
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from networks.factors import Factors, LoraFactors
+from networks.merging import count_matches, dense_weight, read_changes
+
+
+class LiveLoras:
+    """The LoRAs that a model currently has, by forward hooks on its Linear modules."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._modules = {name: module for name, module in model.named_modules() if hasattr(module, "in_features")}
+        self._hooks: list = []
+
+    def use(self, loras: Sequence[tuple[str | os.PathLike, float]], exclude_single_blocks: bool = False) -> None:
+        """These LoRAs (path, multiplier) of any format instead of the present ones; none: the bare model.
+
+        Raises:
+            UserError: a file cannot be read or matches nothing.
+        """
+        for hook in self._hooks:
+            hook.remove()
+        changes, files = read_changes(loras, exclude_single_blocks)
+        count_matches([path for path, _ in loras], files, self._modules)
+        self._hooks = [
+            self._modules[name].register_forward_hook(_addition(own))
+            for name, own in changes.items()
+            if name in self._modules
+        ]
+
+
+def _addition(changes: list[tuple[Factors, float]]):
+    def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        for factors, multiplier in changes:
+            output = output + changed_output(module, inputs[0], factors, multiplier)
+        return output
+
+    return hook
+
+
+def changed_output(module: nn.Module, x: Tensor, factors: Factors, multiplier: float) -> Tensor:
+    """What a LoRA adds to the output of a Linear for x (..., in) -> (..., out)."""
+    factors = factors.map(lambda tensor: tensor.to(x.device))
+    if isinstance(factors, LoraFactors) and factors.dora_scale is None:
+        down, up = factors.down.flatten(1).to(x.dtype), factors.up.flatten(1).to(x.dtype)
+        return F.linear(F.linear(x, down), up) * (multiplier * factors.scale)
+    weight = dense_weight(module)
+    return F.linear(x, (factors.apply(weight, multiplier) - weight).to(x.dtype))
