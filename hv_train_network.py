@@ -23,9 +23,11 @@ from typing import TYPE_CHECKING
 
 from modules.optimizers import OptimizerOptions
 from modules.schedulers import SchedulerOptions
+from modules.timestep_plot import show_timesteps
 from modules.timestep_sampling import TimestepOptions
 from utils.cli import parse_options, print_table, run_script, settings_toml
 from utils.errors import UserError, did_you_mean
+from utils.huggingface_utils import HuggingFaceOptions, Uploader, download_state
 from utils.metadata import MetadataOptions, RunFacts, checkpoint_metadata
 from utils.option_groups import (
     BlockSwapOptions,
@@ -84,6 +86,7 @@ class Options:
     vae: VaeOptions
     text: TextEncoderOptions
     metadata: MetadataOptions
+    hub: HuggingFaceOptions
     log: LogOptions
     distributed: DistributedOptions
 
@@ -126,8 +129,11 @@ class Options:
 
 def main() -> None:
     options = Options.parse()
+    if options.timesteps.show_timesteps is not None:
+        show_timesteps(options.timesteps, options.save.output_dir or Path())
+        return
     options.check()
-    state = find_state(options.save.resume, options.files)
+    state = find_resumed_state(options)
     requests = options.preview_requests()
 
     from modules import training_setup
@@ -138,6 +144,7 @@ def main() -> None:
     check_parts(options)
     network_module = import_network_module(options.network.network_module)
     accelerator = training_setup.create_accelerator(options.training, options.log, options.distributed)
+    training_setup.silence_all_but_main(accelerator)
     progress = training_setup.first_progress(accelerator, options.training, state)
     data = load_datasets(options, progress.seed)
     plan = plan_steps(options, accelerator, len(data.train))
@@ -152,14 +159,25 @@ def main() -> None:
     prompts = encode_previews(options, requests, accelerator)
     dit = load_model(options, accelerator)
     trained = create_trained(options, network_module, dit, accelerator, progress.seed)
-    trainer = build_trainer(options, accelerator, plan, progress, dit, trained, data, prompts)
+    uploader = Uploader(options.hub)
+    trainer = build_trainer(options, accelerator, plan, progress, dit, trained, data, prompts, uploader)
     if state is not None:
         load_state(state, trained.tensors, trainer.saver.stateful)
     training_setup.start_trackers(accelerator, options.log, options.settings(progress.seed))
     with trainer.log, trainer.requests:
         train(trainer)
+    uploader.close()
     accelerator.end_training()
     report(trainer)
+
+
+def find_resumed_state(options: Options) -> Path | None:
+    """The state that --resume means, on this machine or on the Hugging Face Hub."""
+    if not options.hub.resume_from_huggingface:
+        return find_state(options.save.resume, options.files)
+    if options.save.resume is None:
+        raise UserError("--resume_from_huggingface needs --resume user/name/folder")
+    return find_state(str(download_state(options.save.resume, options.hub)), options.files)
 
 
 def check_parts(options: Options) -> None:
@@ -338,6 +356,7 @@ def build_trainer(
     trained: "TrainedNetwork",
     data: Datasets,
     prompts: "Sequence[PreviewPrompt]",
+    uploader: Uploader,
 ) -> "Trainer":
     from hunyuan_model.vae import SCALING_FACTOR
     from modules.checkpoint_saver import CheckpointSaver
@@ -368,7 +387,7 @@ def build_trainer(
         keep_best=options.validation.keep_best,
         metadata=lambda at, title: metadata_of(options, trained, data, plan, at, title, accelerator.mixed_precision),
         extra_formats=lambda path: write_extra_formats(path, options.save.save_format),
-        upload=lambda path: None,
+        upload=uploader.upload,
     )
     previewer = None
     if prompts:

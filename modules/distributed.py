@@ -4,24 +4,26 @@ from collections.abc import Iterable, Sequence
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 from torch import Tensor, nn
 
 BUCKET_ELEMENTS = 16_000_000
 
 
-def first_positions(accelerator: Accelerator, sizes: Sequence[int]) -> tuple[list[int], int]:
-    """Where each of this rank's batches begins in the step's global batch, and how many samples that has.
+def global_positions(accelerator: Accelerator, batches: Sequence[Sequence[str]]) -> tuple[list[list[int]], int]:
+    """Where each of this rank's samples stands in the step's global batch, and how many samples that has.
 
-    The global batch is in the order (micro step, rank), so it does not depend on how many processes share it.
+    The global batch is ordered by the names of its items, so that it does not depend on how they are spread over
+    batches and processes.
 
     Args:
-        sizes: samples of each micro step's batch of this rank; 0 without a batch.
+        batches: item names of each micro step's batch of this rank; empty without a batch.
     """
-    own = torch.tensor(sizes, device=accelerator.device)
-    table = accelerator.gather(own[:, None].T.contiguous()).T  # (micro steps, ranks)
-    flat = table.flatten()
-    starts = (flat.cumsum(0) - flat).view_as(table)
-    return starts[:, accelerator.process_index].tolist(), int(flat.sum())
+    rank = accelerator.process_index
+    own = [[(name, micro, rank, at) for at, name in enumerate(names)] for micro, names in enumerate(batches)]
+    everyone = sorted(gather_object([key for keys in own for key in keys]))
+    position = {key: place for place, key in enumerate(everyone)}
+    return [[position[key] for key in keys] for keys in own], len(everyone)
 
 
 def sum_over_processes(accelerator: Accelerator, values: Tensor) -> Tensor:

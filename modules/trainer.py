@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from modules.checkpoint_saver import CheckpointSaver
-from modules.distributed import first_positions, sum_gradients, sum_over_processes
+from modules.distributed import global_positions, sum_gradients, sum_over_processes
 from modules.flow_matching import interpolate, velocity_target, weighted_mse
 from modules.network_module import TrainedNetwork
 from modules.optimizers import averaged_weights
@@ -109,20 +109,19 @@ def train(trainer: Trainer) -> None:
     begin(trainer)
     summary = None
     while progress.step < plan.total_steps and not (summary and summary.quit):
-        trained_batches = [next(batches) for _ in range(plan.accumulation)]
-        sizes = [0 if batch is None else len(batch.names) for batch in trained_batches]
-        starts, samples = first_positions(accelerator, sizes)
+        micro_batches = [next(batches) for _ in range(plan.accumulation)]
+        names = [batch.names if batch is not None else [] for batch in micro_batches]
+        positions_of, samples = global_positions(accelerator, names)
         trainer.trained.start_step()
         result = StepResult()
-        for batch, first in zip(trained_batches, starts, strict=True):
+        for batch, positions in zip(micro_batches, positions_of, strict=True):
             if batch is None:  # the epoch has no batch left for this rank
                 continue
             latents = model.latents(batch)  # B C f h w
-            positions = range(first, first + len(latents))
             generators = step_generators(seed, progress.step, positions)
             sigma = sample_sigmas(options.timesteps, generators, [progress.samples + at for at in positions], seed)
             sigma, noise = sigma.to(latents.device), draw_noise(latents, generators)
-            seed_dropout(seed, progress.step, first)
+            seed_dropout(seed, progress.step, min(positions))
             with accelerator.autocast():
                 prediction = model.velocity(interpolate(latents, noise, sigma), sigma, batch)
             weight = loss_weight(sigma, options.timesteps.weighting_scheme)

@@ -32,6 +32,8 @@ def create_accelerator(training: TrainingOptions, log: LogOptions, distributed: 
     timeout = distributed.ddp_timeout and datetime.timedelta(minutes=distributed.ddp_timeout)
     try:
         return Accelerator(
+            # Without it, accelerate takes several processes on a machine without a GPU for separate runs.
+            cpu=None if torch.accelerator.is_available() else True,
             mixed_precision=training.mixed_precision,
             log_with=log.trackers or None,
             project_dir=log.logging_dir and log.logging_dir / f"{log.log_prefix or ''}{time.strftime('%Y%m%d%H%M%S')}",
@@ -39,6 +41,12 @@ def create_accelerator(training: TrainingOptions, log: LogOptions, distributed: 
         )
     except (ValueError, ImportError) as error:
         raise UserError(f"--mixed_precision or --log_with: {one_line(error)}") from error
+
+
+def silence_all_but_main(accelerator: Accelerator) -> None:
+    """One process speaks for all."""
+    if not accelerator.is_main_process:
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 - until the process ends
 
 
 def start_trackers(accelerator: Accelerator, options: LogOptions, settings: str) -> None:
