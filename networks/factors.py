@@ -215,6 +215,9 @@ def _check_shapes(factors: Factors) -> None:
     for name, tensor in factors.tensors().items():
         if tensor.dim() < 2 or not tensor.is_floating_point() or 0 in tensor.shape:
             raise ValueError(f"{name} is {tuple(tensor.shape)} of {tensor.dtype}, a matrix of numbers is expected")
+        # NaN goes through to the extremes, and they are found faster than by looking at every value for itself.
+        if not torch.stack(torch.aminmax(tensor if tensor.dtype.itemsize > 1 else tensor.float())).isfinite().all():
+            raise ValueError(f"{name} has values that are not finite")
     pairs = {LoraFactors: [("up", "down")], LohaFactors: [("w1_a", "w1_b"), ("w2_a", "w2_b")]}
     for a, b in pairs.get(type(factors), [("w1_a", "w1_b"), ("w2_a", "w2_b")]):
         if (a in shapes) != (b in shapes):

@@ -22,6 +22,7 @@ from networks.factors import SUFFIXES, Factors, LohaFactors, LoraFactors, factor
 from networks.format_table import FORMATS, Format
 from networks.split_fuse import fold_alpha, split_rows, stack_rows, swap_halves
 from utils.errors import UserError
+from utils.metadata import model_hashes
 from utils.safetensors_utils import iterate_tensors, read_header, save_file
 
 # Officially (shift, scale), in diffusers (scale, shift).
@@ -351,6 +352,8 @@ def write_lora(
         UserError: see `to_tensors`.
     """
     tensors = to_tensors(lora, format_, dtype)
+    if dtype == torch.float16 and any(tensor.isinf().any() for tensor in tensors.values()):
+        raise UserError(f"{path}: some values are too large for float16; use bfloat16 or float32")
     metadata = dict(lora.metadata)
     if format_.adapter_metadata:
         metadata["lora_adapter_metadata"] = adapter_metadata(tensors, format_.prefix)
@@ -360,4 +363,4 @@ def write_lora(
 
 def save_lora_file(tensors: Mapping[str, Tensor], path: str | os.PathLike, metadata: Mapping[str, str]) -> None:
     """Writes a LoRA file; the hashes by which other tools know it are those of these very tensors."""
-    save_file(tensors, path, metadata)
+    save_file(tensors, path, {**metadata, **model_hashes(tensors, metadata)})

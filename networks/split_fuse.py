@@ -168,7 +168,7 @@ def fold_alpha(factors: Factors) -> Factors:
         return dataclasses.replace(factors, alpha=None)
     side = _row_sides(factors)[0]
     matrix = getattr(factors, side)
-    return dataclasses.replace(factors, alpha=None, **{side: (matrix.double() * factors.scale).to(matrix.dtype)})
+    return dataclasses.replace(factors, alpha=None, **{side: matrix * factors.scale})
 
 
 def swap_halves(factors: Factors) -> Factors:

@@ -1,0 +1,109 @@
+"""Stage 5: converts a LoRA between the formats of all programs that use HunyuanVideo, on a CPU, without a model.
+
+Before: hv_train_network.py wrote a native file. After: the output is loaded by ComfyUI, diffusers, OneTrainer, ...
+
+    python convert_lora.py --input lora.safetensors --output lora_comfy.safetensors --target other --verify
+    python convert_lora.py --input pytorch_lora_weights.safetensors --output lora.safetensors --target default
+"""
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from networks.format_table import FORMATS, Format
+from utils.cli import option, parse_options, print_table, run_script
+from utils.errors import UserError
+
+if TYPE_CHECKING:
+    from networks.formats import Lora
+
+DTYPE_WORDS = ("float32", "fp32", "float", "float16", "fp16", "bfloat16", "bf16")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConvertOptions:
+    """conversion"""
+
+    input: Path = option(help="LoRA file of any format", path="file")
+    output: Path = option(help="LoRA file to write")
+    target: str = option(
+        help="format to write; default is the native one, other is safe for ComfyUI", choices=[*FORMATS]
+    )
+    diffusers_prefix: str | None = option(
+        None, help="prefix of the module names instead of the target's, such as diffusion_model"
+    )
+    rank: int | None = option(None, help="reduce every module to at most this rank by SVD", minimum=1)
+    dtype: str | None = option(None, help="dtype of the output; that of the input if unset", choices=DTYPE_WORDS)
+    verify: bool = option(False, help="read the output again and compare what every module does to its weight")
+    allow_partial: bool = option(False, help="leave out keys that belong to no module instead of stopping")
+
+    def __post_init__(self) -> None:
+        if self.output.exists() and self.output.samefile(self.input):
+            raise UserError(f"--output {self.output}: is the input itself; give another name")
+        if self.output.suffix != ".safetensors":
+            raise UserError(f"--output {self.output}: a name that ends in .safetensors is expected")
+        if self.diffusers_prefix is not None and self.format.flat:
+            raise UserError(f"--diffusers_prefix: --target {self.target} has no prefix to choose; --target other has")
+
+    @property
+    def format(self) -> Format:
+        target = FORMATS[self.target]
+        if self.diffusers_prefix is None:
+            return target
+        return dataclasses.replace(target, prefix=self.diffusers_prefix.rstrip(".") + ".")
+
+
+def main() -> None:
+    (options,) = parse_options(__doc__, ConvertOptions)
+
+    from networks.coverage import coverage
+    from networks.formats import read_lora, write_lora
+    from networks.surgery import reduce_rank
+    from utils.device_utils import DTYPES
+
+    lora = read_lora(options.input, options.allow_partial)
+    source = lora.format
+    if options.rank is not None:
+        lora = reduce_rank(lora, options.rank)
+    dtype = None if options.dtype is None else DTYPES[options.dtype]
+    tensors = write_lora(lora, options.output, options.format, dtype)
+    rows = [
+        ("input", f"{options.input}: {source.title}"),
+        ("output", f"{options.output}: {options.format.title}, {len(lora.modules)} modules, {len(tensors)} keys"),
+    ]
+    if lora.leftover:
+        rows.append(("left out", f"{len(lora.leftover)} keys, such as {lora.leftover[0]}"))
+    if options.verify:
+        rows.append(("verified", verify(lora, options)))
+    for program, (loaded, total) in coverage(tensors, options.format).items():
+        rows.append((program, f"{loaded} of {total} modules will load"))
+    print_table("conversion", rows)
+
+
+def verify(lora: "Lora", options: ConvertOptions) -> str:
+    """Compares the written file with what was to be written; a file that differs is removed.
+
+    Raises:
+        UserError: it differs by more than the rounding of its dtype.
+    """
+    import torch
+
+    from networks.comparison import worst_difference
+    from networks.formats import read_lora
+
+    try:
+        written = read_lora(options.output)
+        difference, name = worst_difference(lora, written, str(options.output))
+        coarsest = max(torch.finfo(t.dtype).eps for f in written.modules.values() for t in f.tensors().values())
+        # Both factors are rounded, and alpha / rank is folded into one of them.
+        if difference > max(1e-6, 2 * coarsest):
+            raise UserError(f"{options.output}: dW of {name} differs by {difference:.1e} (relative); not written")
+    except UserError:
+        options.output.unlink(missing_ok=True)
+        raise
+    return f"dW of all {len(lora.modules)} modules is equal: relative difference at most {difference:.1e} ({name})"
+
+
+if __name__ == "__main__":
+    run_script(main)
