@@ -23,8 +23,9 @@ from utils.safetensors_utils import TensorInfo, read_header, read_tensor
 
 # Keys under which trainers wrap a state dict; the official DiT has `module` (DeepSpeed), the VAE `state_dict`.
 WRAPPERS = ("module", "state_dict", "model", "ema", "model_state_dict")
-# Mapped pages stay resident until the file is unmapped, so it is mapped anew after so many bytes.
+# Mapped pages stay resident until the file is unmapped, so it is mapped anew after so many bytes, but 32 times at most.
 REMAP_BYTES = 128 << 20
+MOST_REMAPS = 32
 HEAD_BYTES = 256
 
 
@@ -87,7 +88,7 @@ class PtFile:
 
     def read(self, name: str) -> Tensor:
         size = self.infos[name].nbytes
-        if self._touched and self._touched + size > REMAP_BYTES:
+        if self._touched and self._touched + size > max(REMAP_BYTES, self.path.stat().st_size // MOST_REMAPS):
             self._tensors = {}
             _, self._tensors = self._map()
             self._touched = 0

@@ -1,0 +1,163 @@
+"""Writes random weights in every layout in which the models are published, independently of the code that reads them.
+
+DiT names of diffusers and ComfyUI come from `key_maps`, which test_key_maps.py proves against diffusers' own class.
+"""
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+from hunyuan_model.key_maps import dit_from_official
+
+Weights = dict[str, torch.Tensor]
+FP8 = torch.float8_e4m3fn
+BLOCK_LINEAR = ("attn_qkv.weight", "attn_proj.weight", "fc1.weight", "fc2.weight", "linear1.weight", "linear2.weight")
+
+
+def _prefixed(weights: Weights, prefix: str) -> Weights:
+    return {prefix + name: tensor for name, tensor in weights.items()}
+
+
+def _safetensors(path: Path, weights: Weights, metadata: dict[str, str] | None = None) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_file({name: tensor.contiguous() for name, tensor in weights.items()}, path, metadata)
+    return path
+
+
+def _pt(path: Path, content: object) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    torch.save(content, path)
+    return path
+
+
+def write_shards(folder: Path, weights: Weights, stem: str, config: dict | None = None, shards: int = 3) -> Path:
+    """A Hugging Face folder: config.json, shards and their index."""
+    names = list(weights)
+    size = math.ceil(len(names) / shards)
+    weight_map = {}
+    for index in range(shards):
+        file = f"{stem}-{index + 1:05d}-of-{shards:05d}.safetensors"
+        members = names[index * size : (index + 1) * size]
+        _safetensors(folder / file, {name: weights[name] for name in members})
+        weight_map |= dict.fromkeys(members, file)
+    index_file = folder / f"{stem}.safetensors.index.json"
+    index_file.write_text(json.dumps({"metadata": {}, "weight_map": weight_map}), encoding="utf-8")
+    if config is not None:
+        (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    return folder
+
+
+DIT_LAYOUTS: dict[str, Callable[[Path, Weights], Path]] = {
+    "official .pt, module": lambda folder, w: _pt(folder / "mp_rank_00_model_states.pt", {"module": w, "epoch": 3}),
+    "bare .pt": lambda folder, w: _pt(folder / "dit.pt", w),
+    ".pt, ema": lambda folder, w: _pt(folder / "dit.pt", {"ema": w}),
+    "safetensors": lambda folder, w: _safetensors(folder / "dit.safetensors", w, {"format": "pt"}),
+    "ComfyUI": lambda folder, w: _safetensors(folder / "c.safetensors", dit_from_official(w, "ComfyUI")),
+    "ComfyUI, model.model.": lambda folder, w: _safetensors(
+        folder / "hunyuan_video_t2v_720p_bf16.safetensors", _prefixed(dit_from_official(w, "ComfyUI"), "model.model.")
+    ),
+    "official, model.diffusion_model.": lambda folder, w: _safetensors(
+        folder / "c.safetensors", _prefixed(w, "model.diffusion_model.")
+    ),
+    "diffusers folder, shards": lambda folder, w: write_shards(
+        folder / "transformer",
+        dit_from_official(w, "diffusers"),
+        "diffusion_pytorch_model",
+        {"_class_name": "HunyuanVideoTransformer3DModel", "rope_axes_dim": [4, 14, 14]},
+    ),
+}
+
+
+def quantized(weights: Weights, scaled: bool = True) -> tuple[Weights, dict[str, float], Weights]:
+    """Float8 weights of the blocks' linear layers, one scale each, and what they stand for in float32."""
+    stored, scales, meant = dict(weights), {}, dict(weights)
+    for index, name in enumerate(name for name in weights if name.endswith(BLOCK_LINEAR) and "blocks." in name):
+        if name.startswith("txt_in."):
+            continue
+        scales[name] = 0.37 / 448 * (1 + index % 3) if scaled else 1.0  # no power of two, as in published files
+        stored[name] = (weights[name] / scales[name]).to(FP8)
+        meant[name] = stored[name].float() * torch.tensor(scales[name], dtype=torch.float32)
+    return stored, scales, meant
+
+
+def _official_fp8(folder: Path, stored: Weights, scales: dict[str, float]) -> Path:
+    _pt(
+        folder / "mp_rank_00_model_states_fp8_map.pt",
+        {name.removesuffix(".weight"): torch.tensor(scale) for name, scale in scales.items()},
+    )
+    return _pt(folder / "mp_rank_00_model_states_fp8.pt", {"module": stored})
+
+
+def _comfyui_fp8(folder: Path, stored: Weights, scales: dict[str, float]) -> Path:
+    weights = dit_from_official(stored, "ComfyUI")
+    comfy = {next(iter(dit_from_official({"img_in.proj.weight": stored["img_in.proj.weight"], name: stored[name]},
+             "ComfyUI").keys() - {"img_in.proj.weight"})): scale for name, scale in scales.items()}  # fmt: skip
+    weights |= {f"{name.removesuffix('.weight')}.scale_weight": torch.tensor(scale) for name, scale in comfy.items()}
+    weights |= {f"{next(iter(comfy)).removesuffix('.weight')}.scale_input": torch.tensor(1.0)}
+    weights["scaled_fp8"] = torch.empty(2, dtype=FP8)
+    return _safetensors(folder / "hunyuan_fp8_scaled.safetensors", _prefixed(weights, "model.diffusion_model."))
+
+
+def _kijai_fp8(folder: Path, stored: Weights, scales: dict[str, float]) -> Path:
+    extra = {f"{name.removesuffix('.weight')}.fp8_scale": torch.tensor(scale) for name, scale in scales.items()}
+    return _safetensors(folder / "hunyuan_fp8_e4m3fn_scaled_kj.safetensors", stored | extra)
+
+
+FP8_LAYOUTS: dict[str, Callable[[Path, Weights, dict[str, float]], Path]] = {
+    "plain": lambda folder, stored, _: _safetensors(folder / "hunyuan_fp8_e4m3fn.safetensors", stored),
+    "official": _official_fp8,
+    "ComfyUI scaled": _comfyui_fp8,
+    "kijai": _kijai_fp8,
+}
+
+
+def _vae_comfyui_names(weights: Weights) -> Weights:
+    renamed = {}
+    for name, tensor in weights.items():
+        for old, new in (
+            ("conv_shortcut", "nin_shortcut"), ("conv_norm_out", "norm_out"), ("mid_block.resnets.0", "mid.block_1"),
+            ("mid_block.resnets.1", "mid.block_2"), ("mid_block.attentions.0.group_norm", "mid.attn_1.norm"),
+            ("mid_block.attentions.0.to_out.0", "mid.attn_1.proj_out"), ("mid_block.attentions.0.to_", "mid.attn_1."),
+            (".downsamplers.0.", ".downsample."), (".upsamplers.0.", ".upsample."), (".resnets.", ".block."),
+            ("up_blocks.0", "up.3"), ("up_blocks.1", "up.2"), ("up_blocks.2", "up.1"), ("up_blocks.3", "up.0"),
+            ("down_blocks.", "down."),
+        ):  # fmt: skip
+            name = name.replace(old, new)
+        is_matrix = ".attn_1." in name and tensor.ndim == 2
+        renamed[name] = tensor.reshape(*tensor.shape, 1, 1, 1) if is_matrix else tensor
+    return renamed
+
+
+VAE_CONFIG = {"norm_num_groups": 4}
+_VAE_METADATA = {"config": json.dumps(VAE_CONFIG)}
+
+
+def _vae_pt(folder: Path, content: object) -> Path:
+    path = _pt(folder / "pytorch_model.pt", content)
+    (folder / "config.json").write_text(json.dumps(VAE_CONFIG), encoding="utf-8")
+    return path
+
+
+def _vae_folder(folder: Path, weights: Weights) -> Path:
+    _safetensors(folder / "diffusion_pytorch_model.safetensors", weights)
+    (folder / "config.json").write_text(json.dumps(VAE_CONFIG), encoding="utf-8")
+    return folder
+
+
+VAE_LAYOUTS: dict[str, Callable[[Path, Weights], Path]] = {
+    "official .pt": lambda folder, w: _vae_pt(folder, {"state_dict": w}),
+    "official .pt, vae.": lambda folder, w: _vae_pt(folder, {"state_dict": _prefixed(w, "vae.")}),
+    "bare .pt": _vae_pt,
+    "safetensors": lambda folder, w: _safetensors(folder / "vae.safetensors", w, _VAE_METADATA),
+    "ComfyUI": lambda folder, w: _safetensors(
+        folder / "hunyuan_video_vae_bf16.safetensors", _vae_comfyui_names(w), _VAE_METADATA
+    ),
+    "ComfyUI, vae.": lambda folder, w: _safetensors(
+        folder / "all.safetensors", _prefixed(_vae_comfyui_names(w), "vae."), _VAE_METADATA
+    ),
+    "diffusers folder": _vae_folder,
+}
