@@ -46,38 +46,34 @@ def _listed(names: Sequence[str], limit: int = 10) -> str:
 
 
 def warnings_of(dataset: TakenDataset) -> list[str]:
-    """One sentence for each kind of thing that is probably not meant so."""
+    """One line for each kind of thing that is probably not meant so, with the files it concerns."""
     settings, usable = dataset.settings, [taken for taken in dataset.sources if taken.plan.items]
-    lines = []
-    if settings.is_video and settings.source_fps is None:
-        off = [
-            f"{taken.source.path.name} ({taken.probe.fps:.2f})"
+    found = {
+        f'not {NATIVE_FPS:g} fps, so learned at a wrong speed (source_fps = "auto" resamples)': [
+            f"{taken.source.path.name} ({taken.probe.fps:.2f})" for taken in usable if _is_off_speed(taken, settings)
+        ],
+        "too short for some of target_frames": [
+            f"{taken.source.path.name} ({' '.join(map(str, taken.plan.dropped_targets))})"
             for taken in usable
-            if taken.probe.fps and abs(taken.probe.fps / NATIVE_FPS - 1) > FPS_TOLERANCE
-        ]
-        if off:
-            lines.append(
-                f"{len(off)} videos are not at {NATIVE_FPS:g} fps and will be learned at a wrong speed; "
-                f'set source_fps = "auto": {_listed(off)}'
-            )
-    short = [f"{taken.source.path.name} (no {' '.join(map(str, taken.plan.dropped_targets))})" for taken in usable]
-    short = [text for text, taken in zip(short, usable, strict=True) if taken.plan.dropped_targets]
-    if short:
-        lines.append(f"{len(short)} videos are too short for some of target_frames: {_listed(short)}")
-    empty = [taken.source.path.name for taken in usable if not taken.source.caption]
-    if empty:
-        lines.append(f"{len(empty)} captions are empty: {_listed(empty)}")
-    enlarged = [
-        f"{taken.source.path.name} ({taken.probe.width}x{taken.probe.height})" for taken in usable if _upscales(taken)
-    ]
-    if enlarged:
-        lines.append(f"{len(enlarged)} files are smaller than their bucket and get enlarged: {_listed(enlarged)}")
-    for names in dataset.duplicates():
-        lines.append(f"the same content: {_listed(names)}")
-    small = [name for name, count in dataset.buckets().items() if count * settings.num_repeats < settings.batch_size]
-    if small:
-        lines.append(f"{len(small)} buckets have fewer items than batch_size {settings.batch_size}: {_listed(small)}")
-    return lines
+            if taken.plan.dropped_targets
+        ],
+        "empty captions": [taken.source.path.name for taken in usable if not taken.source.caption],
+        "smaller than their bucket, so enlarged": [
+            f"{taken.source.path.name} ({taken.probe.width}x{taken.probe.height})"
+            for taken in usable
+            if _upscales(taken)
+        ],
+        "same content": [" = ".join(names) for names in dataset.duplicates()],
+        f"buckets with fewer items than batch_size {settings.batch_size}": [
+            name for name, count in dataset.buckets().items() if count * settings.num_repeats < settings.batch_size
+        ],
+    }
+    return [f"{what} ({len(names)}): {_listed(names)}" for what, names in found.items() if names]
+
+
+def _is_off_speed(taken: TakenSource, settings: DatasetSettings) -> bool:
+    fps = taken.probe.fps
+    return settings.source_fps is None and fps > 0 and abs(fps / NATIVE_FPS - 1) > FPS_TOLERANCE
 
 
 def _steps(settings: DatasetSettings, buckets: Counter[str]) -> int:
