@@ -1,0 +1,382 @@
+"""hv_generate_video.py on the small models: what it writes, that it repeats itself, and what it refuses."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import av
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[2]
+SMALL = ["--video_size", "32", "48", "--video_length", "5", "--infer_steps", "3", "--device", "cpu"]
+
+
+@pytest.fixture
+def generate(tiny_models, tmp_path, monkeypatch, capfd):
+    """Runs the script's main in this process: options -> the folder that it wrote to."""
+    import hv_generate_video
+
+    models = [f"--{name}={path}" for name, path in vars(tiny_models).items()]
+
+    def run(*words: object, folder: str = "out", size: list[str] = SMALL) -> Path:
+        argv = ["hv_generate_video.py", *models, *size, f"--save_path={tmp_path / folder}", *map(str, words)]
+        monkeypatch.setattr(sys, "argv", argv)
+        hv_generate_video.main()
+        return tmp_path / folder
+
+    return run
+
+
+def only(folder: Path, pattern: str) -> Path:
+    (path,) = folder.glob(pattern)
+    return path
+
+
+def load(path: Path) -> torch.Tensor:
+    from utils.safetensors_utils import load_file
+
+    return load_file(path)["latent"]
+
+
+def saved_latents(folder: Path) -> torch.Tensor:
+    return load(only(folder, "*_latent.safetensors"))
+
+
+def frames(path: Path) -> torch.Tensor:
+    from utils.video_io import read_video
+
+    return read_video(path)[0]
+
+
+def test_the_command_of_the_readme_in_a_process_of_its_own(tiny_models, tmp_path):
+    words = [
+        *("--video_size", "64", "96", "--video_length", "9", "--infer_steps", "3", "--fp8", "--output_type", "both"),
+        *("--prompt", "A cat walks on the grass, realistic style.", "--save_path", tmp_path, "--attn_mode", "sdpa"),
+        *("--dit", tiny_models.dit, "--vae", tiny_models.vae, "--vae_chunk_size", "32"),
+        *("--vae_spatial_tile_sample_min_size", "128", "--text_encoder1", tiny_models.text_encoder1),
+        *("--text_encoder2", tiny_models.text_encoder2, "--seed", "1234", "--device", "cpu"),
+    ]
+    command = [sys.executable, ROOT / "hv_generate_video.py", *words]
+    result = subprocess.run(list(map(str, command)), capture_output=True, text=True, encoding="utf-8", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert "Traceback" not in result.stderr
+    video = only(tmp_path, "*.mp4")
+    assert re.fullmatch(r"\d{8}-\d{6}_0_1234\.mp4", video.name)
+    with av.open(str(video)) as container:
+        stream = container.streams.video[0]
+        assert (stream.width, stream.height, stream.average_rate) == (96, 64, 24)
+        assert sum(1 for _ in container.decode(stream)) == 9
+    assert str(video) in result.stdout
+    assert saved_latents(tmp_path).shape == (16, 3, 8, 12)
+
+
+def test_latents_carry_the_metadata_of_the_reference_tool(generate):
+    from utils.safetensors_utils import read_header
+
+    out = generate("--prompt=cat", "--negative_prompt=dog", "--seed=7", "--output_type=latent")
+    metadata = read_header(only(out, "*_7_latent.safetensors"))[1]
+    settings = json.loads(metadata.pop("settings"))
+    assert metadata == {
+        "seeds": "7",
+        "prompt": "cat",
+        "height": "32",
+        "width": "48",
+        "video_length": "5",
+        "infer_steps": "3",
+        "guidance_scale": "1.0",
+        "embedded_cfg_scale": "6.0",
+        "negative_prompt": "dog",
+    }
+    assert settings["prompt"] == "cat"
+    assert list(out.iterdir()) == [only(out, "*_latent.safetensors")]
+
+
+def test_no_metadata(generate):
+    from utils.errors import UserError
+    from utils.safetensors_utils import read_header
+    from utils.video_io import read_metadata
+
+    out = generate("--prompt=cat", "--output_type=both", "--no_metadata")
+    assert read_header(only(out, "*_latent.safetensors"))[1] == {}
+    with pytest.raises(UserError, match="no_metadata"):
+        read_metadata(only(out, "*.mp4"))
+
+
+def test_a_drawn_seed_is_in_the_name_and_the_metadata_and_the_file_repeats_itself(generate):
+    from utils.video_io import read_metadata
+
+    first = generate("--prompt=a --w cat", "--guidance_scale=2", "--fps=12", "--output_type=both")
+    video = only(first, "*.mp4")
+    seed = video.stem.split("_")[2]
+    assert read_metadata(video)["seed"] == int(seed)
+    again = generate("--from_file", video, "--output_type=both", folder="again", size=[])
+    assert only(again, "*.mp4").stem.split("_")[2] == seed
+    assert torch.equal(saved_latents(first), saved_latents(again))
+    assert torch.equal(frames(video), frames(only(again, "*.mp4")))
+    other = generate("--from_file", video, "--output_type=both", "--seed=1", folder="other", size=[])
+    assert not torch.equal(saved_latents(first), saved_latents(other))
+
+
+def test_latents_decode_to_the_frames_of_the_run_that_saved_them(generate, tmp_path):
+    out = generate("--prompt=cat", "--seed=3", "--fps=10", "--output_type=both")
+    video, latents = only(out, "*.mp4"), only(out, "*_latent.safetensors")
+    torch.save(saved_latents(out), tmp_path / "seed.pt")
+    decoded = generate("--latent_path", latents, folder="decoded")
+    generate("--latent_path", tmp_path / "seed.pt", "--fps=10", folder="decoded")
+    assert torch.equal(frames(only(decoded, "*_0_3_*.mp4")), frames(video))
+    assert torch.equal(frames(only(decoded, "*_seed.mp4")), frames(video))
+    with av.open(str(only(decoded, "*_0_3_*.mp4"))) as container:
+        assert container.streams.video[0].average_rate == 10
+
+
+def test_images_are_the_frames(generate):
+    out = generate("--prompt=cat", "--seed=3", "--output_type=images")
+    assert sorted(path.name for path in only(out, "*").iterdir()) == [f"{index:05d}.png" for index in range(5)]
+
+
+def test_alone_in_a_batch_and_with_block_swap_the_latents_are_the_same(generate, tmp_path):
+    alone = saved_latents(generate("--prompt=cat", "--seed=3", "--output_type=latent"))
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a longer prompt about a dog --d 1 --f 9\ncat --d 3\n")
+    batch = generate("--from_file", prompts, "--output_type=latent", folder="batch")
+    assert torch.equal(load(only(batch, "*_1_3_*_latent.safetensors")), alone)
+    assert load(only(batch, "*_0_1_*_latent.safetensors")).shape[1] == 3
+    offloaded = generate("--prompt=cat", "--seed=3", "--output_type=latent", "--img_in_txt_in_offloading", folder="off")
+    assert torch.equal(saved_latents(offloaded), alone)
+    swapped = generate("--prompt=cat", "--seed=3", "--output_type=latent", "--blocks_to_swap=3", folder="swapped")
+    assert torch.equal(saved_latents(swapped), alone)
+
+
+@pytest.fixture(scope="module")
+def loras(tiny_models, tmp_path_factory):
+    """Two LoRAs with a visible effect."""
+    from hunyuan_model.checkpoints import load_dit
+    from networks.lora import create_arch_network
+
+    model, paths = load_dit(tiny_models.dit, dtype=torch.float32), []
+    for seed in (1, 2):
+        network = create_arch_network(1.0, 4, 4.0, None, None, model)
+        generator = torch.Generator().manual_seed(seed)
+        with torch.no_grad():
+            for parameter in network.parameters():
+                parameter.copy_(0.1 * torch.randn(parameter.shape, generator=generator))
+        paths.append(tmp_path_factory.mktemp("loras") / f"lora{seed}.safetensors")
+        network.save_weights(paths[-1], torch.float32, {})
+    return paths
+
+
+def test_multiplier_zero_is_the_base_model_and_merged_is_applied(generate, loras, tiny_models):
+    """The DiT that the script samples with, against LoRAs that compute beside the weights."""
+    import hv_generate_video
+    from hunyuan_model.checkpoints import load_dit
+    from networks.live import LiveLoras
+    from utils.generation_options import parse_generation_options
+
+    def loaded(*words: object):
+        models = [f"--{name}={path}" for name, path in vars(tiny_models).items()]
+        options = parse_generation_options("", [*models, "--save_path=x", "--prompt=x", *map(str, words)])
+        return hv_generate_video.load_merged_dit(options, torch.device("cpu"), fp8=False)
+
+    base, live = load_dit(tiny_models.dit, dtype=torch.float32), load_dit(tiny_models.dit, dtype=torch.float32)
+    config = base.config
+    torch.manual_seed(0)
+    x, text = torch.randn(1, 16, 2, 4, 6), torch.randn(1, 5, config.text_dim)
+    inputs = x, torch.tensor([500.0]), text, torch.ones(1, 5), torch.randn(1, config.text_dim_2), torch.tensor([6000.0])
+    expected = base(*inputs)
+    assert torch.equal(loaded("--lora_weight", loras[0], "--lora_multiplier", 0)(*inputs), expected)
+
+    live = LiveLoras(applied := live)
+    live.use([(loras[0], 0.7), (loras[1], -0.5)])
+    merged = loaded("--lora_weight", *loras, "--lora_multiplier", 0.7, -0.5)
+    output = applied(*inputs)
+    assert (output - expected).norm() > 0.01 * expected.norm()
+    assert (merged(*inputs) - output).norm() <= 1e-5 * output.norm()
+    live.use([])
+    assert torch.equal(applied(*inputs), expected)
+
+    name = "double_blocks.1.img_mlp.fc1"
+    weights = [
+        m.get_submodule(name).weight
+        for m in (base, merged, loaded("--lora_weight", loras[0]), loaded("--lora_weight", loras[1]))
+    ]
+    expected_sum = weights[0] + 0.7 * (weights[2] - weights[0]) - 0.5 * (weights[3] - weights[0])
+    torch.testing.assert_close(weights[1], expected_sum, rtol=1e-5, atol=1e-6)
+
+
+def test_merged_model_is_a_model_that_samples_like_the_lora(generate, loras, tmp_path):
+    with_lora = generate("--prompt=cat", "--seed=3", "--output_type=latent", "--lora_weight", loras[0])
+    generate("--lora_weight", loras[0], "--save_merged_model", tmp_path / "merged.safetensors")
+    merged = generate(
+        "--prompt=cat", "--seed=3", "--output_type=latent", "--dit", tmp_path / "merged.safetensors", folder="m"
+    )
+    assert torch.equal(saved_latents(with_lora), saved_latents(merged))
+    plain = generate("--prompt=cat", "--seed=3", "--output_type=latent", folder="plain")
+    assert not torch.equal(saved_latents(with_lora), saved_latents(plain))
+
+
+def test_compare_writes_one_labelled_page(generate, loras, tmp_path):
+    from PIL import Image
+
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("cat\na dog with a hat --f 9\n")
+    words = ["--from_file", prompts, "--compare", "--lora_weight", *loras, "--lora_multiplier", 0.5, 1, "--seed", 5]
+    out = generate(*words)
+    video, sheet = only(out, "*_5_compare.mp4"), only(out, "*_5_compare.png")
+    assert len(list(out.iterdir())) == 2
+    size = (8 + 3 * (48 + 8), 28 + 4 * (28 + 32 + 8))
+    pixels = frames(video)
+    assert pixels.shape == (3, 9, size[1], size[0])
+    image = Image.open(sheet).convert("RGB")
+    assert image.size == size
+    cells = [image.crop((left, top, left + 48, top + 32)) for top in (56, 124) for left in (8, 64, 120)]
+    assert cells[0].tobytes() == cells[3].tobytes()  # without LoRA, both rows of the first prompt
+    assert len({cell.tobytes() for cell in cells}) == 5
+    alone = generate("--prompt=cat", "--seed=5", "--output_type=images", folder="alone")
+    middle = Image.open(only(alone, "*") / "00004.png").convert("RGB")
+    assert middle.tobytes() == cells[0].tobytes()
+
+
+def test_what_fails_does_not_stop_the_rest_and_is_made_by_the_next_run(generate, tmp_path, monkeypatch, capfd):
+    """A line whose LLM output is NaN, then a second run with it repaired."""
+    from hunyuan_model.text_encoder import LlmTextEncoder
+    from utils.errors import UserError
+
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("cat --d 1\nbroken --d 2\n# a comment\ncat\ncat\n")
+    encode = LlmTextEncoder.encode
+
+    def broken(self, texts):
+        states, mask = encode(self, texts)
+        return (states * float("nan") if texts == ["broken"] else states), mask
+
+    with monkeypatch.context() as patch:
+        patch.setattr(LlmTextEncoder, "encode", broken)
+        with pytest.raises(UserError, match=r"1 of 4 videos failed: text_states .*NaN"):
+            generate("--from_file", prompts)
+    first = {path.name for path in (tmp_path / "out").iterdir()}
+    assert len(first) == 3
+    assert "failed: " in capfd.readouterr().err
+    generate("--from_file", prompts)
+    assert "3 of 4 prompts are finished" in capfd.readouterr().out
+    names = {path.name for path in (tmp_path / "out").iterdir()}
+    assert first < names
+    assert sorted(name.split("_")[1] for name in names) == ["0", "1", "2", "3"]
+    assert len({name.split("_")[2] for name in names}) == 4  # every line without a seed drew its own
+    generate("--from_file", prompts)
+    assert {path.name for path in (tmp_path / "out").iterdir()} == names
+
+
+def test_a_changed_line_or_model_setting_is_made_again(generate, tmp_path):
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("cat --d 1\ndog --d 1\n")
+    out = generate("--from_file", prompts, "--output_type=latent")
+    prompts.write_text("bird --d 1\ndog --d 1\ncat --d 1 --s 2\n")
+    generate("--from_file", prompts, "--output_type=latent")
+    assert len(list(out.iterdir())) == 4
+    generate("--from_file", prompts, "--output_type=latent", "--exclude_single_blocks")
+    assert len(list(out.iterdir())) == 7
+
+
+def test_processes_share_the_prompts(generate, tmp_path, monkeypatch):
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("".join(f"cat --d {seed}\n" for seed in range(3)))
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    made = []
+    for rank in "10":
+        monkeypatch.setenv("RANK", rank)
+        out = generate("--from_file", prompts, "--output_type=latent")
+        made.append(len(list(out.iterdir())))
+    assert made == [1, 3]
+
+
+def test_interactive_loads_once_and_survives_a_wrong_line(generate, tmp_path, monkeypatch, capfd):
+    lines = iter(["cat --d 1", "cat --wrong 1", "a dog --d 2 --f 9", ""])
+    monkeypatch.setattr("builtins.input", lambda prompt: next(lines))
+    out = generate("--interactive", "--output_type=both")
+    assert len(list(out.glob("*.mp4"))) == 2
+    captured = capfd.readouterr()
+    assert "unknown option --wrong" in captured.err
+    assert captured.out.count("DiT: ") == captured.out.count("VAE: ") == captured.out.count("LLM: ") == 1
+    alone = generate("--prompt=cat", "--seed=1", "--output_type=latent", folder="alone")
+    assert torch.equal(load(only(out, "*_1_latent.safetensors")), saved_latents(alone))
+
+
+def test_out_of_memory_takes_smaller_tiles(generate, monkeypatch, capfd):
+    from hunyuan_model.vae import AutoencoderKLCausal3D
+
+    decode = AutoencoderKLCausal3D.decode
+
+    def limited(self, latents):
+        if self.tile_size is None or self.tile_size > 128:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return decode(self, latents)
+
+    monkeypatch.setattr(AutoencoderKLCausal3D, "decode", limited)
+    out = generate("--prompt=cat", "--seed=1")
+    assert [path.suffix for path in out.iterdir()] == [".mp4"]
+    assert re.findall(r"trying tiles of (\d+)", capfd.readouterr().err) == ["256", "128"]
+
+
+def test_a_failed_decode_keeps_the_latents_and_tells_the_command(generate, monkeypatch, tmp_path):
+    from hunyuan_model.vae import AutoencoderKLCausal3D
+    from utils.errors import UserError
+
+    def always(self, latents):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(AutoencoderKLCausal3D, "decode", always)
+        with pytest.raises(
+            UserError, match="out of memory; the latents are safe, decode later: python hv_gen"
+        ) as error:
+            generate("--prompt=cat", "--seed=1")
+    latents = only(tmp_path / "out", "*")
+    assert str(error.value).count(str(latents)) == 1
+    command = str(error.value).split("decode later: python hv_generate_video.py ")[1].split()
+    monkeypatch.setattr(sys, "argv", ["hv_generate_video.py", *command])
+    import hv_generate_video
+
+    hv_generate_video.main()
+    assert frames(only(tmp_path / "out", "*.mp4")).shape == (3, 5, 32, 48)
+
+
+def test_a_vae_that_overflows_is_run_in_float32(generate, monkeypatch, capfd):
+    from hunyuan_model.vae import AutoencoderKLCausal3D
+
+    decode = AutoencoderKLCausal3D.decode
+
+    def overflowing(self, latents):
+        return decode(self, latents) * (float("nan") if latents.dtype != torch.float32 else 1)
+
+    monkeypatch.setattr(AutoencoderKLCausal3D, "decode", overflowing)
+    generate("--prompt=cat", "--seed=1", "--vae_dtype=bfloat16")
+    assert "decoding again in float32" in capfd.readouterr().err
+
+
+def test_video_to_video_keeps_what_strength_leaves(generate, tmp_path):
+    from utils.video_io import save_video
+
+    source = torch.zeros(3, 9, 40, 48)
+    source[0] = 0.8
+    save_video(source, tmp_path / "red.mp4", 24)
+    latents = {
+        strength: saved_latents(
+            generate(
+                "--prompt=cat",
+                "--seed=1",
+                f"--strength={strength}",
+                "--video_path",
+                tmp_path / "red.mp4",
+                "--output_type=latent",
+                folder=f"s{strength}",
+            )
+        )
+        for strength in (0.34, 0.67, 1.0)
+    }
+    plain = saved_latents(generate("--prompt=cat", "--seed=1", "--output_type=latent", folder="plain"))
+    assert torch.equal(latents[1.0], plain)
+    distances = [(latents[strength] - plain).norm().item() for strength in (0.34, 0.67, 1.0)]
+    assert distances[0] > distances[1] > distances[2] == 0
