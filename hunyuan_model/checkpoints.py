@@ -32,7 +32,7 @@ from hunyuan_model.model_files import (
 from hunyuan_model.models import HunyuanVideoConfig, HYVideoDiffusionTransformer
 from utils.cli import print_table, run_script
 from utils.device_utils import dtype_word
-from utils.errors import UserError
+from utils.errors import UserError, one_line
 from utils.fp8 import FP8, Fp8Linear, dequantize, quantize_linears
 
 Device = torch.device | str
@@ -195,6 +195,9 @@ def _about(path: str | Path) -> Iterator[None]:
         yield
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
+    except (ValueError, TypeError, LookupError, ArithmeticError, RuntimeError) as error:
+        # Shapes or a config.json that no model has fail wherever they are used first.
+        raise UserError(f"{path}: its sizes make no model ({type(error).__name__}: {one_line(error)[:150]})") from None
 
 
 def _check_names(path: str | Path, model: nn.Module, shapes: Shapes) -> None:
