@@ -308,7 +308,7 @@ def load_ready_dit(
     if options.speed.fp8_fast:
         use_fp8_matmul(model, device)
     if options.compile.compile:
-        compile_blocks(model.blocks, options.compile)
+        compile_blocks(model.blocks, options.compilation())
     enable_block_swap(model, options.swap.blocks_to_swap or 0, device)
     if options.swap.img_in_txt_in_offloading:
         offload_embedders(model, device)

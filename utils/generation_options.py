@@ -21,6 +21,7 @@ from utils.option_groups import (
 )
 from utils.prompt_files import MAX_STEPS, Request, read_prompt_file, with_valid_size
 
+COMPILE_MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
 MEDIA_SUFFIXES = (".mp4", ".png", ".safetensors")
 
 
@@ -152,8 +153,18 @@ class SpeedOptions:
         require_attention(self.attn_mode)
         if self.fp8_fast and not self.fp8:
             raise UserError("--fp8_fast needs --fp8")
-        if self.compile_args and len(self.compile_args) != 4:
+        if not self.compile_args:
+            return
+        if len(self.compile_args) != 4:
             raise UserError("--compile_args takes four values: backend mode dynamic fullgraph")
+        _, mode, dynamic, fullgraph = self.compile_args
+        for word, known in (
+            (mode, COMPILE_MODES),
+            (dynamic.lower(), ("true", "false", "auto")),
+            (fullgraph.lower(), ("true", "false")),
+        ):
+            if word not in known:
+                raise UserError(f"--compile_args: '{word}' is not one of {', '.join(known)}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -208,6 +219,19 @@ class GenerationOptions:
             raise UserError("--compare and --interactive exclude each other; use --prompt or --from_file")
         if self.lora.compare and self.output.output_type == "latent":
             raise UserError("--compare writes videos; leave --output_type latent out")
+
+    def compilation(self) -> CompileOptions:
+        """The options of torch.compile, also where they were given by the deprecated --compile_args."""
+        if not self.speed.compile_args:
+            return self.compile
+        backend, mode, dynamic, fullgraph = self.speed.compile_args
+        return dataclasses.replace(
+            self.compile,
+            compile_backend=backend,
+            compile_mode=mode,
+            compile_dynamic=dynamic.lower(),
+            compile_fullgraph=fullgraph.lower() == "true",
+        )
 
     def settings(self) -> dict[str, object]:
         """Every option that differs from its default, as it could stand in a config file."""

@@ -1,0 +1,176 @@
+"""hv_generate_video.py at its limits: wrong invocations, and processes that are killed in the middle."""
+
+import json
+import random
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+
+# Runs main for each argv of stdin in one process: [exit code, stderr, whether torch was imported].
+MANY_MAINS = """
+import contextlib, io, json, runpy, sys
+sys.path.insert(0, sys.argv[1])
+results = []
+for argv in json.load(sys.stdin):
+    sys.argv = ["hv_generate_video.py", *argv]
+    stderr = io.TextIOWrapper(io.BytesIO(), encoding="utf-8", write_through=True)
+    with contextlib.redirect_stderr(stderr), contextlib.redirect_stdout(io.TextIOWrapper(io.BytesIO())):
+        try:
+            runpy.run_module("hv_generate_video", run_name="__main__")
+        except SystemExit as end:
+            code = end.code
+    results.append([code, stderr.buffer.getvalue().decode(), "torch" in sys.modules])
+print(json.dumps(results))
+"""
+
+
+def invocations(tmp_path: Path, models: dict[str, str]) -> list[tuple[list[str], str]]:
+    """Wrong command lines and what the answer must contain."""
+    (tmp_path / "file").write_text("")
+    (tmp_path / "bad.txt").write_text("A cat --size 5\n")
+    (tmp_path / "size.txt").write_text("A cat --w 50\n")
+    (tmp_path / "lora.safetensors").write_bytes(b"x")
+    (tmp_path / "bad.toml").write_text('promt = "A cat"\n')
+    file, lora = str(tmp_path / "file"), str(tmp_path / "lora.safetensors")
+    paths = [word for name, path in models.items() for word in (f"--{name}", str(path))]
+    base = [*paths, "--save_path", str(tmp_path / "out")]
+    cat = [*base, "--prompt", "cat"]
+    return [
+        ([], "--save_path"),
+        (base, "nothing to make"),
+        (paths, "--save_path"),
+        ([*cat, "--from_file", file], "--prompt and --from_file exclude each other"),
+        ([*cat, "--interactive"], "--prompt and --interactive exclude"),
+        ([*cat, "--video_length", "0"], "--video_length: 0 is too small"),
+        ([*cat, "--video_length", "6", "--strict"], "frames 6 is not 4n + 1; the nearest is 5"),
+        ([*cat, "--video_size", "540", "960", "--strict"], "height 540 is not a multiple of 16; the nearest is 544"),
+        ([*cat, "--video_size", "540"], "--video_size"),
+        ([*cat, "--infer_steps", "1.5"], "--infer_steps: '1.5' is not a whole number"),
+        ([*cat, "--seed", "-1"], "--seed"),
+        ([*cat, "--flow_shift", "0"], "--flow_shift"),
+        ([*cat, "--strength", "0"], "--strength 0"),
+        ([*cat, "--strength", "1.5"], "--strength: 1.5 is too large"),
+        ([*cat, "--dit", "nowhere.pt"], "--dit: nowhere.pt: no such file"),
+        ([*cat, "--video_path", "nowhere.mp4"], "nowhere.mp4: no such file"),
+        ([*cat, "--lora_weight", "nowhere.safetensors"], "nowhere.safetensors: no such file"),
+        ([*cat, "--lora_multiplier", "1"], "--lora_multiplier needs --lora_weight"),
+        ([*cat, "--lora_weight", lora, lora, "--lora_multiplier", "1", "1", "1"], "3 values for 2 --lora_weight"),
+        ([*cat, "--compare"], "--compare needs --lora_weight"),
+        ([*cat, "--lora_weight", lora, "--compare", "--compile"], "--compare and --compile exclude"),
+        ([*cat, "--output_type", "movie"], "'movie' is not one of video, images, latent, both"),
+        ([*cat, "--attn_mode", "flash"], "flash_attn is not installed"),
+        ([*cat, "--attn_mode", "sage"], "did you mean 'sageattn'"),
+        ([*cat, "--fp8_fast"], "--fp8_fast needs --fp8"),
+        ([*cat, "--step_cache", "nan"], "--step_cache"),
+        ([*cat, "--compile_args", "inductor"], "--compile_args takes four values"),
+        (
+            [*cat, "--compile_args", "inductor", "fast", "False", "False"],
+            "--compile_args: 'fast' is not one of default",
+        ),
+        ([*cat, "--promt", "cat"], "unknown option --promt (did you mean '--prompt'?)"),
+        ([*cat, "--save_path", file], "is a file, a folder is expected"),
+        ([*cat, "--config_file", str(tmp_path / "bad.toml")], "unknown option 'promt' (did you mean 'prompt'?)"),
+        ([*base, "--from_file", str(tmp_path / "bad.txt")], "bad.txt: line 1: unknown option --size"),
+        ([*base, "--from_file", str(tmp_path / "size.txt"), "--strict"], "width 50 is not a multiple of 16"),
+        ([*base, "--from_file", file], "a prompt file ends in .txt, .toml or .json"),
+        ([*base, "--latent_path", lora, "--output_type", "latent"], "nothing to do"),
+        (["--latent_path", lora, "--save_path", "x"], "required and not given: --vae"),
+        ([*base, "--save_merged_model", "merged.pt"], "a name that ends in .safetensors is expected"),
+        (["--save_merged_model", "merged.safetensors"], "required and not given: --dit"),
+    ]
+
+
+def test_wrong_invocations_are_one_line_before_anything_is_loaded(tiny_models, tmp_path):
+    cases = invocations(tmp_path, {name: str(path) for name, path in vars(tiny_models).items()})
+    result = subprocess.run(
+        [sys.executable, "-c", MANY_MAINS, str(ROOT)],
+        input=json.dumps([argv for argv, _ in cases]),
+        capture_output=True,
+        encoding="utf-8",
+        check=True,
+    )
+    answers = json.loads(result.stdout)
+    assert len(answers) >= 25
+    for (argv, complaint), (code, stderr, torch_imported) in zip(cases, answers, strict=True):
+        assert (code, torch_imported) == (2, False), (argv, stderr)
+        assert stderr.startswith("error: "), argv
+        assert stderr.count("\n") == 1, stderr
+        assert complaint in stderr, (argv, stderr)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("option", ["--dit", "--vae", "--text_encoder1", "--lora_weight"])
+def test_a_file_of_the_wrong_kind_is_found_before_a_model_is_loaded(tiny_models, tmp_path, monkeypatch, option):
+    import torch
+
+    import hunyuan_model.checkpoints
+    import hv_generate_video
+    from utils.errors import UserError
+    from utils.safetensors_utils import save_file
+
+    save_file({"blocks.0.self_attn.q.weight": torch.zeros(1)}, tmp_path / "wan.safetensors")
+    for loader in ("load_dit", "load_vae", "load_text_encoder_1", "load_text_encoder_2"):
+        monkeypatch.setattr(hunyuan_model.checkpoints, loader, lambda *_: pytest.fail("a model was loaded"))
+    models = [word for name, path in vars(tiny_models).items() for word in (f"--{name}", str(path))]
+    words = [
+        *models,
+        "--prompt",
+        "cat",
+        "--save_path",
+        str(tmp_path / "out"),
+        option,
+        str(tmp_path / "wan.safetensors"),
+    ]
+    monkeypatch.setattr(sys, "argv", ["hv_generate_video.py", *words])
+    with pytest.raises(UserError, match=r"wan\.safetensors: .* HunyuanVideo"):
+        hv_generate_video.main()
+
+
+@pytest.mark.slow
+def test_killed_at_ten_moments_every_second_run_finishes_what_is_missing(tiny_models, tmp_path):
+    """The moments are spread over everything that happens after the first file appears."""
+    from utils.video_io import read_video
+
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("".join(f"cat {index}\n" for index in range(6)))
+    models = [f"--{name}={path}" for name, path in vars(tiny_models).items()]
+    small = ["--video_size", "32", "48", "--video_length=9", "--infer_steps=4", "--device=cpu", "--output_type=both"]
+
+    def start(out: Path) -> subprocess.Popen:
+        words = [*models, *small, f"--from_file={prompts}", f"--save_path={out}"]
+        command = [sys.executable, str(ROOT / "hv_generate_video.py"), *words]
+        return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+    def first_file(out: Path, process: subprocess.Popen) -> None:
+        while process.poll() is None and not (out.is_dir() and any(out.iterdir())):
+            time.sleep(0.01)
+
+    process = start(tmp_path / "whole")
+    first_file(tmp_path / "whole", process)
+    begin = time.monotonic()
+    assert process.wait() == 0
+    duration = time.monotonic() - begin
+
+    rng, interrupted = random.Random(0), 0
+    for moment in range(10):
+        out = tmp_path / f"killed{moment}"
+        process = start(out)
+        first_file(out, process)
+        time.sleep(duration * (moment + rng.random()) / 10)
+        process.kill()
+        process.wait()
+        before = {path.name: path.stat().st_mtime_ns for path in out.iterdir() if not path.name.endswith(".partial")}
+        interrupted += len(before) < 12
+        for path in out.glob("*.mp4"):
+            assert read_video(path)[0].shape == (3, 9, 32, 48)
+        assert start(out).wait() == 0
+        after = {path.name: path.stat().st_mtime_ns for path in out.iterdir() if not path.name.endswith(".partial")}
+        assert before.items() <= after.items()
+        assert sorted(name.split("_")[1] for name in after if name.endswith(".mp4")) == list("012345")
+        assert len(after) == 12
+    assert interrupted >= 5
