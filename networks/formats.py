@@ -11,7 +11,7 @@ import json
 import os
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -21,7 +21,7 @@ from hunyuan_model.key_maps import DIT_TO_COMFYUI, DIT_TO_DIFFUSERS
 from networks.factors import SUFFIXES, Factors, LohaFactors, LoraFactors, factors_from
 from networks.format_table import FORMATS, Format
 from networks.split_fuse import fold_alpha, split_rows, stack_rows, swap_halves
-from utils.errors import UserError
+from utils.errors import UserError, one_line
 from utils.metadata import model_hashes
 from utils.safetensors_utils import iterate_tensors, read_header, save_file
 
@@ -218,18 +218,20 @@ class _AdapterMetadata:
     def __init__(self, text: str | None, source: str):
         try:
             values = json.loads(text) if text else {}
-        except json.JSONDecodeError:
-            raise UserError(f"{source}: lora_adapter_metadata is not JSON") from None
+            self.patterns = {re.compile(rf"(.*\.)?({pattern})"): float(alpha) for pattern, alpha in _alphas(values)}
+        except (ValueError, TypeError, AttributeError, re.error) as error:
+            raise UserError(f"{source}: lora_adapter_metadata cannot be read: {one_line(error)}") from None
         self.values = {name.removeprefix("transformer."): value for name, value in values.items()}
 
     def alpha(self, name: str, rank: int) -> float | None:
         alpha = self.values.get("lora_alpha")
-        for pattern, value in (self.values.get("alpha_pattern") or {}).items():
-            if re.fullmatch(rf"(.*\.)?({pattern.removeprefix('^')})", name):
-                alpha = value
-                break
+        alpha = next((value for pattern, value in self.patterns.items() if pattern.fullmatch(name)), alpha)
         # Rank-stabilised LoRA scales by alpha / sqrt(rank).
         return alpha if alpha is None else float(alpha) * (rank**0.5 if self.values.get("use_rslora") else 1)
+
+
+def _alphas(values: dict) -> Iterable[tuple[str, float]]:
+    return (values.get("transformer.alpha_pattern") or values.get("alpha_pattern") or {}).items()
 
 
 def _module(official: str, parts: Parts, format_: Format, alphas: _AdapterMetadata, mlp_rows: int | None) -> Factors:
