@@ -108,10 +108,11 @@ def resampled_count(last_time: float, fps: float) -> int:
 
 
 def resampled_indices(times: Sequence[float], fps: float) -> list[int]:
-    """For each k the frame that is nearest to k / fps; `times` are ascending seconds, the first is 0."""
+    """For each k the frame that is nearest to k / fps, the earlier of two; `times` ascend from 0, in seconds."""
     indices = []
     for k in range(resampled_count(times[-1], fps)):
         after = min(bisect.bisect_left(times, k / fps), len(times) - 1)
         before = max(after - 1, 0)
-        indices.append(before if k / fps - times[before] <= times[after] - k / fps else after)
+        # A microsecond decides ties alike, whatever the rounding of the times.
+        indices.append(before if k / fps - times[before] <= times[after] - k / fps + 1e-6 else after)
     return indices

@@ -232,7 +232,7 @@ def _check_keys(place: _Place, values: Any, allowed: tuple[str, ...]) -> None:
 
 def _check_intent(place: _Place, own: dict[str, Any]) -> None:
     """Refuses a dataset that is both, neither, or an image dataset with settings for videos."""
-    given = [key for key in (*IMAGE_KEYS, *VIDEO_KEYS) if key in own]
+    given = [key for key in own if key in (*IMAGE_KEYS, *VIDEO_KEYS)]
     if not given:
         raise place.error(None, f"one of {', '.join((*IMAGE_KEYS, *VIDEO_KEYS))} is required")
     if len(given) > 1:
@@ -308,6 +308,8 @@ def _settings(place: _Place, general: dict[str, Any], own: dict[str, Any], notes
             notes.append(f"{heading}: {key} is for other models and has no effect")
         elif MODE_OF_KEY.get(key, settings.frame_extraction) != settings.frame_extraction:
             notes.append(f'{heading}: {key} has no effect without frame_extraction = "{MODE_OF_KEY[key]}"')
+    if "target_frames" in own and settings.frame_extraction == "full":
+        notes.append(f'{heading}: target_frames has no effect with frame_extraction = "full"')
     if settings.is_video and "target_frames" not in own and settings.frame_extraction != "full":
         notes.append(f"{heading}: target_frames is not set, so each clip is a single frame")
     if settings.bucket_no_upscale and not settings.enable_bucket:

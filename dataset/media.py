@@ -17,6 +17,7 @@ import av
 import cv2
 import numpy as np
 from av.filter import Graph
+from av.stream import Disposition
 from av.video.stream import VideoStream
 from PIL import Image, ImageOps
 
@@ -126,9 +127,11 @@ class _Timeline:
 
 
 def _video_stream(container: av.container.InputContainer, path: Path) -> VideoStream:
-    stream = container.streams.best("video")
-    if stream is None:
+    """The largest video stream that is no cover picture."""
+    streams = [s for s in container.streams.video if not s.disposition & Disposition.attached_pic]
+    if not streams:
         raise MediaError(f"{path}: no video stream")
+    stream = max(streams, key=lambda s: s.codec_context.width * s.codec_context.height)
     stream.thread_type = "AUTO"
     return stream
 

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from dataset.config_utils import DatasetConfig, DatasetSettings
+from dataset.config_utils import DatasetSettings
 from utils.errors import UserError
 from utils.files import clean_path, read_text
 
@@ -45,16 +45,6 @@ class Source:
     def stamp(self) -> list[int]:
         """Size and modification time, by which a changed file is known without reading it."""
         return [self.size, self.mtime_ns]
-
-
-@dataclass(frozen=True)
-class TextItem:
-    """One caption to encode and the cache file it belongs into."""
-
-    name: str
-    caption: str
-    path: Path  # of the media file, for messages
-    dataset: DatasetSettings
 
 
 def _short_hash(text: str) -> str:
@@ -228,18 +218,3 @@ def explain_empty(settings: DatasetSettings) -> str:
         else (f"; it has {folders} folders, which are not searched" if folders else "")
     )
     return f"{location}: {images} images and {videos} videos, but the config says {given}{advice}"
-
-
-def items_with_captions(config: DatasetConfig) -> list[TextItem]:
-    """Every usable caption of a config, dataset after dataset.
-
-    Raises:
-        UserError: a dataset without any media; says what lies there instead.
-    """
-    items = []
-    for settings in config.every_dataset:
-        sources = list_sources(settings)
-        if not sources:
-            raise UserError(explain_empty(settings))
-        items += [TextItem(s.name, s.caption, s.path, settings) for s in sources if s.problem is None]
-    return items

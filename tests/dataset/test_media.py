@@ -1,0 +1,248 @@
+"""Decoding: every frame told by its content, every oddity of media files made on the spot."""
+
+import math
+from pathlib import Path
+
+import av
+import cv2
+import numpy as np
+import pytest
+from PIL import Image
+
+from dataset.buckets import Clip
+from dataset.config_utils import DatasetSettings
+from dataset.items import Item, frames_after_resampling, plan_items
+from dataset.media import MediaError, load_image, load_pixels, probe, resize_to_bucket, to_rgb
+from dataset.sources import Source
+from tests.media_samples import number_of, numbered_frame, turn_video, write_image, write_video
+
+CODECS = {
+    "h264.mp4": {},
+    "sound.mp4": {"audio": True},
+    "transport.ts": {},
+    "ten_bit.mp4": {"codec": "libx265", "pix_fmt": "yuv420p10le", "options": {"x265-params": "log-level=none"}},
+    "hidden_frames.webm": {"codec": "libvpx", "options": {"auto-alt-ref": "1", "lag-in-frames": "16"}},
+    "vp9.webm": {"codec": "libvpx-vp9", "options": {"cpu-used": "8"}},
+    "b_frames.avi": {"codec": "mpeg4", "options": {"bf": "2"}},
+    "program.mpg": {"codec": "mpeg2video"},
+    "interlaced.mp4": {"options": {"x264-params": "interlaced=1"}},
+    "four_two_two.mov": {"codec": "prores_ks", "pix_fmt": "yuv422p10le"},
+    "old.wmv": {"codec": "wmv2"},
+}
+
+
+def settings(**keys) -> DatasetSettings:
+    return DatasetSettings(**{"video_directory": "v", "cache_directory": "c", "resolution": [128, 64]} | keys)
+
+
+def source(path: Path) -> Source:
+    kind = "frames" if path.is_dir() else "video" if path.suffix not in (".png", ".jpg", ".tif", ".webp") else "image"
+    return Source(path, path.stem, kind)
+
+
+def clip(path: Path, start: int, length: int, bucket: tuple[int, int] = (128, 64), **keys) -> np.ndarray:
+    item = Item(path.stem, path.stem, (128, 64), bucket, Clip(start, length), path)
+    return load_pixels(source(path), item, settings(**keys))
+
+
+def numbers(frames: np.ndarray) -> list[int]:
+    return [number_of(frame) for frame in frames]
+
+
+@pytest.mark.parametrize("name", CODECS)
+def test_each_frame_of_each_codec_is_the_one_asked_for(tmp_path: Path, name: str) -> None:
+    path = write_video(tmp_path / name, frames=40, **CODECS[name])
+    found = probe(source(path))
+    assert (found.frames, found.size) == (40, (128, 64))
+    assert math.isclose(found.fps, 24, rel_tol=1e-3)
+    assert numbers(clip(path, 5, 33)) == list(range(5, 38))
+    assert numbers(clip(path, 39, 1)) == [39]
+
+
+@pytest.mark.parametrize("mode", ["head", "chunk", "slide", "uniform", "full"])
+def test_extraction_modes_on_a_real_file(tmp_path: Path, mode: str) -> None:
+    path = write_video(tmp_path / "v.mp4", frames=40)
+    keys = settings(target_frames=[13], frame_extraction=mode, frame_stride=10, frame_sample=4)
+    items = plan_items(keys, "v", probe(source(path))).items
+    for item in items:
+        expected = list(range(item.clip.start, item.clip.start + item.clip.length))
+        assert numbers(load_pixels(source(path), item, keys)) == expected
+        assert item.name == f"v_{item.clip.start:05d}-{item.clip.length:03d}"
+
+
+def test_a_late_clip_is_found_by_seeking(tmp_path: Path) -> None:
+    path = write_video(tmp_path / "long.mp4", frames=900, size=(64, 32), options={"g": "60", "preset": "ultrafast"})
+    assert numbers(clip(path, 700, 5)) == [number % 256 for number in range(700, 705)]
+
+
+@pytest.mark.parametrize("fps", [12, 23.976, 25, 30, 60])
+def test_auto_resamples_constant_rates(tmp_path: Path, fps: float) -> None:
+    path = write_video(tmp_path / "v.mp4", frames=60, fps=fps)
+    _check_times(path, [index / fps for index in range(60)], half=max(0.5 / fps, 1 / 48))
+
+
+def test_auto_resamples_a_variable_rate(tmp_path: Path) -> None:
+    steps = np.where(np.arange(60) % 7 < 3, 0.02, 0.045)
+    times = [0.0, *np.cumsum(steps)[:-1].round(3)]
+    path = write_video(tmp_path / "v.mkv", frames=60, times=times)
+    _check_times(path, times, half=0.045 / 2 + 0.001)
+
+
+def _check_times(path: Path, times: list[float], half: float) -> None:
+    keys = settings(source_fps="auto")
+    count = frames_after_resampling(probe(source(path)), keys)
+    assert abs(count - (times[-1] * 24 + 1)) <= 1
+    for k, number in enumerate(numbers(clip(path, 0, count, source_fps="auto"))):
+        assert abs(times[number] - k / 24) <= half + 1e-3
+
+
+def test_a_stated_rate_counts_frames_and_target_fps_changes_the_grid(tmp_path: Path) -> None:
+    path = write_video(tmp_path / "v.mp4", frames=40, fps=24)
+    assert numbers(clip(path, 0, 9, source_fps=48)) == [2 * k for k in range(9)]
+    assert numbers(clip(path, 0, 9, source_fps=24, target_fps=12)) == [2 * k for k in range(9)]
+    assert numbers(clip(path, 0, 9, source_fps=12)) == [0, 0, 1, 1, 2, 2, 3, 3, 4]
+
+
+def test_frames_are_taken_as_they_are_without_source_fps(tmp_path: Path) -> None:
+    path = write_video(tmp_path / "v.mp4", frames=20, fps=60)
+    assert numbers(clip(path, 0, 13)) == list(range(13))
+
+
+def test_rotated_videos_come_out_upright(tmp_path: Path) -> None:
+    for matrix, turns in (((0, 1, -1, 0), 1), ((-1, 0, 0, -1), 2), ((0, -1, 1, 0), 3)):
+        path = write_video(tmp_path / f"{turns}.mp4", frames=13)
+        turn_video(path, matrix)
+        size = (64, 128) if turns % 2 else (128, 64)
+        assert probe(source(path)).size == size
+        upright = clip(path, 0, 13, bucket=size)
+        # What was stored was the upright picture turned the other way round.
+        assert numbers(np.stack([np.rot90(frame, turns) for frame in upright])) == list(range(13))
+
+
+def test_a_folder_of_frames_is_a_video(tmp_path: Path) -> None:
+    folder = tmp_path / "scene.01"
+    folder.mkdir()
+    for number in range(20):
+        Image.fromarray(numbered_frame(number)).save(folder / f"{number:04d}.png")
+    assert probe(source(folder)).frames == 20
+    assert numbers(clip(folder, 3, 13)) == list(range(3, 16))
+    assert numbers(clip(folder, 0, 5, source_fps=12)) == [0, 0, 1, 1, 2]
+
+
+def test_a_cover_picture_is_not_the_video(tmp_path: Path) -> None:
+    path = tmp_path / "two.mkv"
+    with av.open(str(path), "w") as container:
+        streams = [container.add_stream("libx264", rate=24) for _ in range(2)]
+        for stream, (width, height) in zip(streams, [(32, 32), (128, 64)], strict=True):
+            stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
+        for number in range(10):
+            for stream in streams:
+                picture = numbered_frame(number, stream.width, stream.height)
+                container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
+        for stream in streams:
+            container.mux(stream.encode())
+    assert probe(source(path)).size == (128, 64)
+    assert numbers(clip(path, 2, 5)) == [2, 3, 4, 5, 6]
+
+
+def test_a_video_that_is_cut_off_is_used_up_to_the_cut_or_named(tmp_path: Path) -> None:
+    path = write_video(tmp_path / "v.ts", frames=60)
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    frames = probe(source(path)).frames
+    assert 0 < frames < 60
+    with pytest.raises(MediaError, match=r"v\.ts"):
+        clip(path, 40, 13)
+
+
+def test_exif_rotation_is_applied(tmp_path: Path) -> None:
+    upright = np.zeros((40, 60, 3), np.uint8)
+    upright[:20, :30] = (250, 10, 10)
+    stored = {1: upright, 3: np.rot90(upright, 2), 6: np.rot90(upright, 1), 8: np.rot90(upright, 3)}
+    for orientation, pixels in stored.items():
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        path = tmp_path / f"{orientation}.jpg"
+        Image.fromarray(np.ascontiguousarray(pixels)).save(path, exif=exif, quality=95, subsampling=0)
+        assert probe(source(path)).size == (60, 40)
+        loaded = load_image(path)
+        assert loaded.shape == (40, 60, 3)
+        assert np.abs(loaded.astype(int) - upright).mean() < 3
+
+
+def test_every_kind_of_image_becomes_rgb(tmp_path: Path) -> None:
+    grey16 = np.linspace(0, 65535, 64 * 48).reshape(48, 64).astype(np.uint16)
+    rgb = np.stack([grey16 >> 8, grey16 >> 8, grey16 >> 8], axis=-1).astype(np.uint8)
+    cases = {
+        "grey16.png": Image.fromarray(grey16),
+        "grey16.tif": Image.fromarray(grey16),
+        "float.tif": Image.fromarray((grey16 / 65535).astype(np.float32)),
+        "cmyk.jpg": Image.fromarray(rgb).convert("CMYK"),
+        "palette.png": Image.fromarray(rgb).quantize(256),
+        "grey.webp": Image.fromarray(rgb),
+    }
+    for name, image in cases.items():
+        image.save(tmp_path / name, **({"lossless": True} if name.endswith("webp") else {}))
+        loaded = load_image(tmp_path / name)
+        assert loaded.dtype == np.uint8 and loaded.shape == (48, 64, 3)
+        assert np.abs(loaded.astype(int) - rgb).max() <= 8, name
+
+
+def test_alpha_is_laid_over_white() -> None:
+    pixels = np.zeros((4, 4, 4), np.uint8)
+    pixels[..., 0] = 200
+    pixels[:2, :, 3] = 255
+    pixels[3, :, 3] = 128
+    rgb = to_rgb(Image.fromarray(pixels))
+    assert rgb[0, 0].tolist() == [200, 0, 0]
+    assert rgb[2, 0].tolist() == [255, 255, 255]
+    assert np.abs(rgb[3, 0].astype(int) - [227, 127, 127]).max() <= 1
+
+
+def test_avif_is_read_where_pillow_can(tmp_path: Path) -> None:
+    path = tmp_path / "a.avif"
+    try:
+        Image.fromarray(numbered_frame(77)).save(path)
+    except (OSError, KeyError):
+        pytest.skip("this Pillow has no AVIF")
+    assert number_of(load_image(path)) == 77
+
+
+def test_shrinking_averages_areas() -> None:
+    rng = np.random.default_rng(0)
+    pixels = rng.integers(0, 256, (128, 256, 3), dtype=np.uint8)
+    expected = pixels.reshape(32, 4, 64, 4, 3).mean(axis=(1, 3))
+    assert np.abs(resize_to_bucket(pixels, (64, 32)) - expected).max() <= 0.51
+
+
+def test_enlarging_is_lanczos_and_crops_are_centred() -> None:
+    rng = np.random.default_rng(0)
+    pixels = rng.integers(0, 256, (30, 50, 3), dtype=np.uint8)
+    large = np.asarray(Image.fromarray(pixels).resize((107, 64), Image.Resampling.LANCZOS))
+    assert np.array_equal(resize_to_bucket(pixels, (64, 64)), large[:, 21:85])
+    assert resize_to_bucket(pixels, (50, 30)) is pixels
+
+
+def test_pixels_equal_the_reference_rule_for_many_sizes() -> None:
+    rng = np.random.default_rng(1)
+    sizes = [(w, h) for w in (33, 64, 100, 257) for h in (31, 64, 90, 129, 300)]
+    for width, height in sizes:
+        pixels = rng.integers(0, 256, (height, width, 3), dtype=np.uint8)
+        for bucket in ((64, 64), (96, 48), (48, 96), (112, 80), (32, 32)):
+            scale = max(bucket[0] / width, bucket[1] / height)
+            scaled = (int(width * scale + 0.5), int(height * scale + 0.5))
+            if scale > 1:
+                whole = np.asarray(Image.fromarray(pixels).resize(scaled, Image.Resampling.LANCZOS))
+            else:
+                whole = cv2.resize(pixels, scaled, interpolation=cv2.INTER_AREA)
+            left, top = (scaled[0] - bucket[0]) // 2, (scaled[1] - bucket[1]) // 2
+            expected = whole[top : top + bucket[1], left : left + bucket[0]]
+            assert np.array_equal(resize_to_bucket(pixels, bucket), expected)
+
+
+def test_broken_images_are_media_errors(tmp_path: Path) -> None:
+    good = write_image(tmp_path / "good.png").read_bytes()
+    for name, data in {"cut.png": good[:200], "text.png": b"hello", "head.png": good[:8]}.items():
+        path = tmp_path / name
+        path.write_bytes(data)
+        with pytest.raises(MediaError, match=name):
+            load_image(path)

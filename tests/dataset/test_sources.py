@@ -1,0 +1,123 @@
+"""Listing: names of caches, captions, folders and JSONL files with all the strange names that users have."""
+
+import json
+import os
+from pathlib import Path
+
+from dataset.config_utils import DatasetSettings
+from dataset.sources import LONGEST_NAME, cache_names, explain_empty, list_sources
+from tests.media_samples import write_caption, write_image
+
+
+def settings(folder: Path, **keys) -> DatasetSettings:
+    return DatasetSettings(**{"image_directory": str(folder), "cache_directory": "c"} | keys)
+
+
+def test_names_are_stems_unless_they_collide() -> None:
+    names = cache_names([Path(p) for p in ("d/a.png", "d/a.jpg", "d/b.png", "d/B.webp", "e/b.png", "d/c.tar.png")])
+    assert names[:2] == ["a-png", "a-jpg"]
+    assert names[5] == "c.tar"
+    assert len({name.casefold() for name in names}) == len(names)
+
+
+def test_a_suffixed_name_does_not_collide_with_a_real_one() -> None:
+    names = cache_names([Path(p) for p in ("a.png", "a.jpg", "a-png.webp", "A-PNG.bmp")])
+    assert len({name.casefold() for name in names}) == 4
+
+
+def test_names_do_not_depend_on_the_order() -> None:
+    paths = [Path(p) for p in ("x/a.png", "y/a.png", "x/a.jpg", "x/b.png")]
+    forwards = dict(zip(paths, cache_names(paths), strict=True))
+    assert dict(zip(paths[::-1], cache_names(paths[::-1]), strict=True)) == forwards
+
+
+def test_long_names_are_cut_and_stay_distinct() -> None:
+    paths = [Path("猫" * 84 + end + ".png") for end in "ab"]
+    names = cache_names(paths)
+    assert all(len(name.encode()) <= LONGEST_NAME for name in names) and names[0] != names[1]
+    assert cache_names([Path("x" * 200 + ".png")]) == ["x" * 200]
+
+
+def test_strange_file_names_and_captions(tmp_path: Path) -> None:
+    names = ["a b.png", "c#1.png", "d[2].png", "猫の写真.png", "e" * 200 + ".png", "f.with.dots.png"]
+    for name in names:
+        write_caption(write_image(tmp_path / name), f"\ufeff  caption of {name[:9]}\n")
+    sources = list_sources(settings(tmp_path))
+    assert sorted(source.path.name for source in sources) == sorted(names)
+    for source in sources:
+        assert source.problem is None
+        assert source.caption == f"caption of {source.path.name[:9]}"
+        assert source.name == source.path.stem
+
+
+def test_captions_that_cannot_be_used_are_problems(tmp_path: Path) -> None:
+    write_image(tmp_path / "none.png")
+    latin = write_image(tmp_path / "latin.png")
+    latin.with_suffix(".txt").write_bytes("Müller".encode("latin-1"))
+    empty = write_image(tmp_path / "empty.png")
+    write_caption(empty, "")
+    found = {source.name: source for source in list_sources(settings(tmp_path))}
+    assert "caption not found" in found["none"].problem
+    assert "byte 1" in found["latin"].problem and "latin.txt" in found["latin"].problem
+    assert (found["empty"].problem, found["empty"].caption) == (None, "")
+
+
+def test_a_zero_byte_file_is_a_problem(tmp_path: Path) -> None:
+    path = tmp_path / "zero.png"
+    path.touch()
+    write_caption(path)
+    (source,) = list_sources(settings(tmp_path))
+    assert "empty" in source.problem
+
+
+def test_jsonl_lists_files_anywhere(tmp_path: Path) -> None:
+    for folder in ("x", "y"):
+        (tmp_path / folder).mkdir()
+        write_image(tmp_path / folder / "a.png")
+    lines = [
+        json.dumps({"image_path": str(tmp_path / "x" / "a.png"), "caption": " first\u2028one "}, ensure_ascii=False),
+        "",
+        json.dumps({"image_path": "\u202ay/a.png", "caption": "second", "control_path": "z"}),
+        json.dumps({"image_path": str(tmp_path / "x" / "a.png"), "caption": "again"}),
+        json.dumps({"image_path": str(tmp_path / "gone.png"), "caption": "third"}),
+        json.dumps({"image_path": str(tmp_path / "x" / "a.png")}),
+        "{not json",
+        "[1]",
+    ]
+    file = tmp_path / "list.jsonl"
+    file.write_text("\n".join(lines), encoding="utf-8")
+    keys = {"image_directory": None, "image_jsonl_file": str(file)}
+    sources = list_sources(settings(tmp_path, **keys))
+    usable = [source for source in sources if source.problem is None]
+    assert [source.caption for source in usable] == ["first\u2028one", "second"]
+    assert len({source.name for source in usable}) == 2
+    problems = [source.problem for source in sources if source.problem]
+    assert len(problems) == 5
+    for part in ("listed twice", "gone.png", "line 6", "line 7", "line 8"):
+        assert any(part in problem for problem in problems), part
+
+
+def test_a_folder_of_frames_counts_only_with_a_caption(tmp_path: Path) -> None:
+    for name in ("scene", "thumbnails"):
+        (tmp_path / name).mkdir()
+        write_image(tmp_path / name / "0.png")
+    (tmp_path / "scene.txt").write_text("a scene")
+    keys = {"image_directory": None, "video_directory": str(tmp_path)}
+    (source,) = list_sources(settings(tmp_path, **keys))
+    assert (source.kind, source.name, source.caption) == ("frames", "scene", "a scene")
+
+
+def test_a_touched_file_changes_its_stamp(tmp_path: Path) -> None:
+    path = write_image(tmp_path / "a.png")
+    write_caption(path)
+    before = list_sources(settings(tmp_path))[0].stamp
+    os.utime(path, ns=(1, 1))
+    assert list_sources(settings(tmp_path))[0].stamp != before
+
+
+def test_an_empty_dataset_is_explained(tmp_path: Path) -> None:
+    write_image(tmp_path / "a.png")
+    keys = {"image_directory": None, "video_directory": str(tmp_path)}
+    text = explain_empty(settings(tmp_path, **keys))
+    assert "1 images and 0 videos" in text and "write image_directory" in text
+    assert "no such file" in explain_empty(settings(tmp_path / "gone"))
