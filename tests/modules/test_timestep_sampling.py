@@ -110,6 +110,7 @@ def test_a_sigma_schedule_value_is_hit_exactly() -> None:
     # In the middle of each of the 1000 cells of u.
     ours = [sigma_at((index + 0.5) / 1000, options) for index in range(1000)]
     assert ours == pytest.approx(schedule[::-1], abs=1e-6)
+    assert (sigma_at(0, TimestepOptions()), sigma_at(1, TimestepOptions())) == (0.001, 1)
 
 
 @pytest.mark.parametrize("sampler", ["sigma", "uniform", "sigmoid", "shift", "logsnr"])
