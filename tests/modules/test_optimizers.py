@@ -181,3 +181,23 @@ def test_checking_options_imports_nothing_heavy() -> None:
         "assert not {'torch', 'transformers', 'bitsandbytes', 'diffusers'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[2], check=True, timeout=60)
+
+
+def test_the_real_schedule_free_optimizer_shows_its_average_and_goes_on() -> None:
+    pytest.importorskip("schedulefree")
+    optimizer, weight = create(optimizer_type="AdamWScheduleFree", learning_rate=0.1)
+    for _ in range(5):
+        optimizer.zero_grad()
+        weight.square().sum().backward()
+        optimizer.step()
+    trained = weight.detach().clone()
+    with averaged_weights(optimizer):
+        assert not torch.equal(weight, trained)
+    torch.testing.assert_close(weight.detach(), trained)
+
+
+def test_prodigy_by_its_short_name() -> None:
+    pytest.importorskip("prodigyopt")
+    optimizer, weight = create(optimizer_type="prodigy", learning_rate=1.0, optimizer_args=["decouple=True"])
+    optimizer.step()
+    assert type(optimizer).__module__.startswith("prodigyopt") and torch.isfinite(weight).all()
