@@ -127,8 +127,8 @@ class Options:
         return dataclasses.replace(self, training=dataclasses.replace(self.training, seed=seed))
 
 
-def main() -> None:
-    options = Options.parse()
+def main(argv: Sequence[str] | None = None) -> None:
+    options = Options.parse(argv)
     if options.timesteps.show_timesteps is not None:
         show_timesteps(options.timesteps, options.save.output_dir or Path())
         return

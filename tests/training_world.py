@@ -1,14 +1,17 @@
 """What tests of the trainer train on: caches without media, as on a machine that holds only the caches."""
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from accelerate.state import AcceleratorState, GradientState
 
 from dataset.cache import Manifest, text_cache_path, write_latent_cache, write_text_cache
 from dataset.config_utils import load_dataset_config
 from dataset.items import Probe, made_from, plan_items
+from utils.safetensors_utils import load_file
 from utils.tiny_models import DitSize
 
 STAMP = [1000, 0]
@@ -61,3 +64,56 @@ def write_world(
         )
     manifest.save()
     return World(config, cache)
+
+
+def run_training(words: Sequence[object]) -> None:
+    """Runs hv_train_network.py in this process, with one thread as in the subprocesses that it is compared with."""
+    import hv_train_network
+
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        hv_train_network.main([str(word) for word in words])
+    finally:
+        torch.set_num_threads(threads)
+
+
+def train(world: World, dit: Path, output: Path, *words: object) -> dict[str, torch.Tensor]:
+    """A short run; returns the tensors of its last checkpoint, if it was written."""
+    run_training(command(world, dit, output, *words))
+    checkpoint = output / "lora.safetensors"
+    return load_file(checkpoint) if checkpoint.exists() else {}
+
+
+def command(world: World, dit: Path, output: Path, *words: object) -> list[str]:
+    """Command-line words of a short run; what stands in `words` wins."""
+    given = {
+        "dit": dit,
+        "dataset_config": world.config,
+        "network_module": "networks.lora",
+        "network_dim": 4,
+        "network_alpha": 4,
+        "learning_rate": 1e-2,
+        "max_data_loader_n_workers": 0,
+        "max_train_steps": 4,
+        "seed": 7,
+        "output_dir": output,
+        "output_name": "lora",
+    }
+    typed = {str(word).removeprefix("--") for word in words}
+    defaults = [f"--{name}={value}" for name, value in given.items() if name not in typed]
+    return [*defaults, *map(str, words)]
+
+
+def log_of(output: Path) -> list[dict]:
+    """The lines of train_log.jsonl."""
+    return [json.loads(line) for line in (output / "train_log.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+def assert_same(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> None:
+    """Both have the same tensors, bit by bit."""
+    assert first.keys() == second.keys() and first
+    different = [name for name in first if not torch.equal(first[name], second[name])]
+    assert not different

@@ -1,0 +1,128 @@
+"""A killed and resumed run equals an undisturbed one, bit by bit; so do runs that are shared by processes."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.conftest import ROOT
+from tests.training_world import assert_same, command, log_of, train, write_world
+from utils.safetensors_utils import load_file
+
+WORDS = [
+    "--max_train_steps", 12, "--gradient_accumulation_steps", 2, "--max_data_loader_n_workers", 2,
+    "--lr_scheduler", "cosine", "--lr_warmup_steps", 3, "--save_every_n_steps", 5, "--save_state",
+    "--save_state_on_train_end", "--network_dropout", 0.1, "--network_args", "module_dropout=0.1",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    return write_world(tmp_path_factory.mktemp("world"), items=5)
+
+
+def start(*words: object, launcher: tuple[str, ...] = ()) -> subprocess.Popen:
+    """The script as a user starts it, in a process group of its own."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    words = [sys.executable, *launcher, str(ROOT / "hv_train_network.py"), *map(str, words)]
+    return subprocess.Popen(words, env=environment, start_new_session=True, stdout=subprocess.DEVNULL)
+
+
+def kill_after(process: subprocess.Popen, output: Path, step: int) -> None:
+    """kill -9 of all processes of a run once the log has a line of this step."""
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and process.poll() is None:
+        log = output / "train_log.jsonl"
+        if log.exists() and log.read_text(encoding="utf-8").count("gradient_norm") >= step:
+            break
+        time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL, "the run had ended before it was killed"
+
+
+def run_in_two_processes(words: list[str]) -> None:
+    """`accelerate launch` with two processes, as on a machine with two GPUs."""
+    launch = ("-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--main_process_port", "0")
+    process = start(*words, launcher=launch)
+    try:
+        assert process.wait(timeout=240) == 0
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "adamw8bit"])
+def test_killed_and_resumed_is_undisturbed(world, tiny_models, tmp_path, optimizer):
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a red ball --w 32 --h 32 --s 2\n", encoding="utf-8")
+    words = [*WORDS, "--optimizer_type", optimizer]
+    if optimizer == "adamw":
+        words += ["--sample_prompts", prompts, "--sample_every_n_steps", 4, "--vae", tiny_models.vae]
+        words += ["--text_encoder1", tiny_models.text_encoder1, "--text_encoder2", tiny_models.text_encoder2]
+    through, killed = tmp_path / "through", tmp_path / "killed"
+    lora = train(world, tiny_models.dit, through, *words)
+
+    kill_after(start(*command(world, tiny_models.dit, killed, *words)), killed, step=7)
+    assert not (killed / "lora.safetensors").exists() and (killed / "lora-step00000005-state").is_dir()
+    assert_same(train(world, tiny_models.dit, killed, *words, "--resume", "auto"), lora)
+    assert comparable(log_of(killed)) == comparable(log_of(through))
+    assert_same_state(killed / "lora-state", through / "lora-state")
+    if optimizer == "adamw":
+        assert last_previews(killed) == last_previews(through)
+
+
+def comparable(lines: list[dict]) -> list[dict]:
+    """Log lines without the names of previews, which hold the time of day."""
+    return [{key: value for key, value in line.items() if key != "preview"} for line in lines]
+
+
+def last_previews(output: Path) -> dict[str, bytes]:
+    """Preview files by step; of two of the same step (before and after the kill) the later one."""
+    files = sorted((output / "sample").iterdir())
+    assert files
+    return {path.name.split("_")[1]: path.read_bytes() for path in files}
+
+
+def assert_same_state(first: Path, second: Path) -> None:
+    assert_same(load_file(first / "trained.safetensors"), load_file(second / "trained.safetensors"))
+    states = [torch.load(folder / "optimizer.pt", weights_only=True) for folder in (first, second)]
+    assert flat(states[0]) == flat(states[1])
+
+
+def flat(value: object) -> object:
+    """A nested state in which tensors are comparable."""
+    if isinstance(value, dict):
+        return {key: flat(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [flat(item) for item in value]
+    return (value.dtype, value.tolist()) if isinstance(value, torch.Tensor) else value
+
+
+def test_two_processes_with_a_batch_of_one_are_one_process_with_a_batch_of_two(tiny_models, tmp_path):
+    one = write_world(tmp_path / "one", items=2, batch_size=1)
+    two = write_world(tmp_path / "two", items=2, batch_size=2)
+    words = ["--max_train_steps", 5, "--learning_rate", 1e-3]
+    together = train(two, tiny_models.dit, tmp_path / "together", *words)
+    shared = tmp_path / "shared"
+    run_in_two_processes(command(one, tiny_models.dit, shared, *words))
+    torch.testing.assert_close(load_file(shared / "lora.safetensors"), together, rtol=0, atol=1e-5)
+    losses = [[line["loss"] for line in log_of(folder)] for folder in (shared, tmp_path / "together")]
+    assert losses[0] == pytest.approx(losses[1], abs=1e-5)
+
+
+@pytest.mark.slow
+def test_uneven_tails_over_two_processes_with_accumulation(tiny_models, tmp_path):
+    """5 batches: of the second step of an epoch rank 1 has one batch less, or none."""
+    world = write_world(tmp_path / "world", items=5)
+    words = ["--max_train_epochs", 3, "--learning_rate", 1e-3]
+    alone = train(world, tiny_models.dit, tmp_path / "alone", *words, "--gradient_accumulation_steps", 4)
+    run_in_two_processes(
+        command(world, tiny_models.dit, tmp_path / "shared", *words, "--gradient_accumulation_steps", 2)
+    )
+    shared = load_file(tmp_path / "shared" / "lora.safetensors")
+    torch.testing.assert_close(shared, alone, rtol=0, atol=1e-5)
