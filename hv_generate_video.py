@@ -24,7 +24,11 @@ from typing import TYPE_CHECKING
 from utils.cli import print_table, run_script
 from utils.errors import UserError
 from utils.generation_options import GenerationOptions, drawn_seed, parse_generation_options, video_settings
+from utils.option_groups import DitOptions
 from utils.prompt_files import Request, parse_line
+
+TEXT_TO_VIDEO_CHANNELS, SKYREELS_I2V_CHANNELS = 16, 32
+SKYREELS_TRIGGER = "FPS-24, "  # every caption that SkyReels-V1 was trained on begins with it
 
 if TYPE_CHECKING:
     import torch
@@ -78,11 +82,13 @@ def interact(options: GenerationOptions) -> None:
     print("prompt with options (A cat --w 960 --h 544 --d 42), an empty line ends")
     for index, line in enumerate(iter(_next_line, "")):
         try:
-            request = options.prompt.valid(parse_line(line, options.prompt.request()))
+            job = new_job(options, options.prompt.valid(parse_line(line, options.prompt.request())), index)
         except UserError as error:
             print(f"error: {error}", file=sys.stderr)
             continue
-        generator.run([new_job(options, request, index)])
+        generator.run([job])
+        if job.stem not in generator.failures:
+            print(generator.outputs.result_path(job))
 
 
 def _next_line() -> str:
@@ -107,7 +113,7 @@ def compare(options: GenerationOptions, requests: Sequence[Request]) -> None:
     jobs: dict[tuple[int, Path | None, float], Job] = {}
     for index, request in enumerate(requests):
         for path, multiplier in [(None, 0.0), *itertools.product(options.lora.lora_weight, multipliers)]:
-            jobs[index, path, multiplier] = Job(request, f"{stem}_{len(jobs):03d}")
+            jobs[index, path, multiplier] = Job(conditioned(request, options.dit), f"{stem}_{len(jobs):03d}")
     lora_of = {job.stem: [] if path is None else [(path, multiplier)] for (_, path, multiplier), job in jobs.items()}
 
     generator = build_generator(options)
@@ -198,7 +204,7 @@ def build_generator(options: GenerationOptions, keep_loaded: bool = False) -> "G
         split_uncond=options.speed.split_uncond or options.speed.split_attn,
         chunk_size=options.vae.vae_chunk_size,
         tile_size=options.vae.tile_size,
-        before_step=None if cache is None else cache.begin_step,
+        step_cache=cache,
     )
 
 
@@ -220,6 +226,35 @@ def check_model_files(options: GenerationOptions) -> None:
     for path in options.lora.lora_weight:
         if detect_format(list(read_header(path)[0])) is None:
             raise UserError(f"{path}: no LoRA for HunyuanVideo: none of its keys is known")
+
+
+def conditioned(request: Request, dit: DitOptions) -> Request:
+    """The request as this DiT needs it: with an image and its trigger words, or without an image.
+
+    Raises:
+        UserError: request and DiT do not go together.
+    """
+    channels = dit_input_channels(dit.dit)
+    if dit.dit_in_channels not in (None, channels):
+        raise UserError(f"--dit_in_channels {dit.dit_in_channels}: {dit.dit} has {channels}")
+    if channels == SKYREELS_I2V_CHANNELS:
+        if request.image_path is None:
+            raise UserError(f"{dit.dit}: SkyReels-V1-I2V makes videos of an image; give --image_path")
+        prompt = request.prompt.removeprefix(SKYREELS_TRIGGER)
+        return dataclasses.replace(request, prompt=SKYREELS_TRIGGER + prompt)
+    if channels != TEXT_TO_VIDEO_CHANNELS:
+        raise UserError(f"{dit.dit}: {channels} input channels; only 16 (T2V) and 32 (SkyReels-V1-I2V) are supported")
+    if request.image_path is not None:
+        raise UserError(f"--image_path needs SkyReels-V1-I2V (32 input channels), {dit.dit} has {channels}")
+    return request
+
+
+@functools.cache
+def dit_input_channels(path: Path) -> int:
+    """From the file's header."""
+    from hunyuan_model.checkpoints import read_dit_config
+
+    return read_dit_config(path).in_channels
 
 
 def source_pixels(request: Request) -> tuple["torch.Tensor | None", "torch.Tensor | None"]:
@@ -334,6 +369,7 @@ def new_job(
         request = dataclasses.replace(request, seed=int(sampled.split("_")[-2]))
     elif request.seed is None:
         request = dataclasses.replace(request, seed=drawn_seed())
+    request = conditioned(request, options.dit)
     name = sampled or stem(time_stamp(), index, request.seed, key)
     return Job(request, name, None if options.output.no_metadata else video_settings(options, request))
 
@@ -349,6 +385,8 @@ def run(generator: "Generator", jobs: Sequence["Job"]) -> None:
         for job in jobs
     ]
     print_table("generated", rows, ["video", "time", "result"])
+    if generator.step_cache is not None:
+        print(f"step cache: {generator.step_cache.evaluated} of {generator.step_cache.total} blocks were evaluated")
     report_failures(generator, len(jobs))
 
 

@@ -16,7 +16,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from modules.outputs import Job, OutputFolder, load_latents
-from modules.sampler import BeforeStep, Conditioning, NonFiniteError, sample_latents
+from modules.sampler import Conditioning, NonFiniteError, sample_latents
+from modules.step_cache import StepCache
 from utils.device_utils import release_memory
 from utils.errors import UserError, one_line
 from utils.prompt_files import Request
@@ -59,6 +60,7 @@ class Generator:
         source_pixels: request -> pixels (3, F, H, W) in 0..1 of the video and (3, 1, H, W) of the image that it starts
             from, each None without one.
         later_command: latent file -> the command that decodes it later.
+        step_cache: already around the DiT's blocks.
         before_job: called before a job is sampled, with the DiT loaded.
     """
 
@@ -74,7 +76,7 @@ class Generator:
     split_uncond: bool = False
     chunk_size: int | None = None
     tile_size: int | None = None
-    before_step: BeforeStep | None = None
+    step_cache: StepCache | None = None
     before_job: Callable[[Job], None] | None = None
     failures: dict[str, str] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
@@ -172,8 +174,8 @@ class Generator:
             def before_step(step: int, steps: int) -> None:
                 bar.total = steps
                 bar.update(step - bar.n)
-                if self.before_step is not None:
-                    self.before_step(step, steps)
+                if self.step_cache is not None:
+                    self.step_cache.begin_step(step, steps)
 
             latents = sample_latents(
                 self.dit.model,

@@ -78,8 +78,8 @@ def guided(conditional: Velocity, unconditional: Velocity, scale: float) -> Velo
     """Classifier-free guidance (arXiv 2207.12598): v_u + scale (v_c - v_u)."""
 
     def velocity(x: Tensor, timestep: Tensor) -> Tensor:
-        v_u = unconditional(x, timestep)
-        return v_u + scale * (conditional(x, timestep) - v_u)
+        v_u = unconditional(x, timestep).float()
+        return v_u + scale * (conditional(x, timestep).float() - v_u)
 
     return velocity
 
@@ -88,7 +88,7 @@ def guided_in_one_batch(model: Velocity, scale: float) -> Velocity:
     """As `guided`, with both predictions from one call: model takes a batch of two, unconditional first."""
 
     def velocity(x: Tensor, timestep: Tensor) -> Tensor:
-        v_u, v_c = model(x.repeat(2, 1, 1, 1, 1), timestep.repeat(2)).chunk(2)
+        v_u, v_c = model(x.repeat(2, 1, 1, 1, 1), timestep.repeat(2)).float().chunk(2)
         return v_u + scale * (v_c - v_u)
 
     return velocity

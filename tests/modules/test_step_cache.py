@@ -104,3 +104,32 @@ def test_a_new_run_forgets_the_last_one():
         x = torch.randn(1, 4, 8)
         cache.begin_step(0, 5)
         assert torch.equal(model(x, 0.5), plain(x, 0.5))
+
+
+def test_the_threshold_that_halves_the_blocks_changes_the_small_dit_by_a_stated_amount(tiny_models, capsys):
+    from hunyuan_model.checkpoints import load_dit
+    from modules.sampler import Conditioning, sample_latents
+    from utils.prompt_files import Request
+
+    request = Request(prompt="cat", width=32, height=48, frames=5, seed=5, steps=30)
+    torch.manual_seed(0)
+
+    def sampled(threshold: float | None) -> tuple[torch.Tensor, StepCache]:
+        model, cache = load_dit(tiny_models.dit, dtype=torch.float32), StepCache(threshold or 0.0)
+        config, generator = model.config, torch.Generator().manual_seed(0)
+        text = torch.randn(1, 6, config.text_dim, generator=generator)
+        prompt = Conditioning(text, torch.ones(1, 6), torch.randn(1, config.text_dim_2, generator=generator))
+        if threshold is not None:
+            add_step_cache(model.blocks, [2] * config.depth_double + [1] * config.depth_single, cache)
+        latents = sample_latents(model, request, prompt, device=torch.device("cpu"), before_step=cache.begin_step)
+        return latents, cache
+
+    plain, _ = sampled(None)
+    unchanged, cache = sampled(0.0)
+    assert torch.equal(unchanged, plain)
+    cached, cache = sampled(0.52)
+    change = ((cached - plain).norm() / plain.norm()).item()
+    with capsys.disabled():
+        print(f"\nstep cache: {cache.evaluated} of {cache.total} blocks evaluated, latents change by {change:.1%}")
+    assert cache.evaluated <= cache.total / 2
+    assert 0 < change < 0.1

@@ -380,3 +380,37 @@ def test_video_to_video_keeps_what_strength_leaves(generate, tmp_path):
     assert torch.equal(latents[1.0], plain)
     distances = [(latents[strength] - plain).norm().item() for strength in (0.34, 0.67, 1.0)]
     assert distances[0] > distances[1] > distances[2] == 0
+
+
+def test_image_to_video_takes_an_image_and_only_where_the_model_does(generate, tiny_models, tmp_path):
+    from PIL import Image
+
+    from utils.errors import UserError
+    from utils.safetensors_utils import read_header, save_file
+    from utils.tiny_models import DitSize, dit_shapes, random_weights
+
+    skyreels = tmp_path / "skyreels.safetensors"
+    save_file(random_weights(dit_shapes(DitSize(in_channels=32)), 0), skyreels)
+    for name, colour in (("red", (220, 20, 20)), ("blue", (20, 20, 220))):
+        Image.new("RGB", (60, 40), colour).save(tmp_path / f"{name}.png")
+    words = ["--prompt=cat", "--seed=1", "--output_type=latent", "--dit", skyreels, "--dit_in_channels=32"]
+    red = generate(*words, "--image_path", tmp_path / "red.png", "--guidance_scale=2", folder="red")
+    blue = generate(*words, "--image_path", tmp_path / "blue.png", "--guidance_scale=2", folder="blue")
+    assert (saved_latents(red) - saved_latents(blue)).norm() > 1e-3 * saved_latents(red).norm()
+    assert read_header(only(red, "*"))[1]["prompt"] == "FPS-24, cat"
+    with pytest.raises(UserError, match="give --image_path"):
+        generate(*words)
+    with pytest.raises(UserError, match="--image_path needs SkyReels"):
+        generate("--prompt=cat", "--image_path", tmp_path / "red.png")
+    with pytest.raises(UserError, match=r"--dit_in_channels 16: .* has 32"):
+        generate(*words, "--dit_in_channels=16")
+
+
+def test_step_cache_is_off_at_zero_and_counts_what_it_leaves_out(generate, capfd):
+    words = ["--prompt=cat", "--seed=1", "--output_type=latent"]
+    plain = saved_latents(generate(*words))
+    assert torch.equal(saved_latents(generate(*words, "--step_cache=0", folder="zero")), plain)
+    assert "step cache: 27 of 27 blocks" in capfd.readouterr().out
+    cached = saved_latents(generate(*words, "--step_cache=100", folder="all"))
+    assert "step cache: 19 of 27 blocks" in capfd.readouterr().out
+    assert not torch.equal(cached, plain)
