@@ -1,22 +1,26 @@
 """What every adapter shares: it is applied to a DiT from outside, trained, saved, loaded and merged the same way."""
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
 from torch import nn
 
+from networks.factors import Factors
 from networks.format_table import NATIVE
 from networks.lora_files import load_native, native_tensors, save_native
 from networks.merging import write_weight
+from networks.targets import find_targets, read_arguments
 from utils.errors import UserError
+
+DEFAULT_RANK = 4
 
 
 class AdapterModule(nn.Module):
     """Adds a trained update to the output of one frozen Linear; the Linear itself does not know.
 
-    A subclass says what the update is: `update(x)` for the forward pass, `weight_update()` for merging.
+    A subclass says what the update is: `update` for the forward pass, `factors` for merging.
 
     Args:
         target: a Linear, plain or quantised: in_features, out_features, weight (out, in).
@@ -75,13 +79,18 @@ class AdapterModule(nn.Module):
         """`scale` times what is added to the target's output: (..., in_features) -> (..., out_features)."""
         raise NotImplementedError
 
-    def weight_update(self) -> torch.Tensor:
-        """The same as a float32 matrix (out_features, in_features), scaled by alpha / rank but not by `multiplier`."""
+    def factors(self) -> Factors:
+        """The trained matrices; what they do to a weight is theirs to say."""
+        raise NotImplementedError
+
+    @classmethod
+    def from_tensors(cls, target: nn.Module, tensors: Mapping[str, torch.Tensor], multiplier: float) -> "AdapterModule":
+        """An adapter of the sizes that the tensors of a file, by suffix, have; their values are loaded later."""
         raise NotImplementedError
 
     def merged_weight(self, weight: torch.Tensor) -> torch.Tensor:
         """The target's float32 weight with the update in it."""
-        return weight + self.multiplier * self.weight_update()
+        return self.factors().apply(weight, self.multiplier)
 
     def limit_norm(self, max_norm: float) -> tuple[float, bool]:
         """Shrinks the factors so that the update's Frobenius norm is at most `max_norm`: (norm, whether shrunk)."""
@@ -92,7 +101,8 @@ class AdapterModule(nn.Module):
         return max_norm, True
 
     def update_norm(self) -> float:
-        return self.weight_update().norm().item()
+        """The Frobenius norm of the update, without `multiplier`."""
+        return self.factors().update().norm().item()
 
     def shrink(self, ratio: float) -> None:
         """Multiplies the update by `ratio`, spread evenly over the factors."""
@@ -124,9 +134,10 @@ class AdapterNetwork(nn.Module):
         cls,
         tensors: Mapping[str, torch.Tensor],
         model: nn.Module,
-        build: Callable[[nn.Module, Mapping[str, torch.Tensor]], AdapterModule],
+        module_type: type[AdapterModule],
+        multiplier: float = 1.0,
     ) -> "AdapterNetwork":
-        """The network of a state dict of any format; `build(target, tensors by suffix)` makes each adapter.
+        """The network of a state dict of any format, with its modules, ranks and values.
 
         Raises:
             UserError: a module of the state dict is not in the model, or a shape differs.
@@ -140,7 +151,14 @@ class AdapterNetwork(nn.Module):
         for module in per_module:
             if module not in targets:
                 raise UserError(f"{module}: this module of the weights is not in the DiT")
-        network = cls({targets[module][0]: build(targets[module][1], own) for module, own in per_module.items()})
+        adapters = {}
+        for module, own in per_module.items():
+            name, target = targets[module]
+            try:
+                adapters[name] = module_type.from_tensors(target, own, multiplier)
+            except KeyError:
+                raise UserError(f"{module}: has {', '.join(own)}: give the --network_module of its kind") from None
+        network = cls(adapters)
         network.load_native(tensors, "weights")
         return network
 
@@ -217,7 +235,7 @@ class AdapterNetwork(nn.Module):
                 )
         self.load_state_dict(tensors)
         for adapter in self.adapters:
-            adapter.scale = adapter.alpha.item() / adapter.rank
+            adapter.scale = adapter.factors().scale
 
     @torch.no_grad()
     def apply_max_norm_regularization(
@@ -253,13 +271,36 @@ def _group(parameters: list[nn.Parameter], learning_rate: float | None) -> dict[
     return {"params": parameters} if learning_rate is None else {"params": parameters, "lr": learning_rate}
 
 
-def announce(kind: str, network: AdapterNetwork, rank: int, alpha: float, verbose: bool = False) -> None:
-    """One line on what was made: how many modules, how many parameters, and the scale that users ask about."""
+def build_network(
+    title: str,
+    module_type: type[AdapterModule],
+    unet: nn.Module,
+    multiplier: float,
+    network_dim: int | None,
+    network_alpha: float | None,
+    neuron_dropout: float | None,
+    network_args: Mapping[str, Any],
+    known_arguments: list[str],
+) -> AdapterNetwork:
+    """A new network of one rank for every target of the DiT; what all `create_arch_network` do.
+
+    Raises:
+        UserError: an unknown or unreadable argument, or no target.
+    """
+    arguments = read_arguments(network_args, known_arguments)
+    rank, alpha = network_dim or DEFAULT_RANK, 1.0 if network_alpha is None else network_alpha
+    targets = find_targets(unet, arguments.pop("exclude_patterns", None), arguments.pop("include_patterns", None))
+    loraplus_lr_ratio, verbose = arguments.pop("loraplus_lr_ratio", None), arguments.pop("verbose", False)
+    arguments = {name: value for name, value in arguments.items() if not name.startswith("conv_")}
+    settings = {"multiplier": multiplier, "dropout": neuron_dropout, **arguments}
+    adapters = {name: module_type(target, rank, alpha, **settings) for name, target in targets.items()}
+    network = AdapterNetwork(adapters, loraplus_lr_ratio)
     parameters = sum(parameter.numel() for parameter in network.parameters())
     print(
-        f"{kind}: {len(network.adapters)} modules, {parameters:,} parameters, "
+        f"{title}: {len(adapters)} modules, {parameters:,} parameters, "
         f"rank {rank}, alpha {alpha:g}, scale alpha/rank = {alpha / rank:g}"
     )
     if verbose:
-        for name, adapter in zip(network.names.values(), network.adapters):
+        for name, adapter in adapters.items():
             print(f"  {name}: {adapter.in_features} -> {adapter.out_features}, rank {adapter.rank}")
+    return network

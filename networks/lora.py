@@ -12,11 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from networks.adapters import AdapterModule, AdapterNetwork, announce
+from networks.adapters import AdapterModule, AdapterNetwork, build_network
+from networks.factors import LoraFactors
 from networks.merging import dense_weight
-from networks.targets import find_targets, read_arguments
 
-DEFAULT_RANK = 4
 KNOWN_ARGUMENTS = [
     "rank_dropout",
     "module_dropout",
@@ -75,15 +74,16 @@ class LoraModule(AdapterModule):
         square = self.target_norm**2 + 2 * (projected * up).sum(1) + ((up @ (down @ down.T)) * up).sum(1)
         return square.clamp_min(torch.finfo(torch.float32).tiny).sqrt()
 
-    def weight_update(self) -> torch.Tensor:
-        return (self.lora_up.weight.float() * self.scale) @ self.lora_down.weight.float()
+    def factors(self) -> LoraFactors:
+        return LoraFactors(
+            down=self.lora_down.weight, up=self.lora_up.weight, alpha=self.alpha.item(), dora_scale=self.dora_scale
+        )
 
-    def merged_weight(self, weight: torch.Tensor) -> torch.Tensor:
-        if self.dora_scale is None:
-            return super().merged_weight(weight)
-        direction = weight + self.weight_update()
-        merged = self.dora_scale.float() * direction / direction.norm(dim=1, keepdim=True)
-        return weight + self.multiplier * (merged - weight)
+    @classmethod
+    def from_tensors(cls, target: nn.Module, tensors: Mapping[str, torch.Tensor], multiplier: float) -> "LoraModule":
+        rank = len(tensors["lora_down.weight"])
+        use_dora = "dora_scale" in tensors
+        return cls(target, rank, tensors["alpha"].item(), use_dora=use_dora, multiplier=multiplier)
 
     def update_norm(self) -> float:
         """|update| from the two small Gram matrices."""
@@ -115,22 +115,10 @@ def create_arch_network(
     Raises:
         UserError: an unknown or unreadable argument, or no target.
     """
-    arguments = read_arguments(network_args, KNOWN_ARGUMENTS)
-    rank, alpha = network_dim or DEFAULT_RANK, 1.0 if network_alpha is None else network_alpha
-    targets = find_targets(unet, arguments.get("exclude_patterns"), arguments.get("include_patterns"))
-    settings = {
-        "multiplier": multiplier,
-        "dropout": neuron_dropout,
-        "rank_dropout": arguments.get("rank_dropout"),
-        "module_dropout": arguments.get("module_dropout"),
-        "use_dora": arguments.get("use_dora", False),
-    }
-    network = AdapterNetwork(
-        {name: LoraModule(target, rank, alpha, **settings) for name, target in targets.items()},
-        arguments.get("loraplus_lr_ratio"),
+    title = "DoRA" if str(network_args.get("use_dora", "")).lower() == "true" else "LoRA"
+    return build_network(
+        title, LoraModule, unet, multiplier, network_dim, network_alpha, neuron_dropout, network_args, KNOWN_ARGUMENTS
     )
-    announce("DoRA" if settings["use_dora"] else "LoRA", network, rank, alpha, arguments.get("verbose", False))
-    return network
 
 
 def create_arch_network_from_weights(
@@ -141,15 +129,9 @@ def create_arch_network_from_weights(
     for_inference: bool = False,
     **_: Any,
 ) -> AdapterNetwork:
-    """LoRA with the modules, ranks and values of a native state dict, ready to be applied or merged.
+    """LoRA with the modules, ranks and values of a state dict of any format, ready to be applied or merged.
 
     Raises:
         UserError: a module of the file is not in the DiT, or its shape differs.
     """
-
-    def build(target: nn.Module, tensors: Mapping[str, torch.Tensor]) -> LoraModule:
-        rank = len(tensors["lora_down.weight"])
-        alpha = tensors.get("alpha", torch.tensor(rank)).item()
-        return LoraModule(target, rank, alpha, use_dora="dora_scale" in tensors, multiplier=multiplier)
-
-    return AdapterNetwork.from_weights(weights_sd, unet, build)
+    return AdapterNetwork.from_weights(weights_sd, unet, LoraModule, multiplier)
