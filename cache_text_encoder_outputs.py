@@ -10,7 +10,6 @@ A second run encodes only what changed. One text encoder is in memory at a time.
 """
 
 import json
-import os
 import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -46,7 +45,7 @@ class CachingOptions:
         None, help="captions encoded at once; where a dataset's batch_size is smaller, that counts", minimum=1
     )
     num_workers: int | None = option(
-        None, help=f"threads that look at existing cache files; {DEFAULT_WORKERS} when unset", minimum=0
+        None, help=f"threads that look at existing cache files; {DEFAULT_WORKERS} when unset", minimum=1
     )
     skip_existing: bool = option(
         False, help="keep every complete cache file by its name, also when its caption changed"
@@ -67,6 +66,7 @@ class Entry:
     source: "Source"
     cache: Path
     verdict: "Verdict"
+    written: bool = False
 
 
 @dataclass
@@ -80,9 +80,12 @@ class Work:
     orphaned: list[Path]
 
     def batches(self, limit: int | None) -> Iterator[list[Entry]]:
-        """The captions that this process encodes."""
+        """The captions that this process encodes, at most `limit` at once."""
+        from utils.processes import process_share
+
+        # Shares are cut from the whole list, which all processes see alike; what is left to do changes meanwhile.
         rank, processes = process_share()
-        pending = [entry for entry in self.entries if not entry.verdict.kept][rank::processes]
+        pending = [entry for entry in self.entries[rank::processes] if not entry.verdict.kept]
         size = min(self.settings.batch_size, limit or self.settings.batch_size)
         for start in range(0, len(pending), size):
             yield pending[start : start + size]
@@ -95,16 +98,21 @@ def main() -> None:
 
     config = load_dataset_config(options.dataset_config)
     made_from = fingerprint(encoders)
+    is_first = is_first_process()
     works = [survey(settings, options, made_from) for settings in config.every_dataset]
-    report_skipped(works, options.strict)
-    encode([batch for work in works for batch in work.batches(options.batch_size)], encoders, device, made_from)
-    if process_share()[0] == 0:
+    if is_first:
+        prepare(works, options.strict)
+    batches = [batch for work in works for batch in work.batches(options.batch_size)]
+    if batches:
+        encode(batches, encoders, device.device, made_from)
+    if is_first:
         finish(works, options.prune)
 
 
-def process_share() -> tuple[int, int]:
-    """(rank, number of processes) under `accelerate launch`, else (0, 1)."""
-    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+def is_first_process() -> bool:
+    from utils.processes import process_share
+
+    return process_share()[0] == 0
 
 
 def fingerprint(encoders: TextEncoderOptions) -> dict[str, Any]:
@@ -147,7 +155,7 @@ def compute_dtype(encoders: TextEncoderOptions, device: "torch.device") -> "torc
 
 def survey(settings: "DatasetSettings", options: CachingOptions, made_from: Mapping[str, Any]) -> Work:
     """What a dataset needs: nothing is encoded whose cache file was made from the same things."""
-    from dataset.cache import TEXT_SUFFIX, Manifest, Verdict, check_text, orphans, remove_leftovers, text_cache_path
+    from dataset.cache import TEXT_SUFFIX, Manifest, Verdict, check_text, orphans, text_cache_path
     from dataset.sources import explain_empty, list_sources
 
     sources = list_sources(settings)
@@ -156,8 +164,6 @@ def survey(settings: "DatasetSettings", options: CachingOptions, made_from: Mapp
         raise UserError(sources[0].problem if sources else explain_empty(settings))
     manifest = Manifest.load(settings.cache_directory, "text")
     caches = {source.name: text_cache_path(settings.cache_directory, source.name) for source in sources}
-    if process_share()[0] == 0:
-        remove_leftovers(settings.cache_directory, caches.values())
 
     def entry(source: "Source") -> Entry:
         cache = caches[source.name]
@@ -166,47 +172,57 @@ def survey(settings: "DatasetSettings", options: CachingOptions, made_from: Mapp
             verdict = Verdict("changed", "the cache file is damaged")
         return Entry(source, cache, verdict)
 
-    with ThreadPoolExecutor(max(1, DEFAULT_WORKERS if options.num_workers is None else options.num_workers)) as pool:
+    with ThreadPoolExecutor(options.num_workers or DEFAULT_WORKERS) as pool:
         entries = list(pool.map(entry, usable))
     skipped = [source for source in sources if source.problem is not None]
     return Work(settings, manifest, entries, skipped, orphans(settings.cache_directory, TEXT_SUFFIX, caches.values()))
 
 
-def report_skipped(works: Sequence[Work], strict: bool) -> None:
+def prepare(works: Sequence[Work], strict: bool) -> None:
+    """Names what is skipped, and removes what killed runs left.
+
+    Raises:
+        UserError: with `strict`, a file of a dataset cannot be used.
+    """
+    from dataset.cache import remove_leftovers
+
     for source in [source for work in works for source in work.skipped]:
         if strict:
-            raise UserError(f"--strict: {source.problem}")
+            raise UserError(f"{source.problem} (--strict)")
         print(f"warning: skipped: {source.problem}", file=sys.stderr)
+    for work in works:
+        remove_leftovers(work.settings.cache_directory, [entry.cache for entry in work.entries])
 
 
 def encode(
-    batches: Sequence[list[Entry]], encoders: TextEncoderOptions, options: DeviceOptions, made_from: Mapping[str, Any]
+    batches: Sequence[list[Entry]], encoders: TextEncoderOptions, device_name: str | None, made_from: Mapping[str, Any]
 ) -> None:
     """Encodes and writes; CLIP goes first, because its small results can wait for the LLM's."""
-    if not batches:
-        return
+    import torch
+
     from hunyuan_model.checkpoints import load_text_encoder_1, load_text_encoder_2
-    from utils.device_utils import release_memory, resolve_device
+    from utils.device_utils import release_memory
+    from utils.processes import own_device
 
-    device = resolve_device(options.device)
+    device = own_device(device_name)
     dtype = compute_dtype(encoders, device)
-    clip = load_text_encoder_2(encoders.text_encoder2, device, dtype, encoders.tokenizer2)
-    pooled = [encode_clip(clip, batch) for batch in progress(batches, "text encoder 2")]
-    del clip
-    release_memory(device)
-
-    llm = load_text_encoder_1(encoders.text_encoder1, device, dtype, encoders.fp8_llm, encoders.tokenizer1)
-    for batch, of_clip in zip(progress(batches, "text encoder 1"), pooled, strict=True):
-        write_batch(llm, batch, of_clip, made_from)
-    del llm
-    release_memory(device)
+    try:
+        clip = load_text_encoder_2(encoders.text_encoder2, device, dtype, encoders.tokenizer2)
+        pooled = [encode_clip(clip, batch) for batch in progress(batches, "text encoder 2")]
+        del clip
+        release_memory(device)
+        llm = load_text_encoder_1(encoders.text_encoder1, device, dtype, encoders.fp8_llm, encoders.tokenizer1)
+        for batch, of_clip in zip(progress(batches, "text encoder 1"), pooled, strict=True):
+            write_batch(llm, batch, of_clip, made_from)
+    except torch.OutOfMemoryError:
+        raise UserError(f"{device}: out of memory; use --fp8_llm, a smaller --batch_size or --device cpu") from None
 
 
 def progress(batches: Sequence[list[Entry]], title: str) -> Iterator[list[Entry]]:
     """The batches, with a bar that counts captions."""
     from tqdm import tqdm
 
-    with tqdm(total=sum(map(len, batches)), desc=title, unit="caption") as bar:
+    with tqdm(total=sum(map(len, batches)), desc=title, unit="caption", disable=not is_first_process()) as bar:
         for batch in batches:
             yield batch
             bar.update(len(batch))
@@ -247,6 +263,7 @@ def write_batch(
             raise UserError(
                 f"{entry.source.path}: {error} in {made_from['dtype']}; use --text_encoder_dtype bfloat16 or float32"
             ) from None
+        entry.written = True
 
 
 def finish(works: Sequence[Work], prune: bool) -> None:
@@ -261,22 +278,16 @@ def finish(works: Sequence[Work], prune: bool) -> None:
         print(f"note: {foreign} cache files were made by musubi-tuner and are used as they are")
     for work in works:
         close(work, prune)
-    header = (
-        "cache directory",
-        "captions",
-        "new",
-        "changed",
-        "kept",
-        "pruned" if prune else "orphaned",
-        "skipped",
-        "changed because",
-    )
+    header = ["cache directory", "captions", "new", "changed", "kept", "orphaned", "skipped", "changed because"]
+    if prune:
+        header[header.index("orphaned")] = "deleted"
     print_table("Text encoder outputs", [table_row(work) for work in works], header)
 
 
 def report_cut(entries: Sequence[Entry]) -> None:
     """Names the captions of which the LLM sees only a part, those of earlier runs too."""
-    cut = [(entry.source.path, text) for entry in entries if (text := cut_text(entry.cache))]
+    cached = [entry for entry in entries if entry.written or entry.verdict.kept]
+    cut = [(entry.source.path, text) for entry in cached if (text := cut_text(entry.cache))]
     if cut:
         print(f"warning: {len(cut)} captions exceed 256 tokens; what is cut:", file=sys.stderr)
     for path, text in cut[:SHOWN]:
@@ -288,16 +299,17 @@ def cut_text(cache: Path) -> str:
     """The end of a caption that its cache file says was cut; empty where nothing was, or nothing is known."""
     from utils.safetensors_utils import read_header
 
-    if not cache.exists():
-        return ""
     _, metadata = read_header(cache)
-    return json.loads(metadata.get("made_from", "{}")).get(CUT_KEY, "")
+    try:
+        return json.loads(metadata["made_from"])[CUT_KEY]
+    except (KeyError, ValueError):
+        return ""
 
 
 def close(work: Work, prune: bool) -> None:
     """Notes which files are sound, and deletes the orphans."""
     for entry in work.entries:
-        if not entry.verdict.kept and entry.cache.exists():
+        if entry.written:
             work.manifest.mark_sound(entry.cache)
     work.manifest.save()
     for path in work.orphaned if prune else []:

@@ -224,7 +224,7 @@ def test_long_captions_are_reported_in_this_run_and_the_next(dataset, run):
 
 def test_a_missing_caption_is_skipped_or_with_strict_stops(dataset, run, loads):
     add_image(dataset.parent, "silent", None)
-    with pytest.raises(UserError, match=r"--strict: .*silent\.txt"):
+    with pytest.raises(UserError, match=r"silent\.txt.*--strict"):
         run("--strict")
     assert loads == []
     result = run()
@@ -233,17 +233,49 @@ def test_a_missing_caption_is_skipped_or_with_strict_stops(dataset, run, loads):
 
 
 def test_processes_share_the_captions(dataset, run, monkeypatch, tiny_models):
-    monkeypatch.setenv("WORLD_SIZE", "2")
+    """Each caption is written by one process, also when one is done before the other begins."""
     monkeypatch.setattr(sys, "argv", ["cache_text_encoder_outputs.py", *arguments(dataset, tiny_models)])
+    monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "1")
     script.main()
-    of_rank_1 = set(caches(dataset))
-    assert len(of_rank_1) == 1
-    for path in caches(dataset).values():
-        path.unlink()
+    first = {name: path.stat().st_mtime_ns for name, path in caches(dataset).items()}
+    assert len(first) == 1
     monkeypatch.setenv("RANK", "0")
     script.main()
-    assert set(caches(dataset)) == set(CAPTIONS) - of_rank_1
+    both = {name: path.stat().st_mtime_ns for name, path in caches(dataset).items()}
+    assert set(both) == set(CAPTIONS) and first.items() < both.items()
+
+
+def test_what_a_killed_run_left_is_removed(dataset, run):
+    run()
+    for name in ("cat_hv_te.safetensors.12345.partial", "other.partial"):
+        (dataset.parent / "cache" / name).write_text("half")
+    run()
+    assert {path.name for path in (dataset.parent / "cache").glob("*.partial")} == {"other.partial"}
+
+
+def test_out_of_memory_is_one_line(run, monkeypatch):
+    def fail(*arguments):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(checkpoints, "load_text_encoder_1", fail)
+    with pytest.raises(UserError, match="--fp8_llm"):
+        run()
+
+
+def test_values_beyond_the_dtype_are_one_line_and_write_nothing(dataset, run, monkeypatch):
+    load = checkpoints.load_text_encoder_1
+
+    def too_large(*arguments):
+        llm = load(*arguments)
+        encode = llm.encode
+        monkeypatch.setattr(llm, "encode", lambda prompts: (encode(prompts)[0] * 1e6, encode(prompts)[1]))
+        return llm
+
+    monkeypatch.setattr(checkpoints, "load_text_encoder_1", too_large)
+    with pytest.raises(UserError, match="--text_encoder_dtype bfloat16"):
+        run()
+    assert caches(dataset) == {}
 
 
 def test_batches_do_not_change_results(dataset, run):
