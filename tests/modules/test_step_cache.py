@@ -127,7 +127,7 @@ def test_the_threshold_that_halves_the_blocks_changes_the_small_dit_by_a_stated_
     plain, _ = sampled(None)
     unchanged, cache = sampled(0.0)
     assert torch.equal(unchanged, plain)
-    cached, cache = sampled(0.52)
+    cached, cache = sampled(0.55)
     change = ((cached - plain).norm() / plain.norm()).item()
     with capsys.disabled():
         print(f"\nstep cache: {cache.evaluated} of {cache.total} blocks evaluated, latents change by {change:.1%}")
