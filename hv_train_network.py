@@ -14,6 +14,7 @@ Before: cache_latents.py and cache_text_encoder_outputs.py. After: hv_generate_v
 import contextlib
 import dataclasses
 import io
+import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -119,6 +120,11 @@ class Options:
             return []
         return [with_valid_size(r)[0] for r in read_prompt_file(self.previews.sample_prompts, PREVIEW_DEFAULTS)]
 
+    def ignored(self) -> list[str]:
+        """The options that were changed but have no effect."""
+        own_rate = self.optimizer.adapts_own_rate
+        return [*self.timesteps.ignored(), *self.optimizer.ignored(), *self.scheduler.ignored(own_rate)]
+
     def settings(self, seed: int) -> str:
         """All settings as TOML that --config_file takes, with the seed that was drawn; secrets are left out."""
         return settings_toml(*vars(self.with_seed(seed)).values())
@@ -148,18 +154,21 @@ def main(argv: Sequence[str] | None = None) -> None:
     progress = training_setup.first_progress(accelerator, options.training, state)
     data = load_datasets(options, progress.seed)
     plan = plan_steps(options, accelerator, len(data.train))
+    check_optimizer(options, plan)
     check_network(options, network_module)
     if accelerator.is_main_process:
         training_setup.print_plan(plan, data.train.num_items, progress)
+        for name in options.ignored():
+            print(f"warning: --{name} has no effect together with the other settings", file=sys.stderr)
     if options.training.dry_run:
         print(options.settings(progress.seed))
         return
     training_setup.warn_of_differences(progress, plan, data.train.num_items)
 
+    uploader = Uploader(options.hub if accelerator.is_main_process else HuggingFaceOptions())
     prompts = encode_previews(options, requests, accelerator)
     dit = load_model(options, accelerator)
     trained = create_trained(options, network_module, dit, accelerator, progress.seed)
-    uploader = Uploader(options.hub)
     trainer = build_trainer(options, accelerator, plan, progress, dit, trained, data, prompts, uploader)
     if state is not None:
         load_state(state, trained.tensors, trainer.saver.stateful)
@@ -226,6 +235,17 @@ def plan_steps(options: Options, accelerator: "Accelerator", batches_per_epoch: 
         training.max_train_steps,
         training.max_train_epochs,
     )
+
+
+def check_optimizer(options: Options, plan: "StepPlan") -> None:
+    """Tries optimizer and schedule on a parameter, so that what they refuse is known before a model is loaded."""
+    import torch
+
+    from modules.optimizers import create_optimizer
+    from modules.schedulers import create_scheduler
+
+    optimizer = create_optimizer(options.optimizer, [{"params": [torch.nn.Parameter(torch.zeros(2, 2))]}])
+    create_scheduler(options.scheduler, optimizer, plan.total_steps)
 
 
 def check_network(options: Options, module: ModuleType) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from utils.cli import option
+from utils.cli import option, unused_options
 from utils.errors import UserError, did_you_mean, one_line
 from utils.plugins import check_arguments, load_class, parse_arguments, refuse_taken, require_package
 
@@ -65,6 +65,10 @@ class OptimizerOptions:
     def adapts_own_rate(self) -> bool:
         """Adafactor's default: it sets its own step size and takes no learning rate."""
         return self.path == OPTIMIZERS["adafactor"] and self.arguments.get("relative_step", True)
+
+    def ignored(self) -> list[str]:
+        """The options that were changed but have no effect, for a warning."""
+        return unused_options(self, {"learning_rate": not self.adapts_own_rate})
 
     @property
     def description(self) -> str:

@@ -5,7 +5,6 @@ with the same rates. They count optimizer steps: call `step()` once after each, 
 """
 
 import functools
-import sys
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -103,10 +102,15 @@ class SchedulerOptions:
         """Name for the metadata."""
         return self.lr_scheduler_type or self.lr_scheduler
 
-    def ignored(self) -> list[str]:
-        """The options that were changed but have no effect with the chosen schedule, for a warning."""
-        name = "custom" if self.lr_scheduler_type else self.lr_scheduler
+    def ignored(self, own_rate: bool = False) -> list[str]:
+        """The options that were changed but have no effect with the chosen schedule, for a warning.
+
+        Args:
+            own_rate: `OptimizerOptions.adapts_own_rate`.
+        """
+        name = "custom" if self.lr_scheduler_type else "adafactor" if own_rate else self.lr_scheduler
         used = {
+            "lr_scheduler": name in ("custom", self.lr_scheduler),
             "lr_warmup_steps": name not in ("custom", "constant", "piecewise_constant", "adafactor"),
             "lr_decay_steps": name == "warmup_stable_decay",
             "lr_scheduler_num_cycles": name in ("cosine_with_restarts", "warmup_stable_decay") or "min_lr" in name,
@@ -193,8 +197,6 @@ def _custom(options: SchedulerOptions, optimizer: "Optimizer") -> "LRScheduler":
 def _adafactor(options: SchedulerOptions, optimizer: "Optimizer") -> "LRScheduler":
     from transformers.optimization import AdafactorSchedule
 
-    if options.lr_scheduler not in ("adafactor", "constant"):
-        print(f"warning: --lr_scheduler {options.lr_scheduler}: not used, Adafactor sets its own rate", file=sys.stderr)
     if not optimizer.defaults.get("relative_step"):
         raise UserError(
             "--lr_scheduler adafactor: needs --optimizer_type Adafactor with relative_step=True, its default"

@@ -176,8 +176,8 @@ def update(trainer: Trainer, result: StepResult, summary: StepSummary) -> None:
         report_nonfinite(trainer, result, summary, norm)
     if scaler is not None:
         scaler.update()
+    trainer.scheduler.step()  # before the gradients go: Adafactor's schedule looks at them
     optimizer.zero_grad(set_to_none=True)
-    trainer.scheduler.step()
 
 
 def note(trainer: Trainer, result: StepResult, summary: StepSummary, norm: float, rates: Sequence[float]) -> None:

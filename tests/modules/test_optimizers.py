@@ -95,6 +95,7 @@ def test_adafactor_sets_its_own_rate_unless_told_otherwise() -> None:
     groups = [{"params": [parameter(1.0)], "lr": 0.3}]
     relative = create_optimizer(OptimizerOptions(optimizer_type="adafactor"), groups)
     assert relative.param_groups[0]["lr"] is None
+    assert OptimizerOptions(optimizer_type="adafactor", learning_rate=0.1).ignored() == ["learning_rate"]
     fixed = OptimizerOptions(
         optimizer_type="adafactor", learning_rate=0.1, optimizer_args=["relative_step=False", "scale_parameter=False"]
     )
