@@ -72,12 +72,44 @@ def load_dit(
     _check_names(path, model, shapes)
     if fp8:
         quantize_linears(model, is_quantized_in_dit)
-    weights = _Weights(
+    weights = _dit_weights(file, naming)
+    return weights.fill(model, device, dtype)
+
+
+def _dit_weights(file: ModelFile, naming: str) -> "_Weights":
+    return _Weights(
         file,
         parts=lambda name: [file.prefixes[DIT] + part for part in dit_parts(name, naming)],
         join=lambda name, parts: dit_to_official(name, parts, naming),
     )
-    return weights.fill(model, device, dtype)
+
+
+def open_dit(path: str | Path) -> "DitTensors":
+    """A DiT file whose tensors are read one at a time, for programs that never need the whole model.
+
+    Raises:
+        UserError: not a HunyuanVideo DiT.
+    """
+    file = identify(path)
+    found = {name: info.shape for name, info in file.tensors(DIT).items()}
+    naming = dit_naming(found)
+    return DitTensors(file, dit_official_shapes(found, naming), _dit_weights(file, naming))
+
+
+@dataclass
+class DitTensors:
+    """The tensors of a DiT file by official name, as they are stored."""
+
+    file: ModelFile
+    shapes: Shapes
+    weights: "_Weights"
+
+    def dtype(self, name: str) -> torch.dtype:
+        return self.weights.infos[self.weights.parts(name)[0]].dtype
+
+    def read(self, name: str) -> tuple[Tensor, Tensor | None]:
+        """The tensor on the CPU, valid until the next is read, and the scale (1 or out, 1) of a scaled fp8 one."""
+        return self.weights.read(name)
 
 
 def read_dit_config(path: str | Path) -> HunyuanVideoConfig:
@@ -230,6 +262,7 @@ class _Weights:
 
     def __post_init__(self) -> None:
         self.infos = self.file.checkpoint.infos
+        self.copies = self.file.checkpoint.container == ".pt"  # what is read is a view of the file
         self.map = read_fp8_map(self.file.checkpoint) if self.file.fp8 == "official" else {}
 
     def fill(self, model: nn.Module, device: Device, dtype: torch.dtype) -> nn.Module:
@@ -245,27 +278,27 @@ class _Weights:
         return model.eval()
 
     def _dense(self, name: str, device: Device, dtype: torch.dtype) -> Tensor:
-        tensor, scale = self._read(name)
+        tensor, scale = self.read(name)
         if scale is None:
-            tensor = tensor.to(device, dtype, copy=True)
+            tensor = tensor.to(device, dtype, copy=self.copies)
         else:
             tensor = dequantize(tensor.to(device), scale.to(device), dtype)
         return self._finite(name, tensor)
 
     def _fill_fp8(self, name: str, layer: Fp8Linear, device: Device) -> None:
-        tensor, scale = self._read(name)
+        tensor, scale = self.read(name)
         if tensor.dtype != FP8:
             tensor = tensor.to(device)
             layer.set_weight(tensor if scale is None else dequantize(tensor, scale.to(device), torch.float32))
         else:
             scale = torch.ones(1) if scale is None else scale
-            layer.weight = nn.Parameter(tensor.to(device, copy=True), requires_grad=False)
+            layer.weight = nn.Parameter(tensor.to(device, copy=self.copies), requires_grad=False)
             scale = scale.expand(layer.out_features, 1).to(device, copy=True, memory_format=torch.contiguous_format)
             layer.scale = nn.Parameter(scale, requires_grad=False)
         self._finite(name, layer.weight)
         self._finite(name, layer.scale)
 
-    def _read(self, name: str) -> tuple[Tensor, Tensor | None]:
+    def read(self, name: str) -> tuple[Tensor, Tensor | None]:
         """A tensor in the dtype of the file, a view of it possibly, and the scale of a scaled fp8 one."""
         parts = self.parts(name)
         tensor = self.join(name, [self.file.checkpoint.read(part) for part in parts])

@@ -99,9 +99,7 @@ def _fp8_beside_a_lost_map(folder: Path) -> Path:
 def _fp8_with_a_gap(folder: Path) -> Path:
     stored, scales, _ = quantized(_dit())
     del scales[next(iter(scales))]
-    extra = {
-        f"{name.removesuffix('.weight')}.fp8_scale": torch.tensor(s) for name, s in scales.items() if name != first
-    }
+    extra = {f"{name.removesuffix('.weight')}.fp8_scale": torch.tensor(s) for name, s in scales.items()}
     return _saved(folder / "gap.safetensors", stored | extra)
 
 

@@ -1,0 +1,77 @@
+"""Peak resident memory of loading a DiT on the CPU, against the size of the loaded model.
+
+Writes a DiT of the official width (hidden 3072) with a few random blocks, about 3 GB in bfloat16, as safetensors and
+as .pt, and loads each in a process of its own, to bfloat16 and to fp8. Measured is VmHWM, the most that was ever
+resident, anonymous memory and mapped file pages alike, less what the process held before it loaded (Python, torch).
+Linux only.
+
+    python -m benchmarks.loading_memory            # 6 GB of free disk, 4 GB of memory
+"""
+
+import argparse
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+
+from hunyuan_model.checkpoints import load_dit
+from utils.cli import print_table
+from utils.safetensors_utils import save_file
+from utils.tiny_models import DitSize, dit_shapes
+
+LIMIT = 1.1
+MB = 1e6
+
+
+def resident(field: str) -> int:
+    """Bytes of VmRSS (now) or VmHWM (most ever) of this process."""
+    status = Path("/proc/self/status").read_text(encoding="utf-8")
+    return int(re.search(rf"{field}:\s+(\d+) kB", status)[1]) * 1024
+
+
+def load_and_measure(path: Path, fp8: bool) -> None:
+    """Prints the peak above the start and the size of the loaded model, in bytes."""
+    before = resident("VmRSS")
+    model = load_dit(path, dtype=torch.bfloat16, fp8=fp8)
+    size = sum(parameter.nbytes for parameter in model.parameters())
+    print(resident("VmHWM") - before, size)
+
+
+def write_dit(folder: Path, double_blocks: int, single_blocks: int) -> tuple[list[Path], int]:
+    """The same weights as safetensors and as .pt, and the bytes of the largest tensor."""
+    size = DitSize(3072, 24, double_blocks, single_blocks, text_dim=4096, text_dim_2=768)
+    weights = {name: torch.randn(shape, dtype=torch.bfloat16) * 0.02 for name, shape in dit_shapes(size).items()}
+    save_file(weights, folder / "dit.safetensors")
+    torch.save({"module": weights}, folder / "dit.pt")
+    return [folder / "dit.safetensors", folder / "dit.pt"], max(tensor.nbytes for tensor in weights.values())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--double_blocks", type=int, default=4)
+    parser.add_argument("--single_blocks", type=int, default=5)
+    parser.add_argument("--load", type=Path, help="only load this file and print peak and size (a process of its own)")
+    parser.add_argument("--fp8", action="store_true", help="with --load: as fp8")
+    options = parser.parse_args()
+    if options.load:
+        load_and_measure(options.load, options.fp8)
+        return
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        paths, largest = write_dit(Path(folder), options.double_blocks, options.single_blocks)
+        for path in paths:
+            for fp8 in (False, True):
+                command = [sys.executable, "-m", "benchmarks.loading_memory", "--load", str(path), *["--fp8"] * fp8]
+                output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+                peak, size = map(int, output.splitlines()[-1].split())
+                allowed = LIMIT * size + (largest if fp8 else 0)
+                cells = [f"{number / MB:,.0f} MB" for number in (size, peak, allowed)]
+                rows.append((path.name, "fp8" if fp8 else "bfloat16", *cells, f"{peak / allowed:.2f}"))
+    print_table("Peak resident memory of loading", rows, ("file", "to", "model", "peak", "allowed", "peak / allowed"))
+
+
+if __name__ == "__main__":
+    main()
