@@ -167,6 +167,8 @@ def create_scheduler(options: SchedulerOptions, optimizer: "Optimizer", total_st
             return _custom(options, optimizer)
         if options.lr_scheduler == "adafactor" or optimizer.defaults.get("relative_step"):
             return _adafactor(options, optimizer)
+        if options.lr_scheduler == "constant" and not options.arguments:
+            return _constant(optimizer)
         if options.lr_scheduler in _OWN:
             return _own(options, optimizer, warmup, total_steps)
         return _from_transformers(options, optimizer, warmup, decay, total_steps)
@@ -202,6 +204,13 @@ def _adafactor(options: SchedulerOptions, optimizer: "Optimizer") -> "LRSchedule
             "--lr_scheduler adafactor: needs --optimizer_type Adafactor with relative_step=True, its default"
         )
     return AdafactorSchedule(optimizer, **options.arguments)
+
+
+def _constant(optimizer: "Optimizer") -> "LRScheduler":
+    # The default goes without transformers, whose schedulers take seconds to import.
+    from torch.optim.lr_scheduler import LambdaLR
+
+    return LambdaLR(optimizer, functools.partial(piecewise_factor, pairs=(), last=1.0))
 
 
 def _own(options: SchedulerOptions, optimizer: "Optimizer", warmup: int, total: int) -> "LRScheduler":
