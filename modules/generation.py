@@ -47,13 +47,34 @@ class LazyModel:
             release_memory(self._device)
 
 
+@torch.no_grad()
+def encode_texts(texts: Iterable[str], encoder_1: LazyModel, encoder_2: LazyModel) -> dict[str, Conditioning]:
+    """Every different text once, with one encoder in memory at a time, on the CPU.
+
+    One text at a time, so that its encoding does not depend on its company.
+
+    Args:
+        encoder_1: `encode([text])` -> states (1, L, D), mask (1, L).
+        encoder_2: `encode([text])` -> pooled (1, D2).
+    """
+    texts = list(dict.fromkeys(texts))
+    states, pooled = {}, {}
+    encoder_1.load()
+    for text in tqdm(texts, desc="text encoder 1", disable=len(texts) < 3):
+        states[text] = [tensor.cpu() for tensor in encoder_1.model.encode([text])]
+    encoder_1.release()
+    for text in texts:
+        pooled[text] = encoder_2.model.encode([text]).cpu()
+    encoder_2.release()
+    return {text: Conditioning(*states[text], pooled[text]) for text in texts}
+
+
 @dataclass
 class Generator:
     """The models and settings with which jobs become files.
 
     Attributes:
-        text_encoder_1: `encode([prompt])` -> states (1, L, D), mask (1, L).
-        text_encoder_2: `encode([prompt])` -> pooled (1, D2).
+        text_encoder_1, text_encoder_2: see `encode_texts`.
         dit: see `modules.sampler.sample_latents`.
         vae: `decode(latents)` -> pixels in -1..1, `configure_memory(chunk_size, tile_size)`.
         scaling_factor: latents of the DiT / latents of the VAE.
@@ -92,7 +113,9 @@ class Generator:
     def _sample_all(self, jobs: Sequence[Job]) -> None:
         if not jobs:
             return
-        prompts = self._encode_prompts(jobs)
+        texts = [job.request.prompt for job in jobs]
+        texts += [job.request.negative_prompt for job in jobs if job.request.cfg_scale != 1.0]
+        prompts = encode_texts(texts, self.text_encoder_1, self.text_encoder_2)
         sources = self._encode_sources(jobs)
         self.dit.load()
         for number, job in enumerate(self._unfailed(jobs), start=1):
@@ -115,22 +138,6 @@ class Generator:
             print(f"failed: {job.stem}: {self.failures[job.stem]}", file=sys.stderr)
             release_memory(self.device)
         self.seconds[job.stem] = self.seconds.get(job.stem, 0.0) + time.monotonic() - start
-
-    def _encode_prompts(self, jobs: Iterable[Job]) -> dict[str, Conditioning]:
-        """Every different text once, one at a time, so that a prompt's encoding does not depend on its company."""
-        texts = {job.request.prompt: None for job in jobs}
-        texts |= {job.request.negative_prompt: None for job in jobs if job.request.cfg_scale != 1.0}
-        with torch.no_grad():
-            llm = self.text_encoder_1.model
-            states = {text: llm.encode([text]) for text in tqdm(texts, desc="text encoder 1", disable=len(texts) < 3)}
-            states = {text: (state.cpu(), mask.cpu()) for text, (state, mask) in states.items()}
-            del llm
-            self.text_encoder_1.release()
-            clip = self.text_encoder_2.model
-            pooled = {text: clip.encode([text]).cpu() for text in texts}
-            del clip
-            self.text_encoder_2.release()
-        return {text: Conditioning(*states[text], pooled[text]) for text in texts}
 
     def _encode_sources(self, jobs: Iterable[Job]) -> dict[str, dict[str, Tensor]]:
         """Scaled latents of the video (`source`) and the image (`image`) that a job starts from, by stem."""

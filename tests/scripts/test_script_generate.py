@@ -414,3 +414,40 @@ def test_step_cache_is_off_at_zero_and_counts_what_it_leaves_out(generate, capfd
     cached = saved_latents(generate(*words, "--step_cache=100", folder="all"))
     assert "step cache: 19 of 27 blocks" in capfd.readouterr().out
     assert not torch.equal(cached, plain)
+
+
+def test_a_training_preview_has_the_same_latents(generate, tiny_models, tmp_path):
+    from types import SimpleNamespace
+
+    from accelerate import Accelerator
+
+    from hunyuan_model.checkpoints import load_dit, load_text_encoder_1, load_text_encoder_2
+    from modules.generation import LazyModel, encode_texts
+    from modules.previews import Previewer
+    from utils.prompt_files import Request, parse_line
+
+    cpu = torch.device("cpu")
+    line = "cat --w 48 --h 32 --f 5 --s 3 --fs 7 --l 2 --n dog --d 11"
+    request = parse_line(line, Request())
+    encoders = [
+        LazyModel(lambda load=load, path=path: load(path, "cpu", torch.float32), cpu)
+        for load, path in (
+            (load_text_encoder_1, tiny_models.text_encoder1),
+            (load_text_encoder_2, tiny_models.text_encoder2),
+        )
+    ]
+    encoded = encode_texts(["cat", "dog"], *encoders)
+    seen = []
+
+    def decode(latents):
+        seen.append(latents)
+        return torch.zeros(3, 5, 32, 48)
+
+    files = SimpleNamespace(name="lora", previews=tmp_path)
+    log = SimpleNamespace(record=lambda *_, **__: None, say=pytest.fail, progress=SimpleNamespace(step=1))
+    dit = load_dit(tiny_models.dit, dtype=torch.float32)
+    prompts = [(request, encoded["cat"], encoded["dog"])]
+    Previewer(dit, prompts, decode, files, Accelerator(cpu=True), seed=0).run("e000001", log)
+    (tmp_path / "prompts.txt").write_text(line)
+    out = generate("--from_file", tmp_path / "prompts.txt", "--output_type=latent")
+    assert torch.equal(seen[0][0], saved_latents(out))
