@@ -53,6 +53,20 @@ class Factors:
     def in_features(self) -> int:
         raise NotImplementedError
 
+    def rows(self, start: int, stop: int) -> "Factors | None":
+        """The factors of these rows of the weight alone; None where rows cannot be told apart."""
+        if self.dora_scale is not None and self.dora_scale.shape[0] != self.out_features:
+            return None
+        sides = {name: getattr(self, name)[start:stop] for name in self.row_sides}
+        if self.dora_scale is not None:
+            sides["dora_scale"] = self.dora_scale[start:stop]
+        return dataclasses.replace(self, **sides)
+
+    @property
+    def row_sides(self) -> tuple[str, ...]:
+        """The matrices that have a row for each row of the weight."""
+        raise NotImplementedError
+
     def apply(self, weight: Tensor, multiplier: float = 1.0) -> Tensor:
         """The changed weight, float32, in the shape of `weight`.
 
@@ -79,6 +93,10 @@ class LoraFactors(Factors):
     up: Tensor
 
     @property
+    def row_sides(self) -> tuple[str, ...]:
+        return ("up",)
+
+    @property
     def rank(self) -> int:
         return self.down.shape[0]
 
@@ -102,6 +120,10 @@ class LohaFactors(Factors):
     w1_b: Tensor
     w2_a: Tensor
     w2_b: Tensor
+
+    @property
+    def row_sides(self) -> tuple[str, ...]:
+        return ("w1_a", "w2_a")
 
     @property
     def rank(self) -> int:
@@ -130,6 +152,9 @@ class LokrFactors(Factors):
     w2: Tensor | None = None
     w2_a: Tensor | None = None
     w2_b: Tensor | None = None
+
+    def rows(self, start: int, stop: int) -> None:
+        return None
 
     @property
     def rank(self) -> int:

@@ -25,10 +25,10 @@ class MergeReport:
 
 
 def dense_weight(module: nn.Module) -> Tensor:
-    """The weight of a Linear, plain or quantised, in float32."""
+    """A copy of the weight of a Linear, plain or quantised, in float32."""
     if hasattr(module, "dequantized"):
         return module.dequantized(torch.float32)
-    return module.weight.detach().float()
+    return module.weight.detach().to(torch.float32, copy=True)
 
 
 @torch.no_grad()
@@ -61,20 +61,32 @@ def read_changes(
     return changes, files
 
 
-def changed_weight(name: str, weight: Tensor, changes: Sequence[tuple[Factors, float]]) -> Tensor:
-    """A float32 weight (out, in, ...) with its LoRAs.
+# Numbers of a weight that are changed at a time: bounds the memory of the change, which is as large as the weight.
+_CHUNK = 1 << 22
+
+
+@torch.no_grad()
+def change_weight(name: str, weight: Tensor, changes: Sequence[tuple[Factors, float]]) -> Tensor:
+    """Applies LoRAs to a float32 weight (out, in, ...) in place, and returns it.
 
     Raises:
         UserError: a LoRA is for a weight of another shape.
     """
-    expected, device = (weight.shape[0], weight[0].numel()), weight.device
+    flat = weight.flatten(1)
     for factors, multiplier in changes:
-        if (factors.out_features, factors.in_features) != expected:
+        if (factors.out_features, factors.in_features) != tuple(flat.shape):
             raise UserError(
                 f"{name}: the LoRA is for a weight of {factors.out_features} x {factors.in_features}, "
-                f"this DiT has {expected[0]} x {expected[1]}"
+                f"this DiT has {flat.shape[0]} x {flat.shape[1]}"
             )
-        weight = factors.map(lambda tensor: tensor.to(device)).apply(weight, multiplier)
+        factors = factors.map(lambda tensor: tensor.to(weight.device))
+        if factors.rows(0, 1) is None:
+            flat.copy_(factors.apply(flat, multiplier))
+            continue
+        count = max(1, _CHUNK // flat.shape[1])
+        for start in range(0, len(flat), count):
+            rows = flat[start : start + count]
+            rows.copy_(factors.rows(start, start + count).apply(rows, multiplier))
     return weight
 
 
@@ -116,7 +128,7 @@ def merge_lora_into(
     targets = {name: module for name, module in model.named_modules() if name in changes and hasattr(module, "weight")}
     reports = count_matches([path for path, _ in loras], files, targets)
     for name, module in targets.items():
-        write_weight(module, lambda weight, name=name: changed_weight(name, weight, changes[name]))
+        write_weight(module, lambda weight, name=name: change_weight(name, weight, changes[name]))
     for report in reports:
         print(report)
     return reports

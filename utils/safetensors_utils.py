@@ -1,11 +1,12 @@
 """The one reader and the one writer of safetensors files."""
 
+import contextlib
 import errno
 import json
 import math
 import os
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -134,3 +135,43 @@ def save_file(
             _save_file(contiguous, temporary, metadata=dict(metadata) if metadata else None)
         except SafetensorError as error:
             raise OSError(errno.EIO, one_line(error), str(path)) from None
+
+
+@contextlib.contextmanager
+def streamed_file(
+    path: str | os.PathLike,
+    layout: Mapping[str, tuple[torch.dtype, Sequence[int]]],
+    metadata: Mapping[str, str] | None = None,
+) -> Iterator[Callable[[str, torch.Tensor], None]]:
+    """Yields `write(name, tensor)`, for a file that is never in memory as a whole; renamed when all is written.
+
+    Args:
+        path: the file.
+        layout: dtype and shape of every tensor; each must be written once, in any order.
+        metadata: of the file.
+    """
+    names = {dtype: name for name, dtype in TORCH_DTYPES.items()}
+    header: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
+    offsets, end = {}, 0
+    # The widest first, as the reference implementation does, so that every tensor is aligned.
+    for name, (dtype, shape) in sorted(layout.items(), key=lambda item: (-item[1][0].itemsize, item[0])):
+        offsets[name], end = end, end + math.prod(shape) * dtype.itemsize
+        header[name] = {"dtype": names[dtype], "shape": list(shape), "data_offsets": [offsets[name], end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    missing = set(layout)
+    with atomic_path(path) as temporary, open(temporary, "wb") as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+
+        def write(name: str, tensor: torch.Tensor) -> None:
+            dtype, shape = layout[name]
+            if tensor.dtype != dtype or tuple(tensor.shape) != tuple(shape):
+                raise ValueError(f"{name}: {tensor.dtype} {tuple(tensor.shape)} does not fit {dtype} {tuple(shape)}")
+            file.seek(8 + len(text) + offsets[name])
+            file.write(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+            missing.discard(name)
+
+        yield write
+        if missing:
+            raise ValueError(f"{len(missing)} tensors were never written, such as {min(missing)}")
+        file.truncate(8 + len(text) + end)

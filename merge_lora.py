@@ -1,0 +1,75 @@
+"""Merges LoRAs of any format into a DiT file, tensor by tensor, in the memory of one tensor and the LoRAs.
+
+Before: hv_train_network.py wrote a LoRA. After: the merged file is a DiT for hv_generate_video.py, ComfyUI, ...
+
+    python merge_lora.py --dit dit.safetensors --lora_weight lora.safetensors --save_merged_model merged.safetensors
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from utils.cli import option, parse_options, print_table, run_script
+from utils.errors import UserError
+
+DTYPE_WORDS = ("float32", "fp32", "float", "float16", "fp16", "bfloat16", "bf16")
+
+
+@dataclass(frozen=True, kw_only=True)
+class MergeOptions:
+    """merging"""
+
+    dit: Path = option(help="DiT checkpoint in any layout, also fp8", path="any")
+    dit_in_channels: int | None = option(None, help="checked against the checkpoint; never needed", minimum=1)
+    lora_weight: list[Path] = option([], help="LoRA, LoHa or LoKr files in any format", path="file")
+    lora_multiplier: list[float] = option([], help="one per --lora_weight, or one for all; 1.0 when omitted")
+    save_merged_model: Path = option(help="file to write (.safetensors)")
+    exclude_single_blocks: bool = option(False, help="leave the single blocks as they are")
+    dtype: str | None = option(None, help="dtype of the output; that of the checkpoint if unset", choices=DTYPE_WORDS)
+    fp8: bool = option(False, help="write the linear weights of the blocks as fp8 with scales (ComfyUI's layout)")
+    device: str | None = option(None, help="where to compute; CUDA if available, else the CPU")
+
+    def __post_init__(self) -> None:
+        given, files = len(self.lora_multiplier), len(self.lora_weight)
+        if given > 1 and given != files:
+            raise UserError(f"--lora_multiplier: {given} values for {files} --lora_weight; give one each, or one")
+        output = self.save_merged_model
+        if output.suffix != ".safetensors":
+            raise UserError(f"--save_merged_model {output}: a name that ends in .safetensors is expected")
+        if output.exists() and any(output.samefile(path) for path in [self.dit, *self.lora_weight]):
+            raise UserError(f"--save_merged_model {output}: is one of the inputs; give another name")
+
+    @property
+    def loras(self) -> list[tuple[Path, float]]:
+        given = self.lora_multiplier or [1.0]
+        multipliers = given * len(self.lora_weight) if len(given) == 1 else given
+        return list(zip(self.lora_weight, multipliers, strict=True))
+
+
+def main() -> None:
+    (options,) = parse_options(__doc__, MergeOptions)
+
+    from hunyuan_model.checkpoints import read_dit_config
+    from networks.merged_files import merge_files
+    from utils.device_utils import DTYPES, resolve_device
+
+    device = resolve_device(options.device)
+    channels = read_dit_config(options.dit).in_channels
+    if options.dit_in_channels not in (None, channels):
+        raise UserError(f"--dit_in_channels {options.dit_in_channels}: {options.dit} has {channels}")
+    reports = merge_files(
+        options.dit,
+        options.loras,
+        options.save_merged_model,
+        dtype=None if options.dtype is None else DTYPES[options.dtype],
+        fp8=options.fp8,
+        device=device,
+        exclude_single_blocks=options.exclude_single_blocks,
+    )
+    rows = [("DiT", options.dit)]
+    rows += [("LoRA", f"{r.path}: {r.matched} of {r.total} modules merged") for r in reports]
+    size = options.save_merged_model.stat().st_size / 1e9
+    print_table("merge", [*rows, ("written", f"{options.save_merged_model} ({size:.2f} GB)")])
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -1,0 +1,201 @@
+"""merge_lora.py: the file that it streams equals merging in memory, for every layout and fp8 kind."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+TESTS = Path(__file__).parent.parent
+sys.path.insert(0, str(TESTS / "hunyuan_model"))
+
+from model_layouts import DIT_LAYOUTS, FP8_LAYOUTS, quantized
+
+import merge_lora
+from hunyuan_model.checkpoints import load_dit
+from networks.merging import merge_lora_into
+from utils.cli import run_script
+from utils.safetensors_utils import load_file, save_file
+from utils.tiny_models import DitSize, dit_shapes, random_weights
+
+HIDDEN, MLP = 64, 256
+TARGETS = {
+    "double_blocks_1_img_attn_qkv": (3 * HIDDEN, HIDDEN),
+    "double_blocks_0_txt_mlp_fc2": (HIDDEN, MLP),
+    "single_blocks_3_linear1": (3 * HIDDEN + MLP, HIDDEN),
+    "single_blocks_0_modulation_linear": (3 * HIDDEN, HIDDEN),
+}
+
+
+@pytest.fixture(scope="module")
+def weights() -> dict[str, torch.Tensor]:
+    return random_weights(dit_shapes(DitSize()), seed=1)
+
+
+@pytest.fixture
+def lora(tmp_path) -> Path:
+    return write_lora(tmp_path / "lora.safetensors", seed=0)
+
+
+def write_lora(path: Path, seed: int, dora: bool = False) -> Path:
+    generator = torch.Generator().manual_seed(seed)
+    tensors = {}
+    for name, (rows, columns) in TARGETS.items():
+        tensors[f"lora_unet_{name}.lora_down.weight"] = torch.randn(4, columns, generator=generator) / columns**0.5
+        tensors[f"lora_unet_{name}.lora_up.weight"] = torch.randn(rows, 4, generator=generator) / 4
+        tensors[f"lora_unet_{name}.alpha"] = torch.tensor(2.0)
+        if dora:
+            tensors[f"lora_unet_{name}.dora_scale"] = torch.rand(rows, 1, generator=generator)
+    save_file(tensors, path)
+    return path
+
+
+def updates(path: Path) -> dict[str, torch.Tensor]:
+    """dW by the DiT's names, by hand."""
+    official = {
+        "double_blocks_1_img_attn_qkv": "double_blocks.1.img_attn_qkv.weight",
+        "double_blocks_0_txt_mlp_fc2": "double_blocks.0.txt_mlp.fc2.weight",
+        "single_blocks_3_linear1": "single_blocks.3.linear1.weight",
+        "single_blocks_0_modulation_linear": "single_blocks.0.modulation.linear.weight",
+    }
+    tensors = load_file(path)
+    return {
+        official[name]: 0.5
+        * tensors[f"lora_unet_{name}.lora_up.weight"]
+        @ tensors[f"lora_unet_{name}.lora_down.weight"]
+        for name in TARGETS
+    }
+
+
+def run(monkeypatch, *words) -> int:
+    monkeypatch.setattr(sys, "argv", ["merge_lora.py", *map(str, words)])
+    with pytest.raises(SystemExit) as stopped:
+        run_script(merge_lora.main)
+    return stopped.value.code
+
+
+@pytest.mark.parametrize("layout", DIT_LAYOUTS)
+@pytest.mark.parametrize("dora", [False, True])
+def test_equals_merging_in_memory(tmp_path, monkeypatch, weights, layout, dora):
+    path = DIT_LAYOUTS[layout](tmp_path, weights)
+    lora = write_lora(tmp_path / "lora.safetensors", 0, dora)
+    merged = tmp_path / "merged.safetensors"
+    words = ("--dit", path, "--lora_weight", lora, "--lora_multiplier", 0.7, "--save_merged_model", merged)
+    assert run(monkeypatch, *words, "--device", "cpu", "--dit_in_channels", 16) == 0
+    in_memory = load_dit(path, dtype=torch.float32)
+    merge_lora_into(in_memory, [(lora, 0.7)])
+    written = load_file(merged)
+    expected = in_memory.state_dict()
+    assert written.keys() == expected.keys()
+    assert all(torch.equal(written[name], tensor) for name, tensor in expected.items())
+    for name, dw in {} if dora else updates(lora).items():
+        assert torch.allclose(written[name], weights[name] + 0.7 * dw, atol=1e-6)
+
+
+def test_two_loras_are_rounded_once(tmp_path, monkeypatch, weights, lora):
+    """And the real command runs."""
+    second = write_lora(tmp_path / "second.safetensors", seed=1)
+    stored = {name: tensor.bfloat16() for name, tensor in weights.items()}
+    save_file(stored, tmp_path / "dit.safetensors")
+    merged = tmp_path / "merged.safetensors"
+    words = ["--dit", "dit.safetensors", "--lora_weight", lora.name, second.name, "--lora_multiplier", "1", "-0.5"]
+    script = TESTS.parent / "merge_lora.py"
+    done = subprocess.run(
+        [sys.executable, script, *words, "--save_merged_model", merged.name],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "4 of 4 modules merged" in done.stdout
+    written, first, other = load_file(merged), updates(lora), updates(second)
+    for name, tensor in stored.items():
+        expected = tensor if name not in first else (tensor.float() + first[name] - 0.5 * other[name]).bfloat16()
+        difference = (written[name].float() - expected.float()).abs()
+        # A sum that is computed in another order may fall on the other side of a rounding boundary now and then.
+        assert (difference > 0).float().mean() < 1e-3 and (name in first or not difference.any())
+
+
+@pytest.mark.parametrize("kind", FP8_LAYOUTS)
+def test_fp8_stays_fp8(tmp_path, monkeypatch, weights, lora, kind):
+    stored, scales, meant = quantized(weights, scaled=kind != "plain")
+    path = FP8_LAYOUTS[kind](tmp_path, stored, scales)
+    merged = tmp_path / "merged.safetensors"
+    assert run(monkeypatch, "--dit", path, "--lora_weight", lora, "--save_merged_model", merged) == 0
+    before, after = load_dit(path, dtype=torch.float32).state_dict(), load_dit(merged, dtype=torch.float32).state_dict()
+    changed = updates(lora)
+    for name, tensor in before.items():
+        if name not in changed:
+            assert torch.equal(after[name], tensor), name
+        else:
+            expected = meant[name] + changed[name]
+            # e4m3 has 3 bits of mantissa; below its normal range the steps are those of the smallest exponent.
+            step = 2**-4 if name in scales else 1e-6
+            assert (
+                (after[name] - expected).abs() <= step * expected.abs() + expected.abs().max() * 2**-16 + 2**-10
+            ).all()
+    assert {load_file(merged)[name].dtype for name in scales} == {torch.float8_e4m3fn}
+
+
+def test_fp8_out_and_in_again(tmp_path, monkeypatch, weights, lora):
+    save_file(weights, tmp_path / "dit.safetensors")
+    small, wide = tmp_path / "fp8.safetensors", tmp_path / "wide.safetensors"
+    words = ("--dit", tmp_path / "dit.safetensors", "--lora_weight", lora, "--save_merged_model", small)
+    assert run(monkeypatch, *words, "--fp8", "--dtype", "bf16") == 0
+    written = load_file(small)
+    quantised = [name for name, tensor in written.items() if tensor.dtype == torch.float8_e4m3fn and tensor.numel()]
+    assert len(quantised) == 3 * 8 + 6 * 2
+    assert all(written[name.replace(".weight", ".scale_weight")].shape == () for name in quantised)
+    assert not any("mod" in name for name in quantised) and "scaled_fp8" in written
+    # Without LoRA and with a dtype, the script is a converter.
+    assert run(monkeypatch, "--dit", small, "--save_merged_model", wide, "--dtype", "float32") == 0
+    changed = updates(lora)
+    for name, tensor in load_file(wide).items():
+        expected = weights[name] + changed.get(name, 0)
+        assert tensor.dtype == torch.float32
+        assert (tensor - expected).abs().max() <= 2**-4 * expected.abs().max()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--lora_multiplier", "1", "2"), "2 values for 1"),
+        (("--save_merged_model", "x.pt"), ".safetensors"),
+        (("--dit_in_channels", "32"), "16"),
+        (("--lora_weight", "{foreign}"), "no key is known"),
+        (("--lora_weight", "{deep}"), "none of its 1 modules"),
+        (("--lora_weight", "{wide}"), "64 x 64"),
+        (("--lora_weight", "{single}", "--exclude_single_blocks"), "none of its 0 modules"),
+        (("--dit", "{lora}"), "DiT of HunyuanVideo is expected"),
+    ],
+)
+def test_refused(tmp_path, monkeypatch, capsys, weights, lora, words, message):
+    def pair(name: str, rows: int, columns: int) -> Path:
+        path = tmp_path / f"{name}.safetensors"
+        save_file(
+            {f"{name}.lora_down.weight": torch.ones(2, columns), f"{name}.lora_up.weight": torch.ones(rows, 2)}, path
+        )
+        return path
+
+    files = {
+        "foreign": pair("lora_unet_input_blocks_1", 8, 8),
+        "deep": pair("lora_unet_double_blocks_19_img_attn_proj", HIDDEN, HIDDEN),
+        "wide": pair("lora_unet_double_blocks_0_img_attn_proj", 96, 96),
+        "single": pair("lora_unet_single_blocks_0_linear1", 3 * HIDDEN + MLP, HIDDEN),
+        "lora": lora,
+    }
+    save_file(weights, tmp_path / "dit.safetensors")
+    options = {"--dit": [tmp_path / "dit.safetensors"], "--lora_weight": [lora]}
+    options["--save_merged_model"] = [tmp_path / "merged.safetensors"]
+    name = None
+    for word in words:
+        if word.startswith("--"):
+            name, options[word] = word, []
+        else:
+            options[name].append(word.format(**files))
+    before = set(tmp_path.iterdir())
+    assert run(monkeypatch, *(word for name, values in options.items() for word in (name, *values))) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("error: ") and message in error
+    assert set(tmp_path.iterdir()) == before
