@@ -203,7 +203,12 @@ def _adafactor(options: SchedulerOptions, optimizer: "Optimizer") -> "LRSchedule
         raise UserError(
             "--lr_scheduler adafactor: needs --optimizer_type Adafactor with relative_step=True, its default"
         )
-    return AdafactorSchedule(optimizer, **options.arguments)
+
+    class FloatAdafactorSchedule(AdafactorSchedule):
+        def get_lr(self) -> list[float]:
+            return [float(rate) for rate in super().get_lr()]  # tensors otherwise, which no log takes
+
+    return FloatAdafactorSchedule(optimizer, **options.arguments)
 
 
 def _constant(optimizer: "Optimizer") -> "LRScheduler":

@@ -146,6 +146,7 @@ def test_adafactor_shows_the_rate_that_the_optimizer_chose() -> None:
     scheduler.step()
     # Shazeer & Stern 2018 (arXiv 1804.04235): 0.01 in the first 10,000 steps, times the weights' root mean square.
     assert scheduler.get_last_lr() == [pytest.approx(0.01, rel=0.05)]
+    assert type(scheduler.get_last_lr()[0]) is float
 
 
 def test_ignored_options_are_named() -> None:
