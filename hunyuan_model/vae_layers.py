@@ -23,16 +23,24 @@ class GroupNorm(nn.GroupNorm):
 
     def scale_and_shift(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """float32 scale and shift, each B C 1 1 1, such that norm(x) = x * scale + shift."""
-        grouped = x.unflatten(1, (self.num_groups, -1))  # B G C/G F H W
-        count = grouped[0, 0].numel()
-        frames = grouped.split(1, dim=3)  # frame by frame: no float32 copy of the whole
-        dims = (2, 3, 4, 5)
-        mean = sum(frame.sum(dims, keepdim=True, dtype=torch.float32) for frame in frames) / count
-        variance = sum((frame.float() - mean).square_().sum(dims, keepdim=True) for frame in frames) / count
-        shape = (self.num_groups, -1, 1, 1, 1)
-        scale = self.weight.float().view(shape) * torch.rsqrt(variance + self.eps)  # B G C/G 1 1 1
-        shift = self.bias.float().view(shape) - mean * scale
-        return scale.flatten(1, 2), shift.flatten(1, 2)
+        frames = x.split(1, dim=2)
+        totals = sum(frame.sum((2, 3, 4), keepdim=True, dtype=torch.float32) for frame in frames)  # B C 1 1 1
+        mean = self._group_mean(totals / x[0, 0].numel())
+        # One frame of workspace: a float32 copy of the whole would be as large as the activation.
+        centred = torch.empty_like(frames[0], dtype=torch.float32)
+        squares = sum(torch.sub(f, mean, out=centred).square_().sum((2, 3, 4), keepdim=True) for f in frames)
+        variance = self._group_mean(squares / x[0, 0].numel())
+        scale = self._per_channel(self.weight) * torch.rsqrt(variance + self.eps)
+        return scale, self._per_channel(self.bias) - mean * scale
+
+    def _group_mean(self, per_channel: Tensor) -> Tensor:
+        """B C 1 1 1 -> B C 1 1 1, each channel holding the mean over its group."""
+        grouped = per_channel.unflatten(1, (self.num_groups, -1))
+        return grouped.mean(dim=2, keepdim=True).expand_as(grouped).flatten(1, 2)
+
+    @staticmethod
+    def _per_channel(parameter: Tensor) -> Tensor:
+        return parameter.float().view(1, -1, 1, 1, 1)
 
     def forward(self, x: Tensor) -> Tensor:
         scale, shift = self.scale_and_shift(x)
@@ -156,8 +164,8 @@ class ResnetBlock(nn.Module):
         h = self.conv1(Activated(x, self.norm1))
         out = x if self.conv_shortcut is None else h
         for frames, y in self.conv2.windows(Activated(h, self.norm2)):
-            residual = x[:, :, frames]
-            out[:, :, frames] = y.add_(residual if self.conv_shortcut is None else self.conv_shortcut.conv(residual))
+            residual = x[:, :, frames] if self.conv_shortcut is None else self.conv_shortcut.conv(x[:, :, frames])
+            torch.add(y, residual, out=out[:, :, frames])
         return out
 
 

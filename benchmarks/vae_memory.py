@@ -1,0 +1,126 @@
+"""Peak resident memory and time of the full-size VAE in float32 on a CPU, against diffusers on the same weights.
+
+    python -m benchmarks.vae_memory                # 17 x 256 x 256, no tiling; about 20 minutes and 8 GB on 2 cores
+
+Every run is a process of its own: VmHWM, the most that was ever resident, less VmRSS with the model loaded. Runs of
+ours and of diffusers alternate; memory is the worst of all runs, time the median. Linux only.
+"""
+
+import argparse
+import re
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from benchmarks.loading_memory import resident
+from hunyuan_model.vae import AutoencoderKLCausal3D, VaeConfig
+from utils.cli import print_table
+
+LIMITS_GB = {"encode": 1.8, "decode": 2.6}
+LIMIT_TIME = 1.1
+LIMIT_DIFFERENCE = 1e-5
+CONTENDERS = ("chunked", "plain", "diffusers")
+GB = 1e9
+
+
+def new_model(contender: str, chunk_size: int) -> torch.nn.Module:
+    """Ours or diffusers', with the same random weights."""
+    torch.manual_seed(0)
+    ours = AutoencoderKLCausal3D(VaeConfig()).requires_grad_(False)
+    if contender == "diffusers":
+        from diffusers import AutoencoderKLHunyuanVideo
+
+        with torch.device("meta"):
+            model = AutoencoderKLHunyuanVideo()
+        model.load_state_dict(ours.state_dict(), assign=True)
+        model.use_framewise_encoding = model.use_framewise_decoding = False
+        return model
+    ours.configure_memory(chunk_size if contender == "chunked" else sys.maxsize)
+    return ours
+
+
+def run_once(model: torch.nn.Module, operation: str, frames: int, size: int) -> Tensor:
+    """The means of the posterior, or the pixels."""
+    generator = torch.Generator().manual_seed(1)
+    if operation == "encode":
+        posterior = model.encode(torch.rand(1, 3, frames, size, size, generator=generator) * 2 - 1)
+        return getattr(posterior, "latent_dist", posterior).mean
+    pixels = model.decode(torch.randn(1, 16, frames // 4 + 1, size // 8, size // 8, generator=generator))
+    return getattr(pixels, "sample", pixels)
+
+
+def measure(contender: str, operation: str, frames: int, size: int, chunk_size: int, result: Path) -> None:
+    """Prints peak bytes above the loaded model and seconds; saves the output."""
+    model = new_model(contender, chunk_size)
+    with torch.no_grad():
+        run_once(model, operation, frames=1, size=32)  # the libraries' own first-use memory and time
+        loaded, start = resident("VmRSS"), time.perf_counter()
+        output = run_once(model, operation, frames, size)
+        seconds = time.perf_counter() - start
+    print(resident("VmHWM") - loaded, seconds)
+    torch.save(output.clone(), result)
+
+
+def measured_in_a_process(contender: str, operation: str, options: argparse.Namespace, result: Path) -> list[float]:
+    settings = {"frames": options.frames, "size": options.size, "chunk_size": options.chunk_size, "result": result}
+    words = [word for name, value in settings.items() for word in (f"--{name}", str(value))]
+    command = [sys.executable, "-m", "benchmarks.vae_memory", "--measure", contender, operation, *words]
+    output = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
+    return [float(word) for word in re.findall(r"\S+", output.splitlines()[-1])]
+
+
+def compare(operation: str, options: argparse.Namespace, folder: Path) -> list[tuple[str, ...]]:
+    """One row per contender."""
+    results = {contender: folder / f"{operation}_{contender}.pt" for contender in CONTENDERS}
+    runs = {contender: [] for contender in CONTENDERS}
+    for _ in range(options.repeats):
+        for contender in CONTENDERS:
+            runs[contender].append(measured_in_a_process(contender, operation, options, results[contender]))
+    memory = {contender: max(peak for peak, _ in runs[contender]) / GB for contender in CONTENDERS}
+    seconds = {contender: statistics.median(time for _, time in runs[contender]) for contender in CONTENDERS}
+    outputs = {contender: torch.load(path, weights_only=True) for contender, path in results.items()}
+    plain = outputs["plain"]
+    return [
+        (
+            f"{operation}, {contender}",
+            f"{memory[contender]:.2f} GB",
+            f"{memory[contender] / memory['diffusers']:.2f}",
+            f"{seconds[contender]:.1f} s",
+            f"{seconds[contender] / seconds['diffusers']:.2f}",
+            f"{((outputs[contender] - plain).abs().max() / plain.abs().max()).item():.1e}",
+        )
+        for contender in CONTENDERS
+    ]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--frames", type=int, default=17)
+    parser.add_argument("--size", type=int, default=256, help="height and width in pixels")
+    parser.add_argument("--chunk_size", type=int, default=4, help="--vae_chunk_size of the chunked runs")
+    parser.add_argument("--repeats", type=int, default=1)
+    parser.add_argument("--measure", nargs=2, metavar=("WHO", "OPERATION"), help="one run (a process of its own)")
+    parser.add_argument("--result", type=Path, help="with --measure: where the output goes")
+    options = parser.parse_args()
+    if options.measure:
+        measure(*options.measure, options.frames, options.size, options.chunk_size, options.result)
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        rows = [row for operation in LIMITS_GB for row in compare(operation, options, Path(folder))]
+    print_table(
+        f"VAE, {options.frames} x {options.size} x {options.size}, float32, chunks of {options.chunk_size} frames",
+        rows,
+        ("run", "peak", "/ diffusers", "time", "/ diffusers", "from plain"),
+    )
+    limits = ", ".join(f"{operation} {limit} GB" for operation, limit in LIMITS_GB.items())
+    print(f"wanted of the chunked runs: {limits}, time {LIMIT_TIME} x diffusers, difference {LIMIT_DIFFERENCE:.0e}")
+
+
+if __name__ == "__main__":
+    main()
