@@ -1,10 +1,11 @@
-"""Tokenizers of the two text encoders, read from `tokenizer.json` alone and proven before they are used.
+"""Tokenizers of the two text encoders, read from their files alone and proven before they are used.
 
 transformers 5 can replace the pre-tokenizer of a byte-level Llama 3 tokenizer, so that spaces vanish without an error
 (its issue 45488). So no tokenizer class of it is used here, and a file that was saved in that state is refused.
 """
 
 import hashlib
+import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import torch
 from tokenizers import Encoding, Tokenizer
 from torch import Tensor
 
+from utils import bpe_tokenizers
 from utils.errors import UserError, one_line
 from utils.files import read_text
 
@@ -41,6 +43,8 @@ LLM_MARKERS = ("<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", 
 CLIP_MARKERS = ("<|startoftext|>", "<|endoftext|>")
 # The first that a tokenizer knows pads; padded positions are masked, so that the choice has no influence.
 PADDING = ("<pad>", "<|finetune_right_pad_id|>", "<|end_of_text|>", "<|endoftext|>")
+# Tokenizers in the older form, two files, that diffusers' folders hold for CLIP.
+VOCABULARY = "vocab.json"
 ROUND_TRIP = "a cat walks on the grass"
 
 
@@ -48,7 +52,7 @@ class PromptTokenizer:
     """Turns prompts into token ids of one length, right padded.
 
     Args:
-        path: the `tokenizer.json`.
+        path: a `tokenizer.json`, or the `vocab.json` of a CLIP tokenizer with `merges.txt` beside it.
         template: text around the prompt, with `{}` for the prompt.
         max_tokens: tokens kept after those that the template puts before the prompt.
         markers: special tokens by which the kind of tokenizer is known.
@@ -59,12 +63,14 @@ class PromptTokenizer:
 
     def __init__(self, path: str | Path, template: str, max_tokens: int, markers: Sequence[str]) -> None:
         self.path = Path(path)
-        text = read_text(self.path, "tokenizer")
-        self._tokenizer = _parsed(self.path, text)
+        self._tokenizer = _parsed(self.path)
         self.fingerprint = fingerprint(self.path, template)
         missing = [token for token in markers if self._tokenizer.token_to_id(token) is None]
         if missing:
-            raise UserError(f"{self.path}: not the tokenizer of this text encoder: the token {missing[0]} is missing")
+            raise UserError(
+                f"{self.path}: not the tokenizer of this text encoder: the token {missing[0]} is missing; give the "
+                "right one with --tokenizer1 (LLM) or --tokenizer2 (CLIP)"
+            )
         _check_round_trip(self.path, self._tokenizer)
 
         self._before, self._after = template.split("{}")
@@ -109,12 +115,12 @@ class PromptTokenizer:
 
 
 def llm_tokenizer(path: str | Path, template: str = VIDEO_TEMPLATE) -> PromptTokenizer:
-    """The Llama 3 tokenizer of text encoder 1 from a `tokenizer.json`."""
+    """The Llama 3 tokenizer of text encoder 1."""
     return PromptTokenizer(path, template, LLM_TOKENS, LLM_MARKERS)
 
 
 def clip_tokenizer(path: str | Path) -> PromptTokenizer:
-    """The CLIP tokenizer of text encoder 2 from a `tokenizer.json`."""
+    """The CLIP tokenizer of text encoder 2."""
     return PromptTokenizer(path, "{}", CLIP_TOKENS, CLIP_MARKERS)
 
 
@@ -124,14 +130,14 @@ def fingerprint(path: str | Path, template: str) -> str:
 
 
 def find_tokenizer(model: str | Path, given: str | Path | None, repository: str) -> Path:
-    """The `tokenizer.json` that belongs to a text encoder.
+    """The file of the tokenizer that belongs to a text encoder: `tokenizer.json`, or CLIP's `vocab.json`.
 
-    Looked for in this order: what the user gave, the model's folder, beside a single file or in the folder of its
-    name, the Hugging Face cache, and huggingface.co.
+    Looked for in this order: what the user gave; the model's folder, or `tokenizer` beside a folder `text_encoder`;
+    for a single file the folder of its name and its own; the Hugging Face cache, and huggingface.co.
 
     Args:
         model: folder or file of the text encoder.
-        given: folder or `tokenizer.json` of the user's choice.
+        given: folder or file of the user's choice.
         repository: name on huggingface.co.
 
     Raises:
@@ -139,14 +145,19 @@ def find_tokenizer(model: str | Path, given: str | Path | None, repository: str)
     """
     model = Path(model)
     if given is not None:
-        path = Path(given) / "tokenizer.json" if Path(given).is_dir() else Path(given)
-        if not path.is_file():
-            raise UserError(f"{path}: tokenizer not found; a folder with tokenizer.json or the file is expected")
+        path = _in_folder(Path(given)) if Path(given).is_dir() else Path(given)
+        if path is None or not path.is_file():
+            raise UserError(f"{given}: tokenizer not found; a folder with tokenizer.json or the file is expected")
         return path
-    for folder in [model] if model.is_dir() else [model.with_suffix(""), model.parent]:
-        if (folder / "tokenizer.json").is_file():
-            return folder / "tokenizer.json"
+    beside = model.with_name(model.name.replace("text_encoder", "tokenizer"))
+    for folder in [model, beside] if model.is_dir() else [model.with_suffix(""), model.parent]:
+        if path := _in_folder(folder):
+            return path
     return _from_hub(model, repository)
+
+
+def _in_folder(folder: Path) -> Path | None:
+    return next((path for name in ("tokenizer.json", VOCABULARY) if (path := folder / name).is_file()), None)
 
 
 def _from_hub(model: Path, repository: str) -> Path:
@@ -161,11 +172,22 @@ def _from_hub(model: Path, repository: str) -> Path:
         ) from None
 
 
-def _parsed(path: Path, text: str) -> Tokenizer:
+def _parsed(path: Path) -> Tokenizer:
+    text = read_text(path, "tokenizer")
     try:
+        if path.name == VOCABULARY:
+            return bpe_tokenizers.clip_tokenizer(json.loads(text), _merges(path.with_name("merges.txt")))
         return Tokenizer.from_str(text)
+    except UserError:
+        raise
     except Exception as error:  # the library raises plain Exception
-        raise UserError(f"{path}: not a tokenizer.json: {one_line(error)[:200]}") from None
+        raise UserError(f"{path}: not a tokenizer: {one_line(repr(error))[:200]}") from None
+
+
+def _merges(path: Path) -> list[tuple[str, ...]]:
+    """The pairs of a merges.txt, whose first line is a version."""
+    lines = read_text(path, "merges of the tokenizer").split("\n")
+    return [tuple(line.split()) for line in lines if line.strip() and not line.startswith("#version")]
 
 
 def _check_round_trip(path: Path, tokenizer: Tokenizer) -> None:

@@ -1,36 +1,15 @@
-"""Small tokenizers of the two kinds that HunyuanVideo's text encoders use, trained in a moment on a few sentences.
-
-Everything but the vocabulary is as in the published `tokenizer.json` files: Llama 3 is byte-level BPE over its own
-pre-tokenizer pattern, CLIP is lower-case byte-level BPE whose words end in `</w>`.
-"""
+"""Small tokenizers for the small text encoders, trained in a moment on a few sentences."""
 
 import json
-from collections.abc import Sequence
 from pathlib import Path
 
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import Tokenizer, pre_tokenizers, trainers
 from tokenizers.models import BPE
 
+from utils import bpe_tokenizers
+from utils.bpe_tokenizers import CLIP_SPECIAL_TOKENS, END_OF_WORD, clip_pre_tokenizer, llama_pre_tokenizer
 from utils.files import write_text
 
-# https://github.com/meta-llama/llama-models, llama3/tokenizer.py
-LLAMA_PATTERN = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
-    r"|\s+(?!\S)|\s+"
-)
-# https://github.com/openai/CLIP, clip/simple_tokenizer.py
-CLIP_PATTERN = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
-LLAMA_SPECIAL_TOKENS = (
-    "<|begin_of_text|>",
-    "<|end_of_text|>",
-    "<|start_header_id|>",
-    "<|end_header_id|>",
-    "<|eot_id|>",
-    "<image>",
-    "<pad>",
-)
-CLIP_SPECIAL_TOKENS = ("<|startoftext|>", "<|endoftext|>")
-END_OF_WORD = "</w>"
 TRAINING_TEXT = (
     "Describe the video by detailing the following aspects: 1. The main content and theme of the video.",
     "2. The color, shape, size, texture, quantity, text, and spatial relationships of the objects.",
@@ -65,63 +44,17 @@ def _trained(
 
 def llama_tokenizer() -> Tokenizer:
     """A small Llama 3 tokenizer."""
-    return llama_tokenizer_from(*_trained(_llama_pre_tokenizer()))
-
-
-def _llama_pre_tokenizer() -> pre_tokenizers.PreTokenizer:
-    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    split = pre_tokenizers.Split(Regex(LLAMA_PATTERN), behavior="isolated")
-    return pre_tokenizers.Sequence([split, byte_level])
-
-
-def llama_tokenizer_from(tokens: Sequence[str], merges: Sequence[tuple[str, str]]) -> Tokenizer:
-    """The Llama 3 tokenizer of a vocabulary, special tokens after the others, which puts `<|begin_of_text|>` first.
-
-    Args:
-        tokens: byte-level tokens in the order of their ids.
-        merges: pairs of tokens, those merged first in front.
-    """
-    tokenizer = Tokenizer(BPE({token: index for index, token in enumerate(tokens)}, merges, ignore_merges=True))
-    tokenizer.pre_tokenizer = _llama_pre_tokenizer()
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens([AddedToken(token, special=True) for token in LLAMA_SPECIAL_TOKENS])
-    begin = LLAMA_SPECIAL_TOKENS[0]
-    tokenizer.post_processor = processors.Sequence(
-        [
-            processors.ByteLevel(trim_offsets=False),
-            processors.TemplateProcessing(
-                single=f"{begin} $A",
-                pair=f"{begin} $A {begin}:1 $B:1",
-                special_tokens=[(begin, tokenizer.token_to_id(begin))],
-            ),
-        ]
-    )
-    return tokenizer
+    return bpe_tokenizers.llama_tokenizer(*_trained(llama_pre_tokenizer()))
 
 
 def clip_tokenizer() -> Tokenizer:
-    """A CLIP tokenizer, which puts the text between `<|startoftext|>` and `<|endoftext|>`."""
-    pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(CLIP_PATTERN), behavior="removed", invert=True),
-            pre_tokenizers.ByteLevel(add_prefix_space=False),
-        ]
-    )
-    tokens, merges = _trained(pre_tokenizer, END_OF_WORD)
-    start, end = CLIP_SPECIAL_TOKENS
-    # The end token has the highest id: models published before 2023 find it as the largest of a row.
-    ids = {token: index for index, token in enumerate([*tokens, start, end])}
-    tokenizer = Tokenizer(BPE(ids, merges, unk_token=end, continuing_subword_prefix="", end_of_word_suffix=END_OF_WORD))
-    tokenizer.normalizer = normalizers.Sequence(
-        [normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()]
-    )
-    tokenizer.pre_tokenizer = pre_tokenizer
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens([AddedToken(token, special=True) for token in CLIP_SPECIAL_TOKENS])
-    tokenizer.post_processor = processors.RobertaProcessing(
-        (end, ids[end]), (start, ids[start]), trim_offsets=False, add_prefix_space=False
-    )
-    return tokenizer
+    """A small CLIP tokenizer.
+
+    The end token has the highest id: models published before 2023 find it as the largest of a row.
+    """
+    tokens, merges = _trained(clip_pre_tokenizer(), END_OF_WORD)
+    ids = {token: index for index, token in enumerate([*tokens, *CLIP_SPECIAL_TOKENS])}
+    return bpe_tokenizers.clip_tokenizer(ids, merges)
 
 
 def write_tokenizer(tokenizer: Tokenizer, folder: Path, **config: object) -> None:

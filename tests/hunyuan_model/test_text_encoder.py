@@ -9,12 +9,19 @@ from pathlib import Path
 import pytest
 import torch
 from tokenizers import Tokenizer, pre_tokenizers
-from transformers import CLIPTextModel, LlamaForCausalLM, LlamaTokenizer
+from transformers import CLIPTextModel, CLIPTokenizer, LlamaForCausalLM, LlamaTokenizer
 
 from hunyuan_model.checkpoints import load_text_encoder_1, load_text_encoder_2
 from hunyuan_model.tensor_files import Checkpoint
-from hunyuan_model.text_encoder import LlmTextEncoder, clip_config_from_shapes, empty_llm, llm_config_from_shapes
+from hunyuan_model.text_encoder import (
+    LlmTextEncoder,
+    clip_config_from_shapes,
+    empty_clip,
+    empty_llm,
+    llm_config_from_shapes,
+)
 from hunyuan_model.tokenizers import (
+    CLIP_REPOSITORY,
     IMAGE_TEMPLATE,
     LLM_REPOSITORY,
     VIDEO_TEMPLATE,
@@ -22,9 +29,9 @@ from hunyuan_model.tokenizers import (
     find_tokenizer,
     llm_tokenizer,
 )
+from utils import bpe_tokenizers
 from utils.errors import UserError
 from utils.safetensors_utils import read_header
-from utils.tiny_tokenizers import llama_tokenizer_from
 
 SHORT = "a cat walks on the grass"
 LONG = "the camera pans slowly over the sea at night, a red ball moves from the left to the right"
@@ -108,6 +115,14 @@ def test_only_the_needed_layers_are_read_and_exist(single_files, llm, monkeypatc
     unneeded = ("model.layers.3.", "model.layers.4.", "model.norm.", "lm_head.")
     assert set(read) == {name for name in shapes if not name.startswith(unneeded)} and len(read) == len(set(read))
     assert len(llm.model.layers) == 3
+
+
+def test_buffers_follow_the_parameters_to_their_device(tiny_models, llm, clip):
+    for encoder, empty in [(llm, empty_llm), (clip, empty_clip)]:
+        model = empty(encoder.model.config)  # parameters on the meta device, as if on a GPU
+        assert {buffer.device.type for buffer in model.buffers()} == {"cpu"}
+        type(encoder)(model, encoder.tokenizer, "")
+        assert {buffer.device.type for buffer in model.buffers()} == {"meta"}
 
 
 def test_nothing_is_trained(llm, clip):
@@ -203,7 +218,7 @@ def llama_3(tmp_path_factory) -> Path:
         merges += sorted(known, key=lambda pair: (rank[pair[0]], rank[pair[1]]))
     words = ["".join(unicode_of[byte] for byte in token) for token in tokens]
     word_of = dict(zip(tokens, words, strict=True))
-    tokenizer = llama_tokenizer_from(words, [(word_of[left], word_of[right]) for left, right in merges])
+    tokenizer = bpe_tokenizers.llama_tokenizer(words, [(word_of[left], word_of[right]) for left, right in merges])
     folder = tmp_path_factory.mktemp("llama_3")
     tokenizer.save(str(folder / "tokenizer.json"))
     return folder
@@ -263,6 +278,27 @@ def test_a_file_that_is_no_tokenizer_is_refused_in_one_line(tmp_path, content, m
     with pytest.raises(UserError, match=message) as caught:
         llm_tokenizer(path)
     assert str(path) in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_clip_tokenizer_in_two_files_is_that_of_transformers(tiny_models, tmp_path):
+    """diffusers' folders hold vocab.json and merges.txt, in `tokenizer_2` beside `text_encoder_2`."""
+    model = json.loads((tiny_models.text_encoder2 / "tokenizer.json").read_text(encoding="utf-8"))["model"]
+    folder = tmp_path / "tokenizer_2"
+    folder.mkdir()
+    (tmp_path / "text_encoder_2").mkdir()
+    (folder / "vocab.json").write_text(json.dumps(model["vocab"]), encoding="utf-8")
+    merges = ["#version: 0.2", *(" ".join(pair) for pair in model["merges"])]
+    (folder / "merges.txt").write_text("\n".join(merges) + "\n", encoding="utf-8")
+
+    found = find_tokenizer(tmp_path / "text_encoder_2", None, CLIP_REPOSITORY)
+    assert found == folder / "vocab.json"
+    prompts = [SHORT, "It's  7 o'clock:\nCAFÉ 海", "#hash 'quoted' a-b_c", ""]
+    expected = CLIPTokenizer.from_pretrained(folder)(prompts, padding="max_length", max_length=77).input_ids
+    assert clip_tokenizer(found)(prompts)[0].tolist() == expected
+
+    (folder / "merges.txt").unlink()
+    with pytest.raises(UserError, match=r"merges\.txt"):
+        clip_tokenizer(found)
 
 
 def test_exchanged_tokenizers_are_refused(tiny_models):
