@@ -71,7 +71,7 @@ def main() -> None:
     config = load_dataset_config(options.dataset_config)
     ingredients = fingerprint(vae) if debug.debug_mode is None else {}
 
-    from dataset.intake import take_in
+    from dataset.intake import nothing_usable, take_in
     from dataset.report import print_intake, print_outcome
 
     rank, _ = process_share()
@@ -91,6 +91,10 @@ def main() -> None:
     outcomes = cache(datasets, ingredients, options, vae, device)
     if rank == 0:
         print_outcome(datasets, outcomes, options.prune)
+    for dataset in datasets:
+        outcome = outcomes[dataset.heading]
+        if len(outcome.failures) == len(outcome.verdicts) > 0:
+            raise nothing_usable(dataset, list(outcome.failures.values()))
 
 
 def process_share() -> tuple[int, int]:

@@ -115,17 +115,13 @@ def take_in(config: DatasetConfig, workers: int | None = None) -> list[TakenData
     for section, members in (("datasets", config.datasets), ("validation", config.validation)):
         for number, settings in enumerate(members, 1):
             dataset = _take_dataset(f"[[{section}]] {number}", settings, workers)
-            require_usable(dataset, dataset.problems)
+            if len(dataset.problems) == len(dataset.sources):
+                raise nothing_usable(dataset, dataset.problems)
             taken.append(dataset)
     return taken
 
 
-def require_usable(dataset: TakenDataset, problems: Sequence[str]) -> None:
-    """Ends the run when a dataset has no item left.
-
-    Raises:
-        UserError: names the first reason and how many there are.
-    """
-    if not any(True for _ in dataset.items) or len(problems) >= len(dataset.sources):
-        others = f", and {len(problems) - 1} more" if len(problems) > 1 else ""
-        raise UserError(f"{dataset.settings.location}: no usable item: {problems[0]}{others}")
+def nothing_usable(dataset: TakenDataset, problems: Sequence[str]) -> UserError:
+    """The error of a dataset of which nothing is left, with the first reason and how many more there are."""
+    others = f", and {len(problems) - 1} more" if len(problems) > 1 else ""
+    return UserError(f"{dataset.settings.location}: no usable item: {problems[0]}{others}")
