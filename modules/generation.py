@@ -3,10 +3,11 @@
 Latents are on disk before the VAE is loaded, and what fails for one video does not stop the others.
 """
 
+import contextlib
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -39,7 +40,8 @@ class LazyModel:
 
     def load(self) -> None:
         if self._model is None:
-            self._model = self._load()
+            with explained_out_of_memory("loading a model: use --fp8, --fp8_llm or --blocks_to_swap"):
+                self._model = self._load()
 
     def release(self) -> None:
         if not self._keep:
@@ -54,12 +56,14 @@ def encode_texts(texts: Iterable[str], encoder_1: LazyModel, encoder_2: LazyMode
     One text at a time, so that its encoding does not depend on its company.
 
     Args:
-        encoder_1: `encode([text])` -> states (1, L, D), mask (1, L).
+        encoder_1: `encode([text])` -> states (1, L, D), mask (1, L); `truncated(texts)` -> what is cut off each.
         encoder_2: `encode([text])` -> pooled (1, D2).
     """
     texts = list(dict.fromkeys(texts))
     states, pooled = {}, {}
     encoder_1.load()
+    for cut in filter(None, encoder_1.model.truncated(texts)):
+        print(f"warning: a prompt is too long for the text encoder and loses its end: '{cut}'", file=sys.stderr)
     for text in tqdm(texts, desc="text encoder 1", disable=len(texts) < 3):
         states[text] = [tensor.cpu() for tensor in encoder_1.model.encode([text])]
     encoder_1.release()
@@ -132,9 +136,9 @@ class Generator:
         try:
             action(job)
         except Exception as error:
-            if not isinstance(error, UserError) and not is_out_of_memory(error):
+            if not isinstance(error, UserError):
                 traceback.print_exc()
-            self.failures[job.stem] = "out of memory" if is_out_of_memory(error) else one_line(error)
+            self.failures[job.stem] = one_line(error)
             print(f"failed: {job.stem}: {self.failures[job.stem]}", file=sys.stderr)
             release_memory(self.device)
         self.seconds[job.stem] = self.seconds.get(job.stem, 0.0) + time.monotonic() - start
@@ -176,7 +180,8 @@ class Generator:
     ) -> None:
         if self.before_job is not None:
             self.before_job(job)
-        with tqdm(total=job.request.steps, desc=label, unit="step") as bar:
+        cure = "sampling: use --blocks_to_swap, --fp8, --split_uncond or a smaller size"
+        with tqdm(total=job.request.steps, desc=label, unit="step") as bar, explained_out_of_memory(cure):
 
             def before_step(step: int, steps: int) -> None:
                 bar.total = steps
@@ -240,6 +245,17 @@ class Generator:
             release_memory(self.device)
             self.tile_size = smaller
             print(f"warning: out of memory while decoding; trying tiles of {smaller} pixels", file=sys.stderr)
+
+
+@contextlib.contextmanager
+def explained_out_of_memory(during: str) -> Iterator[None]:
+    """Turns running out of memory into an error that says what to do."""
+    try:
+        yield
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise UserError(f"out of memory while {during}") from None
+        raise
 
 
 def is_out_of_memory(error: Exception) -> bool:

@@ -168,42 +168,88 @@ def loras(tiny_models, tmp_path_factory):
     return paths
 
 
-def test_multiplier_zero_is_the_base_model_and_merged_is_applied(generate, loras, tiny_models):
-    """The DiT that the script samples with, against LoRAs that compute beside the weights."""
+@pytest.fixture
+def load_sampling_dit(tiny_models):
+    """The DiT as the script would sample with it, for these options."""
     import hv_generate_video
-    from hunyuan_model.checkpoints import load_dit
-    from networks.live import LiveLoras
     from utils.generation_options import parse_generation_options
 
-    def loaded(*words: object):
+    def load(*words: object):
         models = [f"--{name}={path}" for name, path in vars(tiny_models).items()]
         options = parse_generation_options("", [*models, "--save_path=x", "--prompt=x", *map(str, words)])
-        return hv_generate_video.load_merged_dit(options, torch.device("cpu"), fp8=False)
+        return hv_generate_video.load_ready_dit(options, torch.device("cpu"), cache=None)
 
-    base, live = load_dit(tiny_models.dit, dtype=torch.float32), load_dit(tiny_models.dit, dtype=torch.float32)
-    config = base.config
-    torch.manual_seed(0)
-    x, text = torch.randn(1, 16, 2, 4, 6), torch.randn(1, 5, config.text_dim)
-    inputs = x, torch.tensor([500.0]), text, torch.ones(1, 5), torch.randn(1, config.text_dim_2), torch.tensor([6000.0])
-    expected = base(*inputs)
-    assert torch.equal(loaded("--lora_weight", loras[0], "--lora_multiplier", 0)(*inputs), expected)
+    return load
 
-    live = LiveLoras(applied := live)
-    live.use([(loras[0], 0.7), (loras[1], -0.5)])
-    merged = loaded("--lora_weight", *loras, "--lora_multiplier", 0.7, -0.5)
-    output = applied(*inputs)
-    assert (output - expected).norm() > 0.01 * expected.norm()
-    assert (merged(*inputs) - output).norm() <= 1e-5 * output.norm()
-    live.use([])
-    assert torch.equal(applied(*inputs), expected)
 
+@pytest.fixture
+def dit_inputs(tiny_models):
+    from hunyuan_model.checkpoints import read_dit_config
+
+    config, generator = read_dit_config(tiny_models.dit), torch.Generator().manual_seed(0)
+    x = torch.randn(1, 16, 2, 4, 6, generator=generator)
+    text = torch.randn(1, 5, config.text_dim, generator=generator)
+    pooled = torch.randn(1, config.text_dim_2, generator=generator)
+    return x, torch.tensor([500.0]), text, torch.ones(1, 5), pooled, torch.tensor([6000.0])
+
+
+def test_multiplier_zero_is_the_base_model(load_sampling_dit, dit_inputs, loras):
+    base, zero = load_sampling_dit(), load_sampling_dit("--lora_weight", loras[0], "--lora_multiplier", 0)
+    assert torch.equal(zero(*dit_inputs), base(*dit_inputs))
+
+
+def test_two_loras_are_the_sum_of_their_deltas(load_sampling_dit, loras):
     name = "double_blocks.1.img_mlp.fc1"
-    weights = [
-        m.get_submodule(name).weight
-        for m in (base, merged, loaded("--lora_weight", loras[0]), loaded("--lora_weight", loras[1]))
+    both = load_sampling_dit("--lora_weight", *loras, "--lora_multiplier", 0.7, -0.5)
+    models = [load_sampling_dit(), *(load_sampling_dit("--lora_weight", lora) for lora in loras), both]
+    base, first, second, both = (model.get_submodule(name).weight for model in models)
+    assert (first - base).norm() > 0.1 * base.norm()
+    torch.testing.assert_close(both, base + 0.7 * (first - base) - 0.5 * (second - base), rtol=1e-5, atol=1e-6)
+
+
+def test_merged_is_applied(load_sampling_dit, dit_inputs, loras):
+    from networks.live import LiveLoras
+
+    merged = load_sampling_dit("--lora_weight", *loras, "--lora_multiplier", 0.7, -0.5)
+    model = load_sampling_dit()
+    plain = model(*dit_inputs)
+    live = LiveLoras(model)
+    live.use([(loras[0], 0.7), (loras[1], -0.5)])
+    applied = model(*dit_inputs)
+    assert (applied - plain).norm() > 0.01 * plain.norm()
+    assert (merged(*dit_inputs) - applied).norm() <= 1e-5 * applied.norm()
+    live.use([])
+    assert torch.equal(model(*dit_inputs), plain)
+
+
+def test_loras_are_merged_before_the_weights_become_fp8(load_sampling_dit, loras):
+    from utils.fp8 import Fp8Linear
+
+    merged = load_sampling_dit("--lora_weight", loras[0])
+    quantized = load_sampling_dit("--lora_weight", loras[0], "--fp8")
+    layers = {name: module for name, module in quantized.named_modules() if isinstance(module, Fp8Linear)}
+    assert len(layers) == 3 * 8 + 6 * 2
+    for name, layer in layers.items():
+        weight = merged.get_submodule(name).weight
+        # e4m3 has 3 bits of mantissa: half a step is 1/16 of the value.
+        assert ((layer.dequantized(torch.float32) - weight).abs() <= weight.abs() / 16 + 1e-3).all()
+
+
+def test_a_lora_on_a_file_that_is_fp8_already_is_not_lost_in_rounding(
+    load_sampling_dit, dit_inputs, loras, tiny_models, tmp_path
+):
+    from utils.safetensors_utils import save_file
+
+    weights = torch.load(tiny_models.dit, weights_only=True)["module"]
+    small = {name: w.to(torch.float8_e4m3fn) if "blocks" in name and w.ndim == 2 else w for name, w in weights.items()}
+    save_file(small, tmp_path / "fp8.safetensors")
+    options = ["--dit", tmp_path / "fp8.safetensors", "--fp8"]
+    weak = ["--lora_weight", loras[0], "--lora_multiplier", 0.02]
+    change = [
+        load_sampling_dit(*words, *weak)(*dit_inputs) - load_sampling_dit(*words)(*dit_inputs)
+        for words in (options, ["--dit", tmp_path / "fp8.safetensors"])
     ]
-    expected_sum = weights[0] + 0.7 * (weights[2] - weights[0]) - 0.5 * (weights[3] - weights[0])
-    torch.testing.assert_close(weights[1], expected_sum, rtol=1e-5, atol=1e-6)
+    assert (change[0] - change[1]).norm() <= 0.02 * change[1].norm()
 
 
 def test_merged_model_is_a_model_that_samples_like_the_lora(generate, loras, tmp_path):
