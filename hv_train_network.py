@@ -148,6 +148,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     from modules.training_state import load_state
 
     check_parts(options)
+    check_files(options)
     network_module = import_network_module(options.network.network_module)
     accelerator = training_setup.create_accelerator(options.training, options.log, options.distributed)
     training_setup.silence_all_but_main(accelerator)
@@ -155,7 +156,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     data = load_datasets(options, progress.seed)
     plan = plan_steps(options, accelerator, len(data.train))
     check_optimizer(options, plan)
-    check_network(options, network_module)
+    check_model(options, network_module, data)
     if accelerator.is_main_process:
         training_setup.print_plan(plan, data.train.num_items, progress)
         for name in options.ignored():
@@ -248,26 +249,59 @@ def check_optimizer(options: Options, plan: "StepPlan") -> None:
     create_scheduler(options.scheduler, optimizer, plan.total_steps)
 
 
-def check_network(options: Options, module: ModuleType) -> None:
+def check_model(options: Options, module: ModuleType, data: Datasets) -> None:
     """Reads the sizes of the DiT and tries the network on a DiT without weights.
 
     Raises:
-        UserError: not a HunyuanVideo DiT, or arguments that the network module refuses.
+        UserError: not a HunyuanVideo DiT, caches of other text encoders, or a network that does not fit.
     """
     import torch
 
+    from hunyuan_model.block_swap import swapped_blocks
     from hunyuan_model.checkpoints import read_dit_config
     from hunyuan_model.models import HYVideoDiffusionTransformer
     from modules.network_module import create_network
 
     config, network = read_dit_config(options.dit.dit), options.network
-    channels = options.dit.dit_in_channels
+    channels, batch = options.dit.dit_in_channels, data.train[0]
     if channels is not None and channels != config.in_channels:
         raise UserError(f"--dit_in_channels {channels}: {options.dit.dit} has {config.in_channels}")
+    dims = (batch.text_states.shape[-1], batch.text_states_2.shape[-1])
+    if dims != (config.text_dim, config.text_dim_2):
+        raise UserError(
+            f"{options.dataset.dataset_config}: text caches have {dims[0]} and {dims[1]} channels, {options.dit.dit} "
+            f"takes {config.text_dim} and {config.text_dim_2}; run cache_text_encoder_outputs.py with its encoders"
+        )
+    swapped_blocks(options.swap.blocks_to_swap or 0, config.depth_double, config.depth_single, training=True)
     with torch.device("meta"), contextlib.redirect_stdout(io.StringIO()):
         dit = HYVideoDiffusionTransformer(config)
         dim, alpha, dropout = network.network_dim, network.network_alpha, network.network_dropout
         create_network(module, dit, dim, alpha, dropout, network.arguments)
+
+
+def check_files(options: Options) -> None:
+    """Every model and LoRA file is what its option says, by headers.
+
+    Raises:
+        UserError: one is not.
+    """
+    from hunyuan_model.model_files import CLIP, LLM, VAE, identify
+    from networks.formats import read_lora
+
+    if options.previews.sample_prompts is not None:
+        identify(options.vae.vae).tensors(VAE)
+        identify(options.text.text_encoder1).tensors(LLM)
+        identify(options.text.text_encoder2).tensors(CLIP)
+    for path in options.network.base_weights:
+        read_lora(path)
+    weights, wanted = options.network.network_weights, options.network.network_dim or 4
+    if weights is not None:
+        ranks = {factors.rank for factors in read_lora(weights).modules.values()}
+        if not options.network.dim_from_weights and ranks != {wanted}:
+            raise UserError(
+                f"--network_weights {weights}: has rank {', '.join(map(str, sorted(ranks)))}, --network_dim is "
+                f"{wanted}; give --dim_from_weights instead"
+            )
 
 
 def load_model(options: Options, accelerator: "Accelerator") -> "HYVideoDiffusionTransformer":

@@ -1,0 +1,130 @@
+"""Wrong invocations of hv_train_network.py: one line, exit 2, before a model is loaded, and nothing is written."""
+
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from tests.conftest import ROOT
+from tests.training_world import command, run_training, train, write_world
+from utils.errors import UserError
+from utils.safetensors_utils import save_file
+
+
+@pytest.fixture(scope="module")
+def place(tiny_models, tmp_path_factory):
+    """A folder with everything that the wrong invocations name."""
+    folder = tmp_path_factory.mktemp("errors")
+    world = write_world(folder / "world", items=2)
+    train(world, tiny_models.dit, folder / "good", "--max_train_steps", 1, "--save_state_on_train_end")
+    (folder / "good" / "lora.safetensors").rename(folder / "lora.safetensors")
+    (folder / "empty").mkdir()
+    save_file({"x": torch.zeros(1)}, folder / "no_lora.safetensors")
+    texts = {
+        "typo.toml": "learning_rte = 1e-4\n",
+        "choice.toml": 'mixed_precision = "bf61"\n',
+        "type.toml": 'learning_rate = "fast"\n',
+        "broken.toml": "learning_rate = \n",
+        "list.toml": "seed = [1, 2]\n",
+        "prompts.txt": "a cat --q 3\n",
+        "good_prompts.txt": "a cat\n",
+        "prompts.md": "a cat\n",
+        "dataset_typo.toml": "[[datasets]]\nimage_directry = 'x'\n",
+        "dataset_uncached.toml": "[[datasets]]\nresolution = [64, 48]\nimage_directory = 'x'\ncache_directory = 'y'\n",
+    }
+    for name, text in texts.items():
+        (folder / name).write_text(text, encoding="utf-8")
+    for name, pattern in {"no_latents": "item1_*_hv.safetensors", "no_text": "item1_hv_te.safetensors"}.items():
+        partial = write_world(folder / name, items=2)
+        next(partial.cache.glob(pattern)).unlink()
+    shutil.copytree(folder / "good" / "lora-state", folder / "old-state")
+    (folder / "old-state" / "train_state.json").write_text('{"version": 0}', encoding="utf-8")
+    return folder, world
+
+
+WRONG = {
+    "no dit": (["--dit"], "--dit: expected one argument"),
+    "missing dit": (["--dit", "{}/absent.pt"], "absent.pt: no such file"),
+    "dit is a lora": (["--dit", "{}/lora.safetensors"], "lora.safetensors: a DiT of HunyuanVideo is expected"),
+    "dit is a vae": (["--dit", "{vae}"], "a DiT of HunyuanVideo is expected, this is a VAE"),
+    "channels": (["--dit_in_channels", "32"], "--dit_in_channels 32: .* has 16"),
+    "unknown option": (["--learning_rte", "1"], "unknown option --learning_rte .*did you mean '--learning_rate'"),
+    "config with a typo": (["--config_file", "{}/typo.toml"], "typo.toml: unknown option 'learning_rte' .*learning_r"),
+    "config with a wrong choice": (["--config_file", "{}/choice.toml"], "choice.toml: .*'bf61' is not one of"),
+    "config with a wrong type": (["--config_file", "{}/type.toml"], "type.toml: learning_rate = 'fast': a number is expected"),
+    "config that is broken": (["--config_file", "{}/broken.toml"], "broken.toml: config file is not valid TOML"),
+    "config with a list": (["--config_file", "{}/list.toml"], "list.toml: seed .* one value is expected"),
+    "config that is missing": (["--config_file", "{}/absent.toml"], "absent.toml: config file not found"),
+    "missing dataset": (["--dataset_config", "{}/absent.toml"], "absent.toml: no such file"),
+    "dataset with a typo": (["--dataset_config", "{}/dataset_typo.toml"], "dataset_typo.toml.*image_directry"),
+    "dataset without caches": (["--dataset_config", "{}/dataset_uncached.toml"], "run cache_latents.py"),
+    "an item without latents": (["--dataset_config", "{}/no_latents/dataset.toml"], "item1.*run cache_latents.py"),
+    "an item without text": (["--dataset_config", "{}/no_text/dataset.toml"], "item1.*run cache_text_encoder"),
+    "network_args without =": (["--network_args", "rank_dropout"], "--network_args rank_dropout: expected key=value"),
+    "unknown network_args": (["--network_args", "rank_dropuot=0.1"], "unknown key 'rank_dropuot'.*'rank_dropout'"),
+    "bad network_args": (["--network_args", "rank_dropout=much"], "network_args: rank_dropout=much"),
+    "no target": (["--network_args", "exclude_patterns=['.*']"], "exclude_patterns leave no module"),
+    "unknown module": (["--network_module", "networks.lroa"], "networks.lroa: cannot be imported.*'networks.lora'"),
+    "no network module": (["--network_module", "json"], "--network_module json: has no create_arch_network"),
+    "missing state": (["--resume", "{}/absent-state"], "absent-state: no such folder"),
+    "a LoRA as state": (["--resume", "{}/lora.safetensors"], "a state folder is expected.*--network_weights"),
+    "an empty state": (["--resume", "{}/empty"], "empty: no train_state.json in it"),
+    "an old state": (["--resume", "{}/old-state"], "old-state: state version 0"),
+    "another seed": (["--resume", "{}/good/lora-state", "--seed", "8"], "--seed 8: the run in .* has seed 7"),
+    "dim without weights": (["--dim_from_weights"], "--dim_from_weights needs --network_weights"),
+    "multipliers": (["--base_weights_multiplier", "1", "2"], "2 values for 0 --base_weights"),
+    "no lora to merge": (["--base_weights", "{}/no_lora.safetensors"], "no_lora.safetensors: no HunyuanVideo LoRA"),
+    "another rank": (["--network_weights", "{}/lora.safetensors", "--network_dim", "8"], "has rank 4, --network_dim is"),
+    "unknown optimizer": (["--optimizer_type", "AdamX"], "--optimizer_type AdamX: unknown"),
+    "bad optimizer_args": (["--optimizer_args", "weight_deacy=0.1"], "--optimizer_args.*weight_deacy"),
+    "unknown schedule": (["--lr_scheduler", "cosin"], "'cosin' is not one of .*did you mean 'cosine'"),
+    "sage": (["--sage_attn"], "SageAttention has no backward pass"),
+    "two backends": (["--sdpa", "--xformers"], "choose one attention backend"),
+    "a backend that is absent": (["--flash_attn"], "flash_attn is not installed; pip install flash-attn"),
+    "previews without prompts": (["--sample_at_first"], "need --sample_prompts"),
+    "prompts without models": (["--sample_prompts", "{}/good_prompts.txt"], "not given: --text_encoder1"),
+    "bad prompts": (
+        ["--sample_prompts", "{}/prompts.txt", "--vae", "{vae}", "--text_encoder1", "{te}", "--text_encoder2", "{te2}"],
+        "prompts.txt: line 1: unknown option --q",
+    ),
+    "tensorboard nowhere": (["--log_with", "tensorboard"], "--log_with tensorboard needs --logging_dir"),
+    "no steps": (["--max_train_steps", "0"], "0 is too small: the minimum is 1"),
+    "a name with folders": (["--output_name", "a/b"], "--output_name a/b: a file name without folders"),
+    "a file as folder": (["--output_dir", "{}/typo.toml"], "typo.toml: is a file, a folder is expected"),
+    "unknown format": (["--save_format", "diffuser"], "--save_format diffuser: unknown .*did you mean 'diffusers'"),
+    "too many blocks": (["--blocks_to_swap", "36"], "--blocks_to_swap 36: the maximum for this model"),
+    "too much held out": (["--validation_split", "1"], "1 is too large: the maximum is 0.9"),
+    "timesteps": (["--min_timestep", "900", "--max_timestep", "100"], "--min_timestep 900 is not below"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_wrong_invocation(place, tiny_models, monkeypatch, name):
+    folder, world = place
+    paths = {"vae": tiny_models.vae, "te": tiny_models.text_encoder1, "te2": tiny_models.text_encoder2}
+    words, message = WRONG[name]
+    words = [word.format(folder, **paths) for word in words]
+
+    def loads_a_model(*_: object, **__: object) -> None:
+        raise AssertionError("a model was loaded")
+
+    for loader in ("load_dit", "load_vae", "load_text_encoder_1", "load_text_encoder_2"):
+        monkeypatch.setattr(f"hunyuan_model.checkpoints.{loader}", loads_a_model)
+    with pytest.raises(UserError, match=message) as error:
+        run_training(command(world, tiny_models.dit, folder / "untouched", *words))
+    assert "\n" not in str(error.value)
+    assert not (folder / "untouched").exists()
+
+
+def test_there_are_thirty_of_them():
+    assert len(WRONG) >= 30
+
+
+@pytest.mark.parametrize("words", [[], ["--learning_rate", "fast"], ["--dit", "absent.pt"]])
+def test_the_script_itself_ends_with_2_and_one_line(words):
+    script = [sys.executable, str(ROOT / "hv_train_network.py"), *words]
+    done = subprocess.run(script, capture_output=True, text=True, encoding="utf-8")
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
