@@ -44,7 +44,7 @@ POINTWISE = {
 }
 
 
-def checkpoint_activations(blocks: Iterable[nn.Module], policy: str = "full") -> None:
+def checkpoint_activations(blocks: Iterable[nn.Module], policy: str = "full", compiled: bool = False) -> None:
     """Makes every block run again, or partly again, when gradients are needed.
 
     Sets `is_checkpointed` on the blocks: what wraps them further (block swap) need not keep anything for backward.
@@ -52,14 +52,17 @@ def checkpoint_activations(blocks: Iterable[nn.Module], policy: str = "full") ->
     Args:
         blocks: modules whose forward takes and returns tensors.
         policy: "full", "selective" or "offload".
+        compiled: the blocks were compiled, so the compiler decides what the second run keeps.
     """
     for block in blocks:
         block.is_checkpointed = True
-        if policy == "offload":
-            block.forward = functools.partial(_run_offloaded, block.forward)
+        if policy == "selective":
+            block.forward = functools.partial(
+                checkpoint, block.forward, use_reentrant=False, context_fn=_selective_contexts
+            )
         else:
-            contexts = {"context_fn": _selective_contexts} if policy == "selective" else {}
-            block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False, **contexts)
+            run = block.forward if compiled else functools.partial(_run_with_recipes, block.forward)
+            block.forward = functools.partial(_run_again, run, policy == "offload")
 
 
 def _selective_contexts() -> tuple[Any, Any]:
@@ -74,37 +77,54 @@ def _selective_policy(ctx: object, op: Callable, *args: Any, **kwargs: Any) -> C
     return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE
 
 
-class _Offloaded(torch.autograd.Function):
-    """Runs a block without a graph, its inputs parked in main memory; backward fetches them and runs it again."""
+class _RunAgain(torch.autograd.Function):
+    """Runs a block without a graph and keeps its inputs; backward runs it again, with a graph, and goes through that.
+
+    Unlike `torch.utils.checkpoint` it leaves saved-tensor hooks to the block, so that the second run keeps no more
+    than `recompute_cheap` does: the peak of memory is in there.
+    """
 
     @staticmethod
-    def forward(ctx: Any, run: Callable, *inputs: Any) -> Any:
+    def forward(ctx: Any, run: Callable, park: bool, always: Tensor, *inputs: Any) -> Any:
         ctx.run = run
         ctx.device = next(value.device for value in inputs if isinstance(value, Tensor))
         ctx.random_state = _random_state(ctx.device)
-        ctx.needs_grad = [isinstance(value, Tensor) and value.requires_grad for value in inputs]
-        # Only inputs in the path of gradients are large; the rest is shared by all blocks.
-        ctx.inputs = [_parked(value) if needed else value for value, needed in zip(inputs, ctx.needs_grad, strict=True)]
+        kind = ctx.device.type
+        ctx.autocast = {
+            "device_type": kind,
+            "dtype": torch.get_autocast_dtype(kind),
+            "enabled": torch.is_autocast_enabled(kind),
+        }
+        ctx.needs_grad = ctx.needs_input_grad[3:]
+        # Only inputs in the path of gradients differ from block to block; the rest is shared and stays where it is.
+        ctx.inputs = [
+            _parked(value) if park and needed else value for value, needed in zip(inputs, ctx.needs_grad, strict=True)
+        ]
         return run(*inputs)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor | None) -> tuple:
+    def backward(ctx: Any, *gradients: Tensor) -> tuple:
         inputs = [
-            value.to(ctx.device, non_blocking=True).requires_grad_() if needed else value
+            value.to(ctx.device, non_blocking=True).detach().requires_grad_() if needed else value
             for value, needed in zip(ctx.inputs, ctx.needs_grad, strict=True)
         ]
-        with torch.enable_grad(), _with_random_state(ctx.random_state, ctx.device):
+        with torch.enable_grad(), torch.autocast(**ctx.autocast), _with_random_state(ctx.random_state, ctx.device):
             outputs = ctx.run(*inputs)
-        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
         torch.autograd.backward(outputs, gradients)
-        return None, *(value.grad if needed else None for value, needed in zip(inputs, ctx.needs_grad, strict=True))
+        return (
+            None,
+            None,
+            None,
+            *(value.grad if needed else None for value, needed in zip(inputs, ctx.needs_grad, strict=True)),
+        )
 
 
-def _run_offloaded(run: Callable, *inputs: Any) -> Any:
-    """The first block's inputs need no gradient, but the LoRA inside does: then it is checkpointed in place."""
-    if not any(isinstance(value, Tensor) and value.requires_grad for value in inputs):
-        return checkpoint(run, *inputs, use_reentrant=False)
-    return _Offloaded.apply(run, *inputs)
+def _run_again(run: Callable, park: bool, *inputs: Any) -> Any:
+    if not torch.is_grad_enabled():
+        return run(*inputs)
+    # The inputs of the first block need no gradient, but the LoRA inside does: this one always asks for it.
+    always = torch.empty(0, requires_grad=True)
+    return _RunAgain.apply(run, park, always, *inputs)
 
 
 def _parked(value: Tensor) -> Tensor:

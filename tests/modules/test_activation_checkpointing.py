@@ -19,7 +19,9 @@ WAYS: dict[str, Callable[[list[nn.Module]], None]] = {
 }
 
 
-def gradients(way: Callable[[list[nn.Module]], None] | None, dtype: torch.dtype, dropout: float | None) -> list[Tensor]:
+def gradients(
+    way: Callable[[list[nn.Module]], None] | None, dtype: torch.dtype, dropout: float | None, autocast: bool = False
+) -> list[Tensor]:
     torch.manual_seed(0)
     config = HunyuanVideoConfig(
         hidden_size=32,
@@ -45,7 +47,8 @@ def gradients(way: Callable[[list[nn.Module]], None] | None, dtype: torch.dtype,
     torch.manual_seed(7)
     seen = []
     for _ in range(2):  # the second round sees whether anything of the first was left behind
-        output = model(**inputs((1, 4, 4), 40, dtype))
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            output = model(**inputs((1, 4, 4), 40, dtype))
         output.float().square().mean().backward()
         seen += [output.detach(), torch.rand(1)]
     return seen + [parameter.grad for parameter in network.get_trainable_params()]
@@ -57,6 +60,13 @@ def gradients(way: Callable[[list[nn.Module]], None] | None, dtype: torch.dtype,
 def test_gradients_are_those_of_plain_autograd(way: str, dtype: torch.dtype, dropout: float | None) -> None:
     expected = gradients(None, dtype, dropout)
     for ours, plain in zip(gradients(WAYS[way], dtype, dropout), expected, strict=True):
+        assert torch.equal(ours, plain)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_the_second_run_is_autocast_like_the_first(way: str) -> None:
+    expected = gradients(None, torch.float32, None, autocast=True)
+    for ours, plain in zip(gradients(WAYS[way], torch.float32, None, autocast=True), expected, strict=True):
         assert torch.equal(ours, plain)
 
 

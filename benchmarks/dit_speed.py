@@ -1,0 +1,101 @@
+"""The DiT against diffusers' on the same weights, in one run, and against this machine's matrix-product rate.
+
+    python -m benchmarks.dit_speed
+
+1 double and 2 single blocks of full width, float32, 1020 image tokens (latents 1 x 60 x 68), 64 of 256 text tokens
+valid; forward, and forward with backward to the latents. Runs alternate, medians are compared.
+"""
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+from diffusers import HunyuanVideoTransformer3DModel
+from torch import Tensor
+
+from benchmarks.saved_bytes import inputs, new_model
+from hunyuan_model.key_maps import dit_from_official
+from hunyuan_model.models import HYVideoDiffusionTransformer
+from utils.cli import print_table
+
+LIMIT = 0.85
+
+
+def diffusers_twin(model: HYVideoDiffusionTransformer) -> HunyuanVideoTransformer3DModel:
+    """diffusers' model on the same weights; only fused projections are copied."""
+    config = model.config
+    with torch.device("meta"):
+        twin = HunyuanVideoTransformer3DModel(
+            num_attention_heads=config.heads,
+            attention_head_dim=config.head_dim,
+            num_layers=config.depth_double,
+            num_single_layers=config.depth_single,
+            num_refiner_layers=config.depth_refiner,
+            text_embed_dim=config.text_dim,
+            pooled_projection_dim=config.text_dim_2,
+        )
+    twin.load_state_dict(dit_from_official(model.state_dict(), "diffusers"), strict=True, assign=True)
+    return twin.requires_grad_(False).eval()
+
+
+def matrix_product_rate() -> float:
+    """Floating-point operations per second of a float32 product of the shape of a block's MLP."""
+    a, b = torch.randn(1084, 3072), torch.randn(3072, 12288)
+    seconds = min(timed(lambda: a @ b) for _ in range(5))
+    return 2 * 1084 * 3072 * 12288 / seconds
+
+
+def timed(run: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    run()
+    return time.perf_counter() - start
+
+
+def with_backward(model: Callable[..., Tensor], given: dict[str, Tensor], latents: str) -> Callable[[], None]:
+    """Forward and backward to the latents, as in LoRA training, where the weights are frozen."""
+    x = given[latents].clone().requires_grad_()
+
+    def run() -> None:
+        model(**given | {latents: x}).square().mean().backward()
+
+    return run
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--repeats", type=int, default=3)
+    args = parser.parse_args()
+    model = new_model(torch.float32).eval()
+    twin = diffusers_twin(model)
+    ours = inputs((1, 60, 68), 64, torch.float32)
+    renamed = {"x": "hidden_states", "text_states": "encoder_hidden_states", "text_mask": "encoder_attention_mask"}
+    renamed |= {"text_states_2": "pooled_projections"}
+    theirs = {renamed.get(name, name): value for name, value in ours.items()}
+
+    def run_twin(**given: Tensor) -> Tensor:
+        return twin(**given, return_dict=False)[0]
+
+    with torch.no_grad():
+        difference = (model(**ours) - run_twin(**theirs)).abs().max()
+    rows = []
+    for name, pair in {
+        "forward": (torch.no_grad()(lambda: model(**ours)), torch.no_grad()(lambda: run_twin(**theirs))),
+        "forward + backward": (with_backward(model, ours, "x"), with_backward(run_twin, theirs, "hidden_states")),
+    }.items():
+        times = [[timed(run) for run in pair] for _ in range(args.repeats)]
+        mine, other = (statistics.median(column) for column in zip(*times, strict=True))
+        rows.append((name, f"{mine:.2f} s", f"{other:.2f} s", f"{mine / other:.3f}", LIMIT))
+    print_table("DiT, float32", rows, ("pass", "ours", "diffusers", "ratio", "limit"))
+    # 2 x weights x tokens, of the blocks' Linear layers alone
+    image, text = 1020, 64
+    double, single = 24 * 3072**2, 2 * 3072 * (21504 + 15360)
+    achieved = (double * (image + text) + 2 * single * (image + text)) / float(rows[0][1].split()[0])
+    rate = matrix_product_rate()
+    print(f"forward reaches {achieved / rate:.2f} of the measured matrix-product rate of {rate / 1e9:.0f} GFLOP/s")
+    print(f"largest difference of outputs: {difference:.1e}")
+
+
+if __name__ == "__main__":
+    main()
