@@ -16,9 +16,10 @@ if TYPE_CHECKING:
     from torch.optim import Optimizer
     from torch.optim.lr_scheduler import LRScheduler
 
-_OWN = ("piecewise_constant", "rex")
+# Of these, transformers lacks two, and importing it takes seconds that the default schedule does not need.
+_OWN = ("constant", "piecewise_constant", "rex")
 SCHEDULES = (
-    "constant",
+    *_OWN,
     "constant_with_warmup",
     "linear",
     "cosine",
@@ -29,7 +30,6 @@ SCHEDULES = (
     "inverse_sqrt",
     "warmup_stable_decay",
     "adafactor",
-    *_OWN,
 )
 
 
@@ -219,8 +219,10 @@ def _constant(optimizer: "Optimizer") -> "LRScheduler":
 
 
 def _own(options: SchedulerOptions, optimizer: "Optimizer", warmup: int, total: int) -> "LRScheduler":
-    from torch.optim.lr_scheduler import LambdaLR
+    from torch.optim.lr_scheduler import ConstantLR, LambdaLR
 
+    if options.lr_scheduler == "constant":
+        return ConstantLR(optimizer, factor=1.0)
     if options.lr_scheduler == "piecewise_constant":
         pairs, last = parse_step_rules(options.arguments["step_rules"])
         return LambdaLR(optimizer, functools.partial(piecewise_factor, pairs=pairs, last=last))
