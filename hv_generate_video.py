@@ -23,7 +23,13 @@ from typing import TYPE_CHECKING
 
 from utils.cli import print_table, run_script
 from utils.errors import UserError
-from utils.generation_options import GenerationOptions, drawn_seed, parse_generation_options, video_settings
+from utils.generation_options import (
+    GenerationOptions,
+    drawn_seed,
+    page_settings,
+    parse_generation_options,
+    video_settings,
+)
 from utils.option_groups import DitOptions
 from utils.prompt_files import Request, parse_line
 
@@ -72,6 +78,8 @@ def generate_file(options: GenerationOptions, requests: Sequence[Request]) -> No
         print(f"{len(keyed) - len(pending)} of {len(keyed)} prompts are finished and skipped")
     if not pending:
         return
+    for _, _, key in pending:
+        outputs.remove_leftovers(key)
     jobs = [new_job(options, request, index, key, outputs.sampled_stem(key)) for index, request, key in pending]
     run(build_generator(options), jobs)
 
@@ -139,7 +147,7 @@ def compare(options: GenerationOptions, requests: Sequence[Request]) -> None:
         for index, request in enumerate(requests)
         for path in options.lora.lora_weight
     ]
-    metadata = None if options.output.no_metadata else video_settings(options, requests[0])
+    metadata = None if options.output.no_metadata else page_settings(options, seed)
     paths = Page(columns, rows).save(options.output.save_path / stem, requests[0].fps, metadata)
     print_table("compared", [[path] for path in paths])
     report_failures(generator, len(jobs))
@@ -316,17 +324,17 @@ def load_merged_dit(options: GenerationOptions, device: "torch.device", fp8: boo
 
     dtype = default_dtype(options.dit.dit_dtype, device, on_gpu="bfloat16")
     loras, speed = options.lora.merged(), options.speed
-    if loras and fp8 and identify(options.dit.dit).fp8 != "none":
-        # A small change of a weight that is fp8 already would be lost in rounding it back to the same value.
-        model = load_dit(options.dit.dit, device, dtype, fp8, speed.attn_mode, speed.split_attn)
+    # A small change of a weight that is fp8 already would be lost in rounding it back to the same value.
+    beside = bool(loras) and fp8 and identify(options.dit.dit).fp8 != "none"
+    quantize_later = bool(loras) and fp8 and not beside
+    place = "cpu" if options.swap.blocks_to_swap or quantize_later else device
+    model = load_dit(options.dit.dit, place, dtype, fp8 and not quantize_later, speed.attn_mode, speed.split_attn)
+    if beside:
         LiveLoras(model).use(loras, options.lora.exclude_single_blocks)
-        return model
-    place = "cpu" if options.swap.blocks_to_swap or (loras and fp8) else device
-    model = load_dit(options.dit.dit, place, dtype, fp8 and not loras, speed.attn_mode, speed.split_attn)
-    if loras:
+    elif loras:
         merge_lora_into(model, loras, options.lora.exclude_single_blocks)
-        if fp8:
-            quantize_linears(model, is_quantized_in_dit)
+    if quantize_later:
+        quantize_linears(model, is_quantized_in_dit)
     return model
 
 
@@ -334,17 +342,21 @@ def load_ready_dit(
     options: GenerationOptions, device: "torch.device", cache: "StepCache | None"
 ) -> "HYVideoDiffusionTransformer":
     """The DiT as it samples: merged, quantised, in place, compiled, with a step cache around its blocks."""
+    from hunyuan_model.attention import verify_attention
     from hunyuan_model.block_swap import enable_block_swap, offload_embedders
     from modules.compilation import compile_blocks
     from modules.step_cache import add_step_cache
     from utils.fp8 import use_fp8_matmul
 
-    model = load_merged_dit(options, device, options.speed.fp8)
-    if options.speed.fp8_fast:
+    speed = options.speed
+    model = load_merged_dit(options, device, speed.fp8)
+    verify_attention(speed.attn_mode, device, model.dtype, model.config.head_dim, speed.split_attn)
+    if speed.fp8_fast:
         use_fp8_matmul(model, device)
     if options.compile.compile:
         compile_blocks(model.blocks, options.compilation())
-    enable_block_swap(model, options.swap.blocks_to_swap or 0, device)
+    pin = options.swap.use_pinned_memory_for_block_swap or None
+    enable_block_swap(model, options.swap.blocks_to_swap or 0, device, pin=pin)
     if options.swap.img_in_txt_in_offloading:
         offload_embedders(model, device)
     if cache is not None:

@@ -6,6 +6,7 @@ same file finds what is finished. Every file appears under its name only when it
 
 import hashlib
 import json
+import shutil
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor
 
 from utils.errors import UserError, one_line
+from utils.files import TEMPORARY_SUFFIX
 from utils.prompt_files import Request
 from utils.safetensors_utils import load_file, read_header, save_file
 from utils.video_io import save_images, save_video
@@ -78,6 +80,12 @@ class OutputFolder:
         names = [path.name for path in self.with_key(key)]
         wanted = {"video": [".mp4"], "images": [""], "latent": [LATENT_SUFFIX], "both": [".mp4", LATENT_SUFFIX]}
         return all(any(name.endswith(key + suffix) for name in names) for suffix in wanted[self.output_type])
+
+    def remove_leftovers(self, key: str) -> None:
+        """Deletes what a killed process had begun to write for a line."""
+        for path in self.with_key(key):
+            if path.name.endswith(TEMPORARY_SUFFIX):
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
 
     def sampled_stem(self, key: str) -> str | None:
         """The stem of a line whose latents are there although the line is not finished."""

@@ -252,12 +252,18 @@ def _plain(value: object) -> object:
 
 
 # Options that say where to look and what to write, not what the video is.
-_NOT_PART_OF_A_VIDEO = ("prompt", "from_file", "interactive", "save_path", "output_type", "latent_path", "no_metadata")
+_WHERE = ("save_path", "output_type", "latent_path", "no_metadata")
+_SOURCES = ("prompt", "from_file", "interactive")
+
+
+def page_settings(options: GenerationOptions, seed: int) -> dict[str, object]:
+    """What it takes to make a page of --compare again."""
+    return {name: value for name, value in options.settings().items() if name not in _WHERE} | {"seed": seed}
 
 
 def video_settings(options: GenerationOptions, request: Request) -> dict[str, object]:
     """What it takes to make this video again: the options that made it, with the request's own values on top."""
-    settings = {name: value for name, value in options.settings().items() if name not in _NOT_PART_OF_A_VIDEO}
+    settings = {name: value for name, value in options.settings().items() if name not in _WHERE + _SOURCES}
     own = {
         "prompt": request.prompt,
         "negative_prompt": request.negative_prompt,
