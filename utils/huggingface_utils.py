@@ -107,7 +107,7 @@ class Uploader:
             UserError: the Hub refuses it, for example because of the token.
         """
         self.options = options
-        self.failures: list[str] = []
+        self.failures: list[Path] = []
         self._pool = ThreadPoolExecutor(1) if options.async_upload else None
         self._api = self._open_repository() if options.huggingface_repo_id is not None else None
 
@@ -139,9 +139,11 @@ class Uploader:
             self._pool.submit(self._send, path)
 
     def close(self) -> None:
-        """Waits for what is still on its way."""
+        """Waits for what is still on its way, and names once more what did not arrive."""
         if self._pool is not None:
             self._pool.shutdown(wait=True)
+        if self.failures:
+            print(f"warning: on disk but not uploaded: {', '.join(map(str, self.failures))}", file=sys.stderr)
 
     def _send(self, path: Path) -> None:
         options = self.options
@@ -158,8 +160,8 @@ class Uploader:
             else:
                 self._api.upload_file(path_or_fileobj=path, **place)
         except Exception as error:  # the library's own errors, the network's, the file system's: none may stop a run
-            self.failures.append(f"{path}: {_said(error, options)}")
-            print(f"warning: not uploaded: {self.failures[-1]}", file=sys.stderr)
+            self.failures.append(path)
+            print(f"warning: not uploaded: {path}: {_said(error, options)}", file=sys.stderr)
 
 
 def _said(error: Exception, options: HuggingFaceOptions) -> str:

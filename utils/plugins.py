@@ -54,8 +54,8 @@ def load_class(dotted: str, option: str) -> type:
     module_name, _, name = dotted.rpartition(".")
     try:
         module = importlib.import_module(module_name)
-    except ImportError as error:
-        raise UserError(f"{option} {dotted}: {module_name} cannot be imported: {one_line(error)}") from None
+    except Exception as error:  # what another's module does while it is imported is not ours to know
+        raise UserError(f"{option} {dotted}: {module_name} cannot be imported: {one_line(error)}") from error
     found = getattr(module, name, None)
     if not inspect.isclass(found):
         classes = [word for word, value in vars(module).items() if inspect.isclass(value)]
