@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import time
 import weakref
 from pathlib import Path
 
@@ -86,7 +87,8 @@ def loads(monkeypatch) -> list[str]:
 
 
 def caches(dataset: Path) -> dict[str, Path]:
-    return {path.name.removesuffix("_hv_te.safetensors"): path for path in (dataset.parent / "cache").glob("*_hv_te.*")}
+    found = (dataset.parent / "cache").glob("*_hv_te.safetensors")
+    return {path.name.removesuffix("_hv_te.safetensors"): path for path in found}
 
 
 def counts(result: dict[str, str]) -> tuple[int, ...]:
@@ -344,3 +346,28 @@ def test_the_manifest_holds_no_absolute_path(dataset, run):
     assert str(dataset.parent) not in text and set(json.loads(text)["sound"]) == {
         p.name for p in caches(dataset).values()
     }
+
+
+@pytest.mark.slow
+def test_killed_runs_go_on_to_the_same_caches(dataset, run, tiny_models):
+    for number in range(40):
+        add_image(dataset.parent, f"more {number}", f"a cat walks on the grass, number {number}")
+    run()
+    undisturbed = {name: load_file(path) for name, path in caches(dataset).items()}
+    for path in (dataset.parent / "cache").iterdir():
+        path.unlink()
+
+    command = [sys.executable, "cache_text_encoder_outputs.py", *arguments(dataset, tiny_models)]
+    for enough in (1, 15, 30):
+        process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        while len(caches(dataset)) < enough and process.poll() is None:
+            time.sleep(0.002)
+        process.kill()
+        process.wait()
+        assert enough <= len(caches(dataset)) < 43
+    (dataset.parent / "cache" / "cat_hv_te.safetensors.1.partial").write_bytes(b"half")
+    before = len(caches(dataset))
+    assert counts(run()) == (43 - before, 0, before, 0)
+    assert not list((dataset.parent / "cache").glob("*.partial"))
+    for name, path in caches(dataset).items():
+        assert all(torch.equal(tensor, undisturbed[name][key]) for key, tensor in load_file(path).items())
