@@ -111,7 +111,7 @@ def _has_modes(optimizer: "torch.optim.Optimizer") -> bool:
 
 @contextlib.contextmanager
 def averaged_weights(optimizer: "torch.optim.Optimizer") -> Iterator[None]:
-    """Inside, the parameters hold what is to be saved, shown and validated.
+    """Inside, the parameters hold what is to be saved, shown and validated; afterwards they are what they were.
 
     Schedule-free optimizers (arXiv 2405.15682) train at another point than the average that they are about; for every
     other optimizer this changes nothing.
@@ -119,8 +119,13 @@ def averaged_weights(optimizer: "torch.optim.Optimizer") -> Iterator[None]:
     if not _has_modes(optimizer):
         yield
         return
+    # The optimizer's own way back rounds, so that looking at a training would change it.
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    trained = [parameter.detach().clone() for parameter in parameters]
     optimizer.eval()
     try:
         yield
     finally:
         optimizer.train()
+        for parameter, value in zip(parameters, trained, strict=True):
+            parameter.data.copy_(value)
