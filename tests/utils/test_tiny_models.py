@@ -6,6 +6,7 @@ import pytest
 import torch
 from transformers import AutoTokenizer, CLIPTextModel, LlamaForCausalLM
 
+from hunyuan_model.checkpoints import load_dit, load_vae
 from utils.tiny_models import DitSize, VaeSize, dit_shapes, vae_shapes, write_tiny_models
 
 DATA = Path(__file__).parent.parent / "data"
@@ -55,3 +56,25 @@ def test_the_llm_neither_explodes_nor_vanishes(tiny_models):
     with torch.no_grad():
         states = model(torch.arange(100)[None], output_hidden_states=True).hidden_states
     assert all(0.1 < state.std() < 5 for state in states)
+
+
+def test_the_dit_neither_explodes_nor_vanishes_and_every_parameter_matters(tiny_models):
+    model = load_dit(tiny_models.dit, dtype=torch.float32).requires_grad_(True)
+    generator = torch.Generator().manual_seed(0)
+    latents, states, pooled = (
+        torch.randn(shape, generator=generator) for shape in [(1, 16, 3, 8, 8), (1, 20, 64), (1, 128)]
+    )
+    mask, timestep, guidance = torch.ones(1, 20, dtype=torch.int64), torch.tensor([500.0]), torch.tensor([6000.0])
+    velocity = model(latents, timestep, states, mask, pooled, guidance=guidance)
+    assert velocity.shape == latents.shape and 0.3 < velocity.std() < 3
+    velocity.square().mean().backward()
+    assert [name for name, parameter in model.named_parameters() if not parameter.grad.abs().max() > 1e-7] == []
+
+
+def test_the_vae_neither_explodes_nor_vanishes(tiny_models):
+    vae = load_vae(tiny_models.vae)
+    with torch.no_grad():
+        posterior = vae.encode(torch.rand(1, 3, 5, 32, 48, generator=torch.Generator().manual_seed(0)) * 2 - 1)
+        pixels = vae.decode(posterior.mean)
+    assert posterior.mean.shape == (1, 16, 2, 4, 6) and 0.1 < posterior.mean.std() < 5
+    assert pixels.shape == (1, 3, 5, 32, 48) and 0.1 < pixels.std() < 5
