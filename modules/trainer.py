@@ -24,14 +24,14 @@ from modules.step_noise import draw_noise, seed_dropout, step_generators
 from modules.step_plan import StepPlan
 from modules.stop_requests import StopRequests
 from modules.timestep_sampling import TimestepOptions, loss_weight, sample_sigmas, sigma_at
-from modules.training_log import BANDS, FIRST_STEPS, TrainingLog, band_name, band_of, smoothed
+from modules.training_log import BANDS, FIRST_STEPS, MEDIAN_OF_STEPS, TrainingLog, band_name, band_of, smoothed
 from modules.training_model import TrainingModel
 from modules.training_state import Progress
 from modules.validation import QUANTILES, validation_losses
 from utils.errors import UserError
 from utils.training_options import PreviewOptions, SaveOptions, TrainingOptions, ValidationOptions
 
-SPIKE = 4.0  # times the smoothed loss
+SPIKE = 4.0  # times the median of recent losses
 
 
 @dataclass(frozen=True)
@@ -183,7 +183,10 @@ def update(trainer: Trainer, result: StepResult, summary: StepSummary) -> None:
 def note(trainer: Trainer, result: StepResult, summary: StepSummary, norm: float, rates: Sequence[float]) -> None:
     """Logs a good step, and what stands out in it."""
     progress, log = trainer.progress, trainer.log
-    spike = progress.smoothed_loss is not None and summary.loss > SPIKE * progress.smoothed_loss
+    recent = progress.recent_losses
+    spike = len(recent) >= FIRST_STEPS // 2 and summary.loss > SPIKE * statistics.median(recent)
+    recent.append(summary.loss)
+    del recent[:-MEDIAN_OF_STEPS]
     progress.smoothed_loss = smoothed(progress.smoothed_loss, summary.loss)
     for band, loss in summary.loss_by_band.items():
         progress.loss_by_band[band] = smoothed(progress.loss_by_band.get(band), loss)

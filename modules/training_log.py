@@ -5,6 +5,7 @@ The file holds nothing that depends on the clock, so that two runs can be compar
 
 import json
 import statistics
+import sys
 import time
 from collections import deque
 from collections.abc import Mapping, Sequence
@@ -86,7 +87,7 @@ class TrainingLog:
     def say(self, text: str) -> None:
         """A line for the person at the terminal, above the bar."""
         if self.active:
-            self.bar.write(text)
+            self.bar.write(text, file=sys.stderr)
 
     def step(
         self,

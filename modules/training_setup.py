@@ -31,7 +31,7 @@ def create_accelerator(training: TrainingOptions, log: LogOptions, distributed: 
     torch.backends.cudnn.benchmark = training.cuda_cudnn_benchmark
     timeout = distributed.ddp_timeout and datetime.timedelta(minutes=distributed.ddp_timeout)
     try:
-        return Accelerator(
+        accelerator = Accelerator(
             # Without it, accelerate takes several processes on a machine without a GPU for separate runs.
             cpu=None if torch.accelerator.is_available() else True,
             mixed_precision=training.mixed_precision,
@@ -41,6 +41,9 @@ def create_accelerator(training: TrainingOptions, log: LogOptions, distributed: 
         )
     except (ValueError, ImportError) as error:
         raise UserError(f"--mixed_precision or --log_with: {one_line(error)}") from error
+    if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
+        raise UserError("--mixed_precision fp16: a CPU has no autocast to float16; use bf16 or no")
+    return accelerator
 
 
 def silence_all_but_main(accelerator: Accelerator) -> None:

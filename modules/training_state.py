@@ -35,6 +35,7 @@ class Progress:
     nonfinite_in_a_row: int = 0
     smoothed_loss: float | None = None
     first_losses: list[float] = field(default_factory=list)
+    recent_losses: list[float] = field(default_factory=list)
     loss_by_band: dict[str, float] = field(default_factory=dict)
     base_validation_loss: float | None = None
     validation_loss: float | None = None
