@@ -7,8 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-TESTS = Path(__file__).parent.parent
-sys.path.insert(0, str(TESTS / "hunyuan_model"))
+sys.path.insert(0, str(Path(__file__).parent.parent / "hunyuan_model"))
 
 from model_layouts import DIT_LAYOUTS, FP8_LAYOUTS, quantized
 
@@ -19,6 +18,7 @@ from utils.cli import run_script
 from utils.safetensors_utils import load_file, save_file
 from utils.tiny_models import DitSize, dit_shapes, random_weights
 
+ROOT = Path(__file__).parent.parent.parent
 HIDDEN, MLP = 64, 256
 TARGETS = {
     "double_blocks_1_img_attn_qkv": (3 * HIDDEN, HIDDEN),
@@ -100,7 +100,7 @@ def test_two_loras_are_rounded_once(tmp_path, monkeypatch, weights, lora):
     save_file(stored, tmp_path / "dit.safetensors")
     merged = tmp_path / "merged.safetensors"
     words = ["--dit", "dit.safetensors", "--lora_weight", lora.name, second.name, "--lora_multiplier", "1", "-0.5"]
-    script = TESTS.parent / "merge_lora.py"
+    script = ROOT / "merge_lora.py"
     done = subprocess.run(
         [sys.executable, script, *words, "--save_merged_model", merged.name],
         cwd=tmp_path,
