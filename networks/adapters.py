@@ -94,15 +94,11 @@ class AdapterModule(nn.Module):
 
     def limit_norm(self, max_norm: float) -> tuple[float, bool]:
         """Shrinks the factors so that the update's Frobenius norm is at most `max_norm`: (norm, whether shrunk)."""
-        norm = self.update_norm()
+        norm = self.factors().norm()
         if norm <= max_norm:
             return norm, False
         self.shrink(max_norm / norm)
         return max_norm, True
-
-    def update_norm(self) -> float:
-        """The Frobenius norm of the update, without `multiplier`."""
-        return self.factors().update().norm().item()
 
     def shrink(self, ratio: float) -> None:
         """Multiplies the update by `ratio`, spread evenly over the factors."""

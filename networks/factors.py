@@ -45,6 +45,10 @@ class Factors:
         """What is added to the weight, as a float32 matrix (out, in); DoRA's lengths are not in it."""
         raise NotImplementedError
 
+    def norm(self) -> float:
+        """The Frobenius norm of the update."""
+        return self.update().norm().item()
+
     @property
     def out_features(self) -> int:
         raise NotImplementedError
@@ -110,6 +114,11 @@ class LoraFactors(Factors):
 
     def update(self) -> Tensor:
         return (self.up.flatten(1).float() * self.scale) @ self.down.flatten(1).float()
+
+    def norm(self) -> float:
+        # |up @ down|^2 from the two small Gram matrices.
+        up, down = self.up.flatten(1).float(), self.down.flatten(1).float()
+        return abs(self.scale) * ((up.T @ up) * (down @ down.T)).sum().clamp_min(0).sqrt().item()
 
 
 @dataclass(frozen=True, kw_only=True)

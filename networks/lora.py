@@ -85,12 +85,6 @@ class LoraModule(AdapterModule):
         use_dora = "dora_scale" in tensors
         return cls(target, rank, tensors["alpha"].item(), use_dora=use_dora, multiplier=multiplier)
 
-    def update_norm(self) -> float:
-        """|update| from the two small Gram matrices."""
-        down, up = self.lora_down.weight.float(), self.lora_up.weight.float()
-        square = ((up.T @ up) * (down @ down.T)).sum()
-        return abs(self.scale) * square.clamp_min(0).sqrt().item()
-
 
 def create_arch_network(
     multiplier: float,
