@@ -170,14 +170,21 @@ def decode_saved(options: GenerationOptions) -> None:
 
 
 def save_merged_model(options: GenerationOptions) -> None:
-    """--save_merged_model: the DiT with its LoRAs in its weights, official names, and no video."""
-    import torch
+    """--save_merged_model: the DiT's file with the LoRAs in its weights, tensor by tensor, and no video."""
+    from networks.merged_files import merge_files
+    from utils.device_utils import DTYPES
 
-    from utils.safetensors_utils import save_file
-
-    model = load_merged_dit(options, torch.device("cpu"), fp8=False)
-    save_file(model.state_dict(), options.lora.save_merged_model, {"format": "pt"})
-    print(f"merged model: {options.lora.save_merged_model}")
+    lora, dtype = options.lora, options.dit.dit_dtype
+    reports = merge_files(
+        options.dit.dit,
+        lora.merged(),
+        lora.save_merged_model,
+        dtype=None if dtype is None else DTYPES[dtype],
+        fp8=options.speed.fp8,
+        device=own_device(options),
+        exclude_single_blocks=lora.exclude_single_blocks,
+    )
+    print_table("merged", [*([report] for report in reports), [lora.save_merged_model]])
 
 
 def build_generator(options: GenerationOptions, keep_loaded: bool = False) -> "Generator":

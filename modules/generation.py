@@ -44,7 +44,7 @@ class LazyModel:
                 self._model = self._load()
 
     def release(self) -> None:
-        if not self._keep:
+        if self._model is not None and not self._keep:
             self._model = None
             release_memory(self._device)
 
