@@ -306,17 +306,23 @@ def check_files(options: Options) -> None:
 
 def load_model(options: Options, accelerator: "Accelerator") -> "HYVideoDiffusionTransformer":
     """The frozen DiT with --base_weights merged; on the CPU where block swap will place it."""
-    from hunyuan_model.checkpoints import load_dit
+    from hunyuan_model.attention import verify_attention
+    from hunyuan_model.checkpoints import is_quantized_in_dit, load_dit, read_dit_config
 
     device = "cpu" if options.swap.blocks_to_swap else accelerator.device
     fp8 = options.memory.fp8_base
     merges = list(zip(options.network.base_weights, options.network.base_multipliers, strict=True))
     dtype = dtype_of(options.dit.dit_dtype, accelerator, on_gpu="bfloat16")
+    head_dim = read_dit_config(options.dit.dit).head_dim
+    verify_attention(options.attention.mode, accelerator.device, dtype, head_dim)
     dit = load_dit(options.dit.dit, device, dtype, fp8 and not merges, options.attention.mode)
     if merges:
         from networks.merging import merge_lora_into
+        from utils.fp8 import quantize_linears
 
         merge_lora_into(dit, merges)
+        if fp8:
+            quantize_linears(dit, is_quantized_in_dit)
     return dit
 
 
@@ -358,8 +364,8 @@ def create_trained(
         enable_block_swap(dit, options.swap.blocks_to_swap, accelerator.device, ring, training=True, pin=pin or None)
     if options.swap.img_in_txt_in_offloading:
         offload_embedders(dit, accelerator.device)
-    if options.training.gradient_checkpointing:
-        checkpoint_activations(dit.blocks)
+    if options.training.checkpointing_policy is not None:
+        checkpoint_activations(dit.blocks, options.training.checkpointing_policy, options.compile.compile)
         trained.enable_gradient_checkpointing()
     return trained
 

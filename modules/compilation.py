@@ -1,24 +1,47 @@
 """torch.compile, block by block: one small graph that serves every block instead of one large graph of the model."""
 
-from collections.abc import Iterable
+import sys
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 from torch import nn
+from torch._dynamo.exc import TorchDynamoException
+from torch._inductor.exc import InductorError
 
+from utils.errors import one_line
 from utils.option_groups import CompileOptions
 
 DYNAMIC = {None: None, "auto": None, "true": True, "false": False}
 
 
 def compile_blocks(blocks: Iterable[nn.Module], options: CompileOptions) -> None:
-    """Compiles the forward of every block; what wraps it afterwards (block swap, step cache) stays outside."""
+    """Compiles the forward of every block; what wraps it afterwards (block swap, step cache) stays outside.
+
+    If that fails, which shows when a block first runs, a line says so and all blocks run as they are.
+    """
     if options.compile_cache_size_limit is not None:
         torch._dynamo.config.cache_size_limit = options.compile_cache_size_limit
+    failures: list[str] = []
     for block in blocks:
-        block.forward = torch.compile(
+        compiled = torch.compile(
             block.forward,
             backend=options.compile_backend,
             mode=options.compile_mode,
             dynamic=DYNAMIC[options.compile_dynamic],
             fullgraph=options.compile_fullgraph,
         )
+        block.forward = _until_it_fails(compiled, block.forward, failures)
+
+
+def _until_it_fails(compiled: Callable, plain: Callable, failures: list[str]) -> Callable:
+    def forward(*arguments: Any) -> Any:
+        if not failures:
+            try:
+                return compiled(*arguments)
+            except (TorchDynamoException, InductorError) as error:
+                failures.append(one_line(error))
+                print(f"warning: --compile failed, the blocks run uncompiled: {failures[0][:300]}", file=sys.stderr)
+        return plain(*arguments)
+
+    return forward

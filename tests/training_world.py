@@ -103,6 +103,8 @@ def command(world: World, dit: Path, output: Path, *words: object) -> list[str]:
         "output_name": "lora",
     }
     typed = {str(word).removeprefix("--") for word in words}
+    if "dim_from_weights" in typed:
+        typed |= {"network_dim", "network_alpha"}
     defaults = [f"--{name}={value}" for name, value in given.items() if name not in typed]
     return [*defaults, *map(str, words)]
 

@@ -62,6 +62,9 @@ class TrainingOptions:
     gradient_checkpointing_cpu_offload: bool = option(
         False, help="keep what gradient checkpointing keeps in host memory"
     )
+    selective_checkpointing: bool = option(
+        False, help="recompute all but large matrix products and attention: faster, and saves less memory"
+    )
     mixed_precision: str | None = option(
         None, help="autocast dtype; what accelerate launch was given if unset", choices=("no", "fp16", "bf16")
     )
@@ -77,6 +80,17 @@ class TrainingOptions:
     def __post_init__(self) -> None:
         if self.gradient_checkpointing_cpu_offload and not self.gradient_checkpointing:
             raise UserError("--gradient_checkpointing_cpu_offload needs --gradient_checkpointing")
+        if self.selective_checkpointing and self.gradient_checkpointing:
+            raise UserError("--selective_checkpointing and --gradient_checkpointing exclude each other; give one")
+
+    @property
+    def checkpointing_policy(self) -> str | None:
+        """What `modules.activation_checkpointing` does, None for nothing."""
+        if self.selective_checkpointing:
+            return "selective"
+        if self.gradient_checkpointing:
+            return "offload" if self.gradient_checkpointing_cpu_offload else "full"
+        return None
 
 
 @dataclass(frozen=True, kw_only=True)

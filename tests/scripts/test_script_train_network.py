@@ -1,0 +1,137 @@
+"""Network options of hv_train_network.py: where a LoRA starts from, what it trains, how the frozen model is kept."""
+
+import importlib.util
+
+import pytest
+import torch
+
+from tests.training_world import assert_same, log_of, train, write_world
+from utils.safetensors_utils import load_file, read_header
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    return write_world(tmp_path_factory.mktemp("world"))
+
+
+@pytest.fixture(scope="module")
+def dit(tiny_models):
+    return tiny_models.dit
+
+
+@pytest.fixture(scope="module")
+def plain(world, dit, tmp_path_factory):
+    """A run without anything special: its folder and its LoRA."""
+    output = tmp_path_factory.mktemp("plain")
+    return output, train(world, dit, output)
+
+
+def first_loss(output) -> float:
+    return log_of(output)[0]["loss"]
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--gradient_checkpointing"],
+        ["--gradient_checkpointing", "--gradient_checkpointing_cpu_offload"],
+        ["--selective_checkpointing"],
+        ["--blocks_to_swap", 2],
+        pytest.param(["--compile", "--compile_backend", "eager"], marks=pytest.mark.slow),
+        ["--img_in_txt_in_offloading"],
+    ],
+    ids=lambda words: words[-1] if isinstance(words[-1], str) else words[0],
+)
+def test_what_saves_memory_or_time_changes_nothing(world, dit, plain, tmp_path, words):
+    assert_same(train(world, dit, tmp_path, *words), plain[1])
+
+
+def test_compilation_that_fails_is_one_line_and_the_run_goes_on(world, dit, plain, tmp_path, capsys, monkeypatch):
+    def broken(graph, inputs):
+        raise RuntimeError("no compiler here")
+
+    monkeypatch.setattr(torch, "compile", lambda forward, **_: torch._dynamo.optimize(broken)(forward))
+    torch._dynamo.reset()
+    assert_same(train(world, dit, tmp_path, "--compile"), plain[1])
+    lines = [line for line in capsys.readouterr().err.splitlines() if "--compile failed" in line]
+    assert len(lines) == 1 and "no compiler here" in lines[0]
+
+
+def test_training_goes_on_from_network_weights(world, dit, plain, tmp_path):
+    output, lora = plain
+    words = ["--network_weights", output / "lora.safetensors", "--max_train_steps", 1, "--learning_rate", 0]
+    assert_same(train(world, dit, tmp_path / "same", *words), lora)
+    assert_same(train(world, dit, tmp_path / "dim", *words, "--dim_from_weights"), lora)
+
+
+def test_rank_and_alpha_come_from_the_weights(world, dit, tmp_path):
+    train(world, dit, tmp_path / "a", "--network_dim", 2, "--network_alpha", 6, "--max_train_steps", 1)
+    given = ["--network_weights", tmp_path / "a" / "lora.safetensors", "--dim_from_weights"]
+    train(world, dit, tmp_path / "b", *given, "--max_train_steps", 1)
+    _, metadata = read_header(tmp_path / "b" / "lora.safetensors")
+    assert metadata["ss_network_dim"] == "2" and float(metadata["ss_network_alpha"]) == 6
+
+
+def test_base_weights_are_in_the_model_and_not_in_the_lora(world, dit, plain, tmp_path):
+    """The first loss with a LoRA merged is the loss at which training that LoRA on would start."""
+    output, _ = plain
+    once = ["--max_train_steps", 1, "--learning_rate", 0]
+    train(world, dit, tmp_path / "on", *once, "--network_weights", output / "lora.safetensors")
+    merged = train(world, dit, tmp_path / "merged", *once, "--base_weights", output / "lora.safetensors")
+    assert first_loss(tmp_path / "merged") == pytest.approx(first_loss(tmp_path / "on"), abs=1e-5)
+    assert not any(tensor.any() for name, tensor in merged.items() if "lora_up" in name)
+    half = ["--base_weights", output / "lora.safetensors", "--base_weights_multiplier", 0]
+    train(world, dit, tmp_path / "none", *once, *half)
+    assert first_loss(tmp_path / "none") == pytest.approx(first_loss(output), abs=1e-6)
+
+
+def test_fp8_base_trains_near_the_full_weights(world, dit, plain, tmp_path):
+    lora = train(world, dit, tmp_path, "--fp8_base")
+    assert any(tensor.any() for name, tensor in lora.items() if "lora_up" in name)
+    assert first_loss(tmp_path) == pytest.approx(first_loss(plain[0]), rel=0.05)
+    assert first_loss(tmp_path) != first_loss(plain[0])
+
+
+def test_scale_weight_norms_bounds_every_update(world, dit, plain, tmp_path):
+    def norms(lora):
+        downs = {name.removesuffix(".lora_down.weight") for name in lora if "lora_down" in name}
+        return [(lora[f"{n}.lora_up.weight"] @ lora[f"{n}.lora_down.weight"]).norm().item() for n in downs]
+
+    assert max(norms(plain[1])) > 0.05
+    assert max(norms(train(world, dit, tmp_path, "--scale_weight_norms", 0.05))) <= 0.05 + 1e-6
+
+
+def test_lora_plus_trains_the_second_factor_faster(world, dit, tmp_path):
+    train(world, dit, tmp_path, "--max_train_steps", 1, "--network_args", "loraplus_lr_ratio=4")
+    assert log_of(tmp_path)[0]["lr"] == [0.01, 0.04]
+
+
+@pytest.mark.parametrize("module", ["networks.loha", "networks.lokr"])
+def test_other_networks_train(world, dit, tmp_path, module):
+    train(world, dit, tmp_path, "--network_module", module)
+    assert len({line["loss"] for line in log_of(tmp_path)}) == 4
+    assert read_header(tmp_path / "lora.safetensors")[1]["ss_network_module"] == module
+
+
+def test_a_lora_of_the_network_protocol_of_others(world, dit, tmp_path):
+    if importlib.util.find_spec("lycoris") is None:
+        pytest.skip("lycoris is not installed")
+    words = ["--network_module", "lycoris.kohya", "--network_args", "algo=lora", "preset=full"]
+    train(world, dit, tmp_path, *words)
+    assert load_file(tmp_path / "lora.safetensors")
+    assert log_of(tmp_path)[-1]["loss"] < log_of(tmp_path)[0]["loss"] * 1.5
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "package"),
+    [("Prodigy", "prodigyopt"), ("AdamWScheduleFree", "schedulefree"), ("Adafactor", "transformers")],
+)
+def test_other_optimizers_resume_exactly(world, dit, tmp_path, optimizer, package):
+    if importlib.util.find_spec(package) is None:
+        pytest.skip(f"{package} is not installed")
+    words = ["--optimizer_type", optimizer, "--save_every_n_steps", 2, "--save_state"]
+    through = train(world, dit, tmp_path / "through", *words)
+    again = train(
+        world, dit, tmp_path / "again", *words, "--resume", tmp_path / "through" / "lora-step00000002-state"
+    )  # fmt: skip
+    assert_same(again, through)
