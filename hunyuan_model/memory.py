@@ -1,0 +1,76 @@
+"""How many bytes the DiT and the VAE need at work, measured on their real code with tensors that have no data."""
+
+import dataclasses
+import math
+from collections.abc import Callable
+
+import torch
+from torch import nn
+
+from hunyuan_model.checkpoints import is_quantized_in_dit
+from hunyuan_model.layers import rotary_frequencies
+from hunyuan_model.models import ROPE_THETA, HunyuanVideoConfig, HYVideoDiffusionTransformer
+from hunyuan_model.vae import AutoencoderKLCausal3D, VaeConfig
+from utils.fp8 import Fp8Linear
+from utils.memory_meter import MemoryMeter, ModelUsage, measure_block, nbytes, without_data
+
+
+def measure_dit(
+    config: HunyuanVideoConfig,
+    latent_shape: tuple[int, int, int, int, int],
+    text_tokens: int,
+    dtype: torch.dtype,
+    fp8: bool = False,
+    training: bool = False,
+    prepare: Callable[[HYVideoDiffusionTransformer], nn.Module | None] = lambda dit: None,
+) -> ModelUsage:
+    """Runs one block of each kind and counts for all of them.
+
+    Args:
+        latent_shape: (B, C, f, h, w).
+        text_tokens: tokens of the longest caption in the batch.
+        fp8: the weights of the blocks are float8.
+        prepare: applies to a DiT of one double and one single block what will be applied to the real one (network,
+            checkpointing); returns the network that is trained, if any.
+    """
+    grid = tuple(size // patch for size, patch in zip(latent_shape[2:], config.patch_size, strict=True))
+    B, L, D = latent_shape[0], math.prod(grid), config.hidden_size
+    with without_data(dtype):
+        dit = HYVideoDiffusionTransformer(dataclasses.replace(config, depth_double=1, depth_single=1))
+        dit.requires_grad_(False)
+        outside = sum(nbytes(weight) for name, weight in dit.named_parameters() if "_blocks." not in name)
+        if fp8:
+            _replace_by_empty_fp8(dit)
+        (double,), (single,) = dit.double_blocks, dit.single_blocks
+        network = prepare(dit)
+        vec = torch.empty(B, D)
+        freqs = rotary_frequencies(grid, text_tokens, config.rope_dims, ROPE_THETA, vec.device)
+        mask = torch.ones(B, 1, 1, L + text_tokens, dtype=torch.bool) if B > 1 else None
+        img, txt = torch.empty(B, L, D), torch.empty(B, text_tokens, D)
+        joint = torch.empty(B, L + text_tokens, D)
+        doubles = measure_block(double, (img, txt), (vec, freqs, mask), training, network)
+        singles = measure_block(single, (joint,), (vec, freqs, mask), training, network)
+        blocks = (doubles,) * config.depth_double + (singles,) * config.depth_single
+        return ModelUsage(blocks, outside, nbytes(joint) + sum(map(nbytes, freqs)))
+
+
+def _replace_by_empty_fp8(dit: HYVideoDiffusionTransformer) -> None:
+    """Quantised layers without the work of quantising."""
+    for name, module in list(dit.named_modules()):
+        if isinstance(module, nn.Linear) and is_quantized_in_dit(name):
+            owner, _, leaf = name.rpartition(".")
+            empty = Fp8Linear(module.in_features, module.out_features, module.bias, module.weight.device)
+            setattr(dit.get_submodule(owner), leaf, empty)
+
+
+def measure_vae(
+    config: VaeConfig, shape: tuple[int, int, int, int, int], dtype: torch.dtype, chunk: int | None, tile: int | None
+) -> int:
+    """Peak bytes of encoding pixels (B, 3, F, H, W) or of decoding latents (B, 16, f, h, w), the weights included."""
+    with without_data(dtype), torch.no_grad():
+        vae = AutoencoderKLCausal3D(config)
+        vae.configure_memory(chunk, tile)
+        with MemoryMeter() as meter:
+            given = torch.empty(shape)
+            vae.encode(given) if shape[1] == config.pixel_channels else vae.decode(given)
+        return meter.peak + sum(map(nbytes, vae.parameters()))

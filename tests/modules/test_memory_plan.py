@@ -1,0 +1,133 @@
+"""The planner's predictions against what really lives while a real model trains or samples on the CPU."""
+
+import itertools
+
+import pytest
+import torch
+from torch import nn
+
+from hunyuan_model.block_swap import enable_block_swap, swapped_blocks
+from hunyuan_model.checkpoints import is_quantized_in_dit
+from hunyuan_model.memory import measure_dit, measure_vae
+from hunyuan_model.models import HunyuanVideoConfig, HYVideoDiffusionTransformer
+from hunyuan_model.vae import AutoencoderKLCausal3D, VaeConfig
+from modules.activation_checkpointing import checkpoint_activations, recompute_cheap
+from modules.memory_plan import GIB, Settings, cheapest, predict
+from networks.lora import create_arch_network
+from utils.errors import UserError
+from utils.fp8 import quantize_linears
+from utils.memory_meter import MemoryMeter, nbytes
+
+CONFIG = HunyuanVideoConfig(
+    hidden_size=128,
+    heads=4,
+    mlp_hidden=512,
+    depth_double=3,
+    depth_single=6,
+    depth_refiner=1,
+    text_dim=64,
+    text_dim_2=64,
+    rope_dims=(4, 14, 14),
+)
+TEXT_TOKENS = 12
+
+
+def prepare(dit: HYVideoDiffusionTransformer, checkpointing: str) -> nn.Module:
+    network = create_arch_network(1.0, 4, 4.0, None, None, dit)
+    network.apply_to(None, dit, False, True)
+    if checkpointing == "none":
+        recompute_cheap(dit.blocks)
+    else:
+        checkpoint_activations(dit.blocks, checkpointing)
+    return network
+
+
+def really_used(shape: tuple, dtype: torch.dtype, fp8: bool, checkpointing: str | None, swap: int) -> int:
+    """Bytes of resident weights and the peak of a step; `checkpointing` None is sampling."""
+    dit = HYVideoDiffusionTransformer(CONFIG).to(dtype).requires_grad_(False)
+    if fp8:
+        quantize_linears(dit, is_quantized_in_dit)
+    streamed = enable_block_swap(dit, swap, "cpu")
+    weights = sum(map(nbytes, dit.parameters()))
+    if streamed:
+        weights += sum(map(nbytes, streamed.ring)) - sum(block.nbytes for block in streamed.blocks)
+    network = prepare(dit, checkpointing) if checkpointing else None
+    B = shape[0]
+    given = (
+        torch.randn(shape, dtype=dtype),
+        torch.full((B,), 500.0),
+        torch.randn(B, TEXT_TOKENS, 64, dtype=dtype),
+        torch.ones(B, TEXT_TOKENS) if B == 1 else (torch.arange(TEXT_TOKENS) < torch.tensor([[TEXT_TOKENS], [5]])),
+        torch.randn(B, 64, dtype=dtype),
+        torch.full((B,), 6000.0),
+    )
+    with MemoryMeter() as meter, torch.set_grad_enabled(network is not None):
+        output = dit(*given)
+        if network:
+            output.float().square().mean().backward()
+    return weights + meter.peak
+
+
+TRAINING = [
+    *itertools.product(["none"], [False, True], [0]),
+    *itertools.product(["selective", "full"], [False, True], [0, 2]),
+]
+SHAPES = [(1, 16, 3, 32, 32), (2, 16, 1, 32, 32)]
+
+
+@pytest.mark.parametrize(("checkpointing", "fp8", "swap"), TRAINING)
+def test_training_is_predicted_within_a_tenth(checkpointing: str, fp8: bool, swap: int) -> None:
+    shape, dtype = SHAPES[0], torch.float32
+    usage = measure_dit(CONFIG, shape, TEXT_TOKENS, dtype, fp8, True, lambda dit: prepare(dit, checkpointing))
+    predicted = predict(usage, swapped_blocks(swap, 3, 6)).tensors
+    assert predicted == pytest.approx(really_used(shape, dtype, fp8, checkpointing, swap), rel=0.1)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=["one", "ragged batch"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def test_sampling_is_predicted_within_a_tenth(shape: tuple, dtype: torch.dtype) -> None:
+    usage = measure_dit(CONFIG, shape, TEXT_TOKENS, dtype)
+    assert predict(usage).tensors == pytest.approx(really_used(shape, dtype, False, None, 0), rel=0.1)
+
+
+@pytest.mark.parametrize(("chunk", "tile"), [(None, None), (4, None), (4, 64)])
+@pytest.mark.parametrize("shape", [(1, 3, 9, 96, 96), (1, 16, 3, 12, 12)], ids=["encode", "decode"])
+def test_vae_is_predicted_within_a_tenth(shape: tuple, chunk: int | None, tile: int | None) -> None:
+    config = VaeConfig(block_out_channels=(8, 16, 16, 16), norm_num_groups=4)
+    vae = AutoencoderKLCausal3D(config).requires_grad_(False)
+    vae.configure_memory(chunk, tile)
+    with MemoryMeter() as meter, torch.no_grad():
+        given = torch.randn(shape)
+        vae.encode(given) if shape[1] == config.pixel_channels else vae.decode(given)
+    used = meter.peak + sum(map(nbytes, vae.parameters()))
+    assert measure_vae(config, shape, torch.float32, chunk, tile) == pytest.approx(used, rel=0.1)
+
+
+def test_the_cheapest_that_fits() -> None:
+    def predicted(settings: Settings):
+        return predict(
+            measure_dit(
+                CONFIG,
+                SHAPES[0],
+                TEXT_TOKENS,
+                torch.bfloat16,
+                settings.fp8,
+                True,
+                lambda d: prepare(d, settings.checkpointing),
+            ),
+            swapped_blocks(settings.blocks_to_swap, 3, 6),
+        )
+
+    candidates = [
+        Settings(fp8, kind, n) for fp8 in (False, True) for kind in ("none", "full") for n in (0, 2 * (kind == "full"))
+    ]
+    assert cheapest(candidates, 80 * GIB, predicted) == Settings()
+    tight = predicted(Settings(True, "full", 0)).device
+    chosen = cheapest(candidates, tight, predicted)
+    assert predicted(chosen).device <= tight
+    slower = [s for s in candidates if s.relative_time < chosen.relative_time]
+    assert all(predicted(s).device > tight for s in slower)
+    with pytest.raises(
+        UserError, match=r"nothing fits 0\.1 GiB.*--fp8_base --gradient_checkpointing --blocks_to_swap 2"
+    ):
+        cheapest(candidates, GIB // 10, predicted)
