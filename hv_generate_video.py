@@ -184,7 +184,9 @@ def save_merged_model(options: GenerationOptions) -> None:
         device=own_device(options),
         exclude_single_blocks=lora.exclude_single_blocks,
     )
-    print_table("merged", [*([report] for report in reports), [lora.save_merged_model]])
+    for report in reports:
+        report.announce()
+    print(f"written: {lora.save_merged_model}")
 
 
 def build_generator(options: GenerationOptions, keep_loaded: bool = False) -> "Generator":

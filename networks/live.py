@@ -30,7 +30,8 @@ class LiveLoras:
         for hook in self._hooks:
             hook.remove()
         changes, files = read_changes(loras, exclude_single_blocks)
-        count_matches([path for path, _ in loras], files, self._modules)
+        for report in count_matches([path for path, _ in loras], files, self._modules):
+            report.announce()
         self._hooks = [
             self._modules[name].register_forward_hook(_addition(own))
             for name, own in changes.items()

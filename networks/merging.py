@@ -1,6 +1,7 @@
 """LoRA into weights, computed exactly: each weight in float32, with all its LoRAs, rounded once."""
 
 import os
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -14,14 +15,23 @@ from utils.errors import UserError
 
 @dataclass(frozen=True)
 class MergeReport:
-    """What became of one LoRA file: `matched` of its `total` modules are in the model."""
+    """What became of one LoRA file: `matched` of its `total` modules are in the model, `leftover` keys in none."""
 
     path: str
     matched: int
     total: int
+    leftover: int = 0
 
     def __str__(self) -> str:
-        return f"{self.path}: {self.matched} of {self.total} modules merged"
+        leftover = f", {self.leftover} keys belong to no module of HunyuanVideo" if self.leftover else ""
+        return f"{self.path}: {self.matched} of {self.total} modules merged{leftover}"
+
+    def announce(self) -> None:
+        """Prints it, as a warning where something of the file is not used."""
+        if self.matched < self.total or self.leftover:
+            print(f"warning: {self}", file=sys.stderr)
+        else:
+            print(self)
 
 
 def dense_weight(module: nn.Module) -> Tensor:
@@ -52,7 +62,7 @@ def read_changes(
     changes: Changes = {}
     files = []
     for path, multiplier in loras:
-        lora = read_lora(path)
+        lora = read_lora(path, allow_partial=True)
         if exclude_single_blocks:
             lora.modules = {n: f for n, f in lora.modules.items() if not n.startswith("single_blocks.")}
         for name, factors in lora.modules.items():
@@ -104,7 +114,7 @@ def count_matches(
         if not matched:
             example = next(iter(lora.modules), "none, for all are excluded")
             raise UserError(f"{path}: none of its {len(lora.modules)} modules is in this DiT, such as {example}")
-        reports.append(MergeReport(str(path), matched, len(lora.modules)))
+        reports.append(MergeReport(str(path), matched, len(lora.modules), len(lora.leftover)))
     return reports
 
 
@@ -130,5 +140,5 @@ def merge_lora_into(
     for name, module in targets.items():
         write_weight(module, lambda weight, name=name: change_weight(name, weight, changes[name]))
     for report in reports:
-        print(report)
+        report.announce()
     return reports

@@ -207,6 +207,25 @@ def test_two_loras_are_the_sum_of_their_deltas(load_sampling_dit, loras):
     torch.testing.assert_close(both, base + 0.7 * (first - base) - 0.5 * (second - base), rtol=1e-5, atol=1e-6)
 
 
+def test_a_lora_that_fits_in_part_is_a_warning_with_numbers_and_one_that_does_not_an_error(
+    load_sampling_dit, loras, tmp_path, capfd
+):
+    from utils.errors import UserError
+    from utils.safetensors_utils import load_file, save_file
+
+    tensors = load_file(loras[0])
+    unknown = {name.replace("blocks_1_", "blocks_70_"): tensor for name, tensor in tensors.items()}
+    unknown["lora_unet_something.lora_down.weight"] = torch.zeros(4, 8)
+    save_file(unknown, tmp_path / "partly.safetensors")
+    load_sampling_dit("--lora_weight", tmp_path / "partly.safetensors")
+    assert "warning: " in (said := capfd.readouterr().err)
+    assert "26 of 36 modules merged, 1 keys belong to no module" in said
+    far = {re.sub(r"blocks_(\d)_", r"blocks_7\1_", name): tensor for name, tensor in tensors.items()}
+    save_file(far, tmp_path / "far.safetensors")
+    with pytest.raises(UserError, match="none of its 36 modules is in this DiT"):
+        load_sampling_dit("--lora_weight", tmp_path / "far.safetensors")
+
+
 def test_merged_is_applied(load_sampling_dit, dit_inputs, loras):
     from networks.live import LiveLoras
 
