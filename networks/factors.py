@@ -7,6 +7,7 @@ LoKr, arXiv:2402.09353 for DoRA.
 import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -20,6 +21,9 @@ class Factors:
         alpha: the update is scaled by alpha / rank; None means alpha = rank.
         dora_scale: DoRA's lengths of the rows (out, 1), or of the columns (1, in), of the new weight.
     """
+
+    # The low-rank products that the update is made of: (matrix with the rows, matrix with the columns).
+    PAIRS: ClassVar[tuple[tuple[str, str], ...]] = ()
 
     alpha: float | None = None
     dora_scale: Tensor | None = None
@@ -59,17 +63,12 @@ class Factors:
 
     def rows(self, start: int, stop: int) -> "Factors | None":
         """The factors of these rows of the weight alone; None where rows cannot be told apart."""
-        if self.dora_scale is not None and self.dora_scale.shape[0] != self.out_features:
+        if not self.PAIRS or (self.dora_scale is not None and self.dora_scale.shape[0] != self.out_features):
             return None
-        sides = {name: getattr(self, name)[start:stop] for name in self.row_sides}
+        sides = {side: getattr(self, side)[start:stop] for side, _ in self.PAIRS}
         if self.dora_scale is not None:
             sides["dora_scale"] = self.dora_scale[start:stop]
         return dataclasses.replace(self, **sides)
-
-    @property
-    def row_sides(self) -> tuple[str, ...]:
-        """The matrices that have a row for each row of the weight."""
-        raise NotImplementedError
 
     def apply(self, weight: Tensor, multiplier: float = 1.0) -> Tensor:
         """The changed weight, float32, in the shape of `weight`.
@@ -93,12 +92,10 @@ class Factors:
 class LoraFactors(Factors):
     """update = alpha / rank * up @ down; down (rank, in), up (out, rank), each perhaps with a convolution's kernel."""
 
+    PAIRS: ClassVar[tuple[tuple[str, str], ...]] = (("up", "down"),)
+
     down: Tensor
     up: Tensor
-
-    @property
-    def row_sides(self) -> tuple[str, ...]:
-        return ("up",)
 
     @property
     def rank(self) -> int:
@@ -125,14 +122,12 @@ class LoraFactors(Factors):
 class LohaFactors(Factors):
     """update = alpha / rank * (w1_a @ w1_b) * (w2_a @ w2_b), the latter product by element; a (out, r), b (r, in)."""
 
+    PAIRS: ClassVar[tuple[tuple[str, str], ...]] = (("w1_a", "w1_b"), ("w2_a", "w2_b"))
+
     w1_a: Tensor
     w1_b: Tensor
     w2_a: Tensor
     w2_b: Tensor
-
-    @property
-    def row_sides(self) -> tuple[str, ...]:
-        return ("w1_a", "w2_a")
 
     @property
     def rank(self) -> int:
@@ -161,9 +156,6 @@ class LokrFactors(Factors):
     w2: Tensor | None = None
     w2_a: Tensor | None = None
     w2_b: Tensor | None = None
-
-    def rows(self, start: int, stop: int) -> None:
-        return None
 
     @property
     def rank(self) -> int:
@@ -252,8 +244,7 @@ def _check_shapes(factors: Factors) -> None:
         # NaN goes through to the extremes, and they are found faster than by looking at every value for itself.
         if not torch.stack(torch.aminmax(tensor if tensor.dtype.itemsize > 1 else tensor.float())).isfinite().all():
             raise ValueError(f"{name} has values that are not finite")
-    pairs = {LoraFactors: [("up", "down")], LohaFactors: [("w1_a", "w1_b"), ("w2_a", "w2_b")]}
-    for a, b in pairs.get(type(factors), [("w1_a", "w1_b"), ("w2_a", "w2_b")]):
+    for a, b in factors.PAIRS or LohaFactors.PAIRS:
         if (a in shapes) != (b in shapes):
             raise ValueError(f"has {a if a in shapes else b} without {b if a in shapes else a}")
         if a in shapes and shapes[a][1] != shapes[b][0]:

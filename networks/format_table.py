@@ -71,7 +71,7 @@ _TABLE = [
         dora=None,
         other_kinds=False,
     ),
-    _kohya("onetrainer-legacy", "OneTrainer LEGACY_LORA", "lora_transformer_", "diffusers", other_kinds=False),
+    _kohya("onetrainer-legacy", "OneTrainer LEGACY_LORA", "lora_transformer_", "diffusers"),
     Format("onetrainer-original", "OneTrainer ORIGINAL_LORA", ""),
     _kohya("onetrainer-kohya", "OneTrainer KOHYA_LORA", "lora_unet_"),
     _kohya("hunyuan-i2v", "official HunyuanVideo-I2V trainer", "Hunyuan_video_I2V_lora_", other_kinds=False),

@@ -274,7 +274,7 @@ def to_tensors(lora: Lora, format_: Format, dtype: torch.dtype | None = None) ->
         try:
             parts = _parts(official, factors, format_, len(names))
         except ValueError as error:
-            raise UserError(f"{official} {error}; --rank makes it a LoRA of that rank") from None
+            raise UserError(f"{official} {error}") from None
         for name, part in zip(names, parts):
             if part is not None:
                 tensors |= {f"{name}.{suffix}": tensor for suffix, tensor in _named(part, format_, dtype).items()}
@@ -283,9 +283,9 @@ def to_tensors(lora: Lora, format_: Format, dtype: torch.dtype | None = None) ->
 
 def _parts(official: str, factors: Factors, format_: Format, count: int) -> "list[Factors | None]":
     if factors.dora_scale is not None and format_.dora is None:
-        raise UserError(f"{official} is DoRA, which readers of '{format_.name}' do not know")
+        raise ValueError(f"is DoRA, which readers of '{format_.name}' do not know")
     if not isinstance(factors, LoraFactors) and not format_.other_kinds:
-        raise ValueError(f"is no plain LoRA, which is all that readers of '{format_.name}' know")
+        raise ValueError(f"is no plain LoRA, all that readers of '{format_.name}' know; --rank makes it one")
     if count == 1:
         return [swap_halves(factors) if format_.splits and official == SWAPPED else factors]
     hidden = factors.out_features // 3 if count == 3 else factors.in_features

@@ -11,55 +11,30 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from networks.factors import Factors, LohaFactors, LokrFactors, LoraFactors
-
-# Row side and column side of each product.
-PAIRS = {LoraFactors: [("up", "down")], LohaFactors: [("w1_a", "w1_b"), ("w2_a", "w2_b")]}
+from networks.factors import Factors, LoraFactors
 
 
 def split_rows(factors: Factors, rows: Sequence[int]) -> list[Factors | None]:
     """An adapter for each group of rows, None for a group that the update leaves alone while it changes others.
 
     Raises:
-        ValueError: a LoKr whose Kronecker blocks do not end where the groups do, or DoRA by columns.
+        ValueError: a LoKr, or DoRA by columns.
     """
     if sum(rows) != factors.out_features:
         raise ValueError(f"has {factors.out_features} rows, {' + '.join(map(str, rows))} are expected")
-    lengths = _split_dora(factors, rows)
-    if isinstance(factors, LokrFactors):
-        parts = _split_lokr(factors, rows)
-    else:
-        sides = [side for side, _ in PAIRS[type(factors)]]
-        pieces = {side: getattr(factors, side).split(list(rows)) for side in sides}
-        whole = [dataclasses.replace(factors, **{side: pieces[side][i] for side in sides}) for i in range(len(rows))]
-        parts = [_without_zero_ranks(part) for part in whole]
-        if factors.dora_scale is not None or not any(parts):
-            parts = [part or kept for part, kept in zip(parts, whole)]
-    return [part and dataclasses.replace(part, dora_scale=length) for part, length in zip(parts, lengths)]
-
-
-def _split_dora(factors: Factors, rows: Sequence[int]) -> Sequence[Tensor | None]:
-    if factors.dora_scale is None:
-        return [None] * len(rows)
-    if factors.dora_scale.shape[0] != factors.out_features:
-        raise ValueError("has DoRA lengths of columns, which cannot be split into rows")
-    return factors.dora_scale.split(list(rows))
-
-
-def _split_lokr(factors: LokrFactors, rows: Sequence[int]) -> list[Factors]:
-    """kron(w1, w2) has blocks of w2's rows: groups that are whole blocks take their rows of w1."""
-    second = factors.w2_a if factors.w2 is None else factors.w2
-    block = second.shape[0]
-    if any(count % block for count in rows):
-        raise ValueError(f"is a LoKr with blocks of {block} rows, which cannot be cut into {list(rows)} rows")
-    side = "w1_a" if factors.w1 is None else "w1"
-    pieces = getattr(factors, side).split([count // block for count in rows])
-    return [dataclasses.replace(factors, **{side: piece}) for piece in pieces]
+    if factors.rows(0, 1) is None:
+        raise ValueError("is a LoKr, or a DoRA of columns, which cannot be cut into rows")
+    starts = [sum(rows[:index]) for index in range(len(rows))]
+    whole = [factors.rows(start, start + count) for start, count in zip(starts, rows)]
+    parts = [_without_zero_ranks(part) for part in whole]
+    if factors.dora_scale is not None or not any(parts):
+        return [part or kept for part, kept in zip(parts, whole)]
+    return parts
 
 
 def _without_zero_ranks(factors: Factors) -> Factors | None:
     """`factors` without the ranks whose columns are zero on every row side; None if all are."""
-    pairs = PAIRS[type(factors)]
+    pairs = factors.PAIRS
     used = torch.stack([getattr(factors, side).flatten(1).ne(0).any(0) for side, _ in pairs]).any(0)
     if not used.any():
         return None
@@ -77,19 +52,13 @@ def stack_rows(parts: Sequence[Factors | None], rows: Sequence[int]) -> Factors:
         ValueError: the parts are of different kinds, do not fit `rows`, or DoRA parts are missing.
     """
     given = [part for part in parts if part is not None]
-    if len({type(part) for part in given}) > 1:
-        raise ValueError("has parts of different kinds")
+    if len({type(part) for part in given}) > 1 or not given[0].PAIRS:
+        raise ValueError("has parts that are LoKr, or of different kinds")
     for part, count in zip(parts, rows, strict=True):
         if part is not None and part.out_features != count:
             raise ValueError(f"has a part of {part.out_features} rows, {count} are expected")
-    lengths = _stack_dora(parts)
-    if isinstance(given[0], LokrFactors):
-        fused = _stack_lokr(parts)
-    elif _shared(given):
-        fused = _stack_shared(parts, rows)
-    else:
-        fused = _stack_blocks(parts, rows)
-    return dataclasses.replace(fused, dora_scale=lengths)
+    stack = _stack_shared if _shared(given) else _stack_blocks
+    return dataclasses.replace(stack(parts, rows), dora_scale=_stack_dora(parts))
 
 
 def _stack_dora(parts: Sequence[Factors | None]) -> Tensor | None:
@@ -104,9 +73,7 @@ def _stack_dora(parts: Sequence[Factors | None]) -> Tensor | None:
 def _shared(given: Sequence[Factors]) -> bool:
     first = given[0]
     same_columns = (
-        torch.equal(getattr(part, columns), getattr(first, columns))
-        for part in given[1:]
-        for _, columns in PAIRS[type(first)]
+        torch.equal(getattr(part, columns), getattr(first, columns)) for part in given[1:] for _, columns in first.PAIRS
     )
     return all(part.alpha == first.alpha for part in given) and all(same_columns)
 
@@ -114,7 +81,7 @@ def _shared(given: Sequence[Factors]) -> bool:
 def _stack_shared(parts: Sequence[Factors | None], rows: Sequence[int]) -> Factors:
     first = next(part for part in parts if part is not None)
     sides = {}
-    for side, _ in PAIRS[type(first)]:
+    for side, _ in first.PAIRS:
         like = getattr(first, side)
         empty = [like.new_zeros(count, *like.shape[1:]) for count in rows]
         sides[side] = torch.cat([none if part is None else getattr(part, side) for part, none in zip(parts, empty)])
@@ -130,7 +97,7 @@ def _stack_blocks(parts: Sequence[Factors | None], rows: Sequence[int]) -> Facto
         given = [part for part in parts if part is not None]
     alpha = given[0].alpha if given[0].alpha is None else given[0].alpha * rank / given[0].rank
     changed = {}
-    for side, columns in PAIRS[type(given[0])]:
+    for side, columns in given[0].PAIRS:
         like = getattr(given[0], side)
         blocks = like.new_zeros(sum(rows), rank, *like.shape[2:])
         row = column = 0
@@ -143,37 +110,19 @@ def _stack_blocks(parts: Sequence[Factors | None], rows: Sequence[int]) -> Facto
     return dataclasses.replace(given[0], alpha=alpha, **changed)
 
 
-def _stack_lokr(parts: Sequence[Factors | None]) -> Factors:
-    """Only what `_split_lokr` made: the same w2 and the same columns of w1 everywhere."""
-    first = parts[0]
-    side = "w1_a" if first is not None and first.w1 is None else "w1"
-    for part in parts:
-        same = part is not None and part.tensors().keys() == first.tensors().keys() and part.alpha == first.alpha
-        fixed = [name for name in first.tensors() if name not in (side, "dora_scale")] if same else []
-        if not same or not all(torch.equal(getattr(part, name), getattr(first, name)) for name in fixed):
-            raise ValueError("has LoKr parts that are not one LoKr")
-    return dataclasses.replace(first, **{side: torch.cat([getattr(part, side) for part in parts])})
-
-
-def _row_sides(factors: Factors) -> list[str]:
-    """The matrices that hold the rows of the update."""
-    if isinstance(factors, LokrFactors):
-        return ["w1_a" if factors.w1 is None else "w1"]
-    return [side for side, _ in PAIRS[type(factors)]]
-
-
 def fold_alpha(factors: Factors) -> Factors:
     """The same update without alpha: alpha / rank goes wholly into one row side, rounded once to its dtype."""
     if factors.scale == 1:
         return dataclasses.replace(factors, alpha=None)
-    side = _row_sides(factors)[0]
-    matrix = getattr(factors, side)
-    return dataclasses.replace(factors, alpha=None, **{side: matrix * factors.scale})
+    side = factors.PAIRS[0][0]
+    return dataclasses.replace(factors, alpha=None, **{side: getattr(factors, side) * factors.scale})
 
 
 def swap_halves(factors: Factors) -> Factors:
     """Rows (shift, scale) <-> (scale, shift)."""
-    names = [*_row_sides(factors), *(["dora_scale"] if factors.dora_scale is not None else [])]
+    if factors.rows(0, 1) is None:
+        raise ValueError("is a LoKr, or a DoRA of columns, whose halves cannot be exchanged")
+    names = [side for side, _ in factors.PAIRS] + ["dora_scale"] * (factors.dora_scale is not None)
     return dataclasses.replace(factors, **{n: torch.cat(getattr(factors, n).chunk(2)[::-1]) for n in names})
 
 
@@ -220,9 +169,8 @@ def ranks_for_energy(values: Tensor, energy: float) -> int:
 def dense_svd(update: Tensor, rank: int, dora_scale: Tensor | None = None) -> LoraFactors:
     """The nearest LoRA of a matrix (out, in), by randomised SVD with power iterations."""
     kept = min(rank, *update.shape)
-    generator_state = torch.random.get_rng_state()
-    torch.manual_seed(0)
-    left, values, right = torch.svd_lowrank(update.float(), q=min(kept + 16, *update.shape), niter=6)
-    torch.random.set_rng_state(generator_state)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        left, values, right = torch.svd_lowrank(update.float(), q=min(kept + 16, *update.shape), niter=6)
     root = values[:kept].sqrt()
     return LoraFactors(up=left[:, :kept] * root, down=(right[:, :kept] * root).T, dora_scale=dora_scale)
