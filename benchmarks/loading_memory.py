@@ -51,8 +51,8 @@ def write_dit(folder: Path, double_blocks: int, single_blocks: int) -> tuple[lis
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--double_blocks", type=int, default=4)
-    parser.add_argument("--single_blocks", type=int, default=5)
+    parser.add_argument("--double_blocks", type=int, default=2)
+    parser.add_argument("--single_blocks", type=int, default=3)
     parser.add_argument("--load", type=Path, help="only load this file and print peak and size (a process of its own)")
     parser.add_argument("--fp8", action="store_true", help="with --load: as fp8")
     options = parser.parse_args()

@@ -323,7 +323,8 @@ class _Weights:
     def _finite(self, name: str, tensor: Tensor) -> Tensor:
         values = tensor.detach()
         if values.dtype == FP8:
-            sound = not bool((values.view(torch.uint8) & 0x7F == 0x7F).any())  # its only NaNs; it has no infinity
+            # Its NaNs are the bytes 0x7F and 0xFF, the largest ones as signed and as unsigned; it has no infinity.
+            sound = bool(values.view(torch.int8).max() < 0x7F) and bool(values.view(torch.uint8).max() < 0xFF)
         else:
             sound = values.numel() == 0 or all(bool(torch.isfinite(extreme)) for extreme in values.aminmax())
         if not sound:

@@ -93,7 +93,9 @@ class ModelFile:
             UserError: this file holds no such part.
         """
         if part not in self.prefixes:
-            raise UserError(f"{self.path}: a {part} of HunyuanVideo is expected, this is {_with_article(self.what)}")
+            raise UserError(
+                f"{self.path}: {_with_article(part)} of HunyuanVideo is expected, this is {_with_article(self.what)}"
+            )
         return _below(self.checkpoint.infos, self.prefixes[part])
 
 
@@ -123,7 +125,7 @@ def identify(path: str | Path) -> ModelFile:
 
 
 def _with_article(what: str) -> str:
-    return f"an {what}" if what[0] in "AEIOUL" and what != LORA else f"a {what}"
+    return f"an {what}" if what.startswith(("LLM", "LTX", "SDXL", "unknown")) else f"a {what}"
 
 
 def _below(infos: Mapping[str, TensorInfo], prefix: str) -> dict[str, TensorInfo]:

@@ -14,8 +14,9 @@ from utils.errors import UserError
 
 FP8 = torch.float8_e4m3fn
 FP8_MAX = torch.finfo(FP8).max
-# Rows quantised at a time: bounds the float32 copies to a few MB whatever the size of the matrix.
-_ROWS = 512
+# Rows quantised at a time: bounds the float32 copies to a few MB even for the widest matrix, so that the allocator
+# need not keep large holes.
+_ROWS = 64
 _MANTISSA = (1 << 23) - 1
 
 

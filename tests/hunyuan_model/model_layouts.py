@@ -5,6 +5,7 @@ DiT names of diffusers and ComfyUI come from `key_maps`, which test_key_maps.py 
 
 import json
 import math
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -18,7 +19,7 @@ FP8 = torch.float8_e4m3fn
 BLOCK_LINEAR = ("attn_qkv.weight", "attn_proj.weight", "fc1.weight", "fc2.weight", "linear1.weight", "linear2.weight")
 
 
-def _prefixed(weights: Weights, prefix: str) -> Weights:
+def prefixed(weights: Weights, prefix: str) -> Weights:
     return {prefix + name: tensor for name, tensor in weights.items()}
 
 
@@ -58,10 +59,10 @@ DIT_LAYOUTS: dict[str, Callable[[Path, Weights], Path]] = {
     "safetensors": lambda folder, w: _safetensors(folder / "dit.safetensors", w, {"format": "pt"}),
     "ComfyUI": lambda folder, w: _safetensors(folder / "c.safetensors", dit_from_official(w, "ComfyUI")),
     "ComfyUI, model.model.": lambda folder, w: _safetensors(
-        folder / "hunyuan_video_t2v_720p_bf16.safetensors", _prefixed(dit_from_official(w, "ComfyUI"), "model.model.")
+        folder / "hunyuan_video_t2v_720p_bf16.safetensors", prefixed(dit_from_official(w, "ComfyUI"), "model.model.")
     ),
     "official, model.diffusion_model.": lambda folder, w: _safetensors(
-        folder / "c.safetensors", _prefixed(w, "model.diffusion_model.")
+        folder / "c.safetensors", prefixed(w, "model.diffusion_model.")
     ),
     "diffusers folder, shards": lambda folder, w: write_shards(
         folder / "transformer",
@@ -99,7 +100,7 @@ def _comfyui_fp8(folder: Path, stored: Weights, scales: dict[str, float]) -> Pat
     weights |= {f"{name.removesuffix('.weight')}.scale_weight": torch.tensor(scale) for name, scale in comfy.items()}
     weights |= {f"{next(iter(comfy)).removesuffix('.weight')}.scale_input": torch.tensor(1.0)}
     weights["scaled_fp8"] = torch.empty(2, dtype=FP8)
-    return _safetensors(folder / "hunyuan_fp8_scaled.safetensors", _prefixed(weights, "model.diffusion_model."))
+    return _safetensors(folder / "hunyuan_fp8_scaled.safetensors", prefixed(weights, "model.diffusion_model."))
 
 
 def _kijai_fp8(folder: Path, stored: Weights, scales: dict[str, float]) -> Path:
@@ -150,14 +151,75 @@ def _vae_folder(folder: Path, weights: Weights) -> Path:
 
 VAE_LAYOUTS: dict[str, Callable[[Path, Weights], Path]] = {
     "official .pt": lambda folder, w: _vae_pt(folder, {"state_dict": w}),
-    "official .pt, vae.": lambda folder, w: _vae_pt(folder, {"state_dict": _prefixed(w, "vae.")}),
+    "official .pt, vae.": lambda folder, w: _vae_pt(folder, {"state_dict": prefixed(w, "vae.")}),
     "bare .pt": _vae_pt,
     "safetensors": lambda folder, w: _safetensors(folder / "vae.safetensors", w, _VAE_METADATA),
     "ComfyUI": lambda folder, w: _safetensors(
         folder / "hunyuan_video_vae_bf16.safetensors", _vae_comfyui_names(w), _VAE_METADATA
     ),
     "ComfyUI, vae.": lambda folder, w: _safetensors(
-        folder / "all.safetensors", _prefixed(_vae_comfyui_names(w), "vae."), _VAE_METADATA
+        folder / "all.safetensors", prefixed(_vae_comfyui_names(w), "vae."), _VAE_METADATA
     ),
     "diffusers folder": _vae_folder,
+}
+
+
+def _vision_tower() -> Weights:
+    return {
+        "vision_tower.vision_model.encoder.layers.0.layer_norm1.weight": torch.ones(4),
+        "multi_modal_projector.linear_1.weight": torch.ones(4, 4),
+    }
+
+
+def single_file(folder: Path, source: Path, weights: Weights, file: str) -> Path:
+    """One file, its tokenizer in a folder of the same name."""
+    _safetensors(folder / file, weights)
+    (folder / Path(file).stem).mkdir()
+    shutil.copy(source / "tokenizer.json", folder / Path(file).stem)
+    return folder / file
+
+
+def _hf_folder(folder: Path, source: Path, weights: Weights, config: dict | None = None) -> Path:
+    config = config or json.loads((source / "config.json").read_text(encoding="utf-8"))
+    write_shards(folder / "llm", weights, "model", config, shards=2)
+    shutil.copy(source / "tokenizer.json", folder / "llm")
+    return folder / "llm"
+
+
+def _llava_folder(folder: Path, source: Path, weights: Weights, prefix: str) -> Path:
+    text = json.loads((source / "config.json").read_text(encoding="utf-8"))
+    config = {"model_type": "llava", "architectures": ["LlavaForConditionalGeneration"], "text_config": text}
+    return _hf_folder(folder, source, prefixed(weights, prefix) | _vision_tower(), config)
+
+
+LLM_LAYOUTS: dict[str, Callable[[Path, Path, Weights], Path]] = {
+    "folder": lambda folder, source, w: source,
+    "shards": _hf_folder,
+    "single file": lambda folder, source, w: single_file(folder, source, w, "llava_llama3_fp16.safetensors"),
+    "single file with its tokenizer": lambda folder, source, w: single_file(
+        folder, source, w | {"tokenizer": torch.zeros(3, dtype=torch.uint8)}, "llava_llama3_fp16.safetensors"
+    ),
+    "full checkpoint": lambda folder, source, w: single_file(
+        folder, source, prefixed(w, "text_encoders.llama.transformer."), "all.safetensors"
+    ),
+    "LLaVA folder": lambda folder, source, w: _llava_folder(folder, source, w, "language_model."),
+    "LLaVA folder of transformers 5": lambda folder, source, w: _llava_folder(
+        folder, source, {name.replace("model.", "model.language_model.", 1): w[name] for name in w}, ""
+    ),
+}
+
+
+CLIP_LAYOUTS: dict[str, Callable[[Path, Path, Weights], Path]] = {
+    "folder": lambda folder, source, w: source,
+    "shards": _hf_folder,
+    "clip_l.safetensors": lambda folder, source, w: single_file(folder, source, w, "clip_l.safetensors"),
+    "whole CLIP": lambda folder, source, w: single_file(
+        folder,
+        source,
+        w | {"vision_model.encoder.layers.0.mlp.fc1.weight": torch.ones(2), "logit_scale": torch.tensor(1.0)},
+        "model.safetensors",
+    ),
+    "full checkpoint": lambda folder, source, w: single_file(
+        folder, source, prefixed(w, "text_encoders.clip_l.transformer."), "all.safetensors"
+    ),
 }

@@ -4,7 +4,6 @@ import json
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -21,13 +20,16 @@ from hunyuan_model.checkpoints import (
 )
 from tests.conftest import ROOT
 from tests.hunyuan_model.model_layouts import (
+    CLIP_LAYOUTS,
     DIT_LAYOUTS,
     FP8,
     FP8_LAYOUTS,
+    LLM_LAYOUTS,
     VAE_LAYOUTS,
     Weights,
+    prefixed,
     quantized,
-    write_shards,
+    single_file,
 )
 from utils.errors import UserError
 from utils.fp8 import Fp8Linear
@@ -113,6 +115,22 @@ def test_fp8_of_a_bf16_file_quantises_the_blocks_and_nothing_else(dit_weights: W
     assert error.norm() / dit_weights[f"{name}.weight"].norm() < 0.03
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_fp8_of_a_broken_file_is_refused(value: float, dit_weights: Weights, tmp_path: Path) -> None:
+    weights = dit_weights | {"single_blocks.0.linear1.weight": dit_weights["single_blocks.0.linear1.weight"].clone()}
+    weights["single_blocks.0.linear1.weight"][5, 7] = value
+    with pytest.raises(UserError, match=r"single_blocks\.0\.linear1\.weight holds NaN"):
+        load_dit(DIT_LAYOUTS["safetensors"](tmp_path, weights), fp8=True)
+
+
+@pytest.mark.parametrize("byte", [0x7F, 0xFF])
+def test_both_nans_of_float8_are_refused(byte: int, dit_weights: Weights, tmp_path: Path) -> None:
+    stored, scales, _ = quantized(dit_weights)
+    stored["single_blocks.0.linear1.weight"].view(torch.uint8)[5, 7] = byte
+    with pytest.raises(UserError, match=r"single_blocks\.0\.linear1\.weight holds NaN"):
+        load_dit(FP8_LAYOUTS["kijai"](tmp_path, stored, scales), fp8=True)
+
+
 @pytest.mark.parametrize(
     ("name", "wanted"),
     [
@@ -137,55 +155,6 @@ def test_vae_of_every_layout_is_bit_identical(layout: str, vae_weights: Weights,
     assert ("ComfyUI names" in identify(path).layout) == layout.startswith("ComfyUI")
 
 
-def _rename(weights: Weights, old: str, new: str) -> Weights:
-    return {new + name.removeprefix(old): tensor for name, tensor in weights.items()}
-
-
-def _vision_tower() -> Weights:
-    return {
-        "vision_tower.vision_model.encoder.layers.0.layer_norm1.weight": torch.ones(4),
-        "multi_modal_projector.linear_1.weight": torch.ones(4, 4),
-    }
-
-
-def _single(folder: Path, source: Path, weights: Weights, file: str) -> Path:
-    """One file, its tokenizer in a folder of the same name."""
-    save_file(weights, folder / file)
-    (folder / Path(file).stem).mkdir()
-    shutil.copy(source / "tokenizer.json", folder / Path(file).stem)
-    return folder / file
-
-
-def _hf_folder(folder: Path, source: Path, weights: Weights, config: dict | None = None) -> Path:
-    config = config or json.loads((source / "config.json").read_text(encoding="utf-8"))
-    write_shards(folder / "llm", weights, "model", config, shards=2)
-    shutil.copy(source / "tokenizer.json", folder / "llm")
-    return folder / "llm"
-
-
-def _llava_folder(folder: Path, source: Path, weights: Weights, prefix: str) -> Path:
-    text = json.loads((source / "config.json").read_text(encoding="utf-8"))
-    config = {"model_type": "llava", "architectures": ["LlavaForConditionalGeneration"], "text_config": text}
-    return _hf_folder(folder, source, _rename(weights, "", prefix) | _vision_tower(), config)
-
-
-LLM_LAYOUTS: dict[str, Callable[[Path, Path, Weights], Path]] = {
-    "folder": lambda folder, source, w: source,
-    "shards": _hf_folder,
-    "single file": lambda folder, source, w: _single(folder, source, w, "llava_llama3_fp16.safetensors"),
-    "single file with its tokenizer": lambda folder, source, w: _single(
-        folder, source, w | {"tokenizer": torch.zeros(3, dtype=torch.uint8)}, "llava_llama3_fp16.safetensors"
-    ),
-    "full checkpoint": lambda folder, source, w: _single(
-        folder, source, _rename(w, "", "text_encoders.llama.transformer."), "all.safetensors"
-    ),
-    "LLaVA folder": lambda folder, source, w: _llava_folder(folder, source, w, "language_model."),
-    "LLaVA folder of transformers 5": lambda folder, source, w: _llava_folder(
-        folder, source, _rename(w, "model.", "model.language_model."), ""
-    ),
-}
-
-
 @pytest.mark.parametrize("layout", LLM_LAYOUTS)
 def test_llm_of_every_layout_is_bit_identical(layout: str, tiny_models, tmp_path: Path) -> None:
     source = tiny_models.text_encoder1
@@ -208,7 +177,7 @@ def test_scaled_fp8_llm_is_the_identical_dequantized_model(tiny_models, tmp_path
         stored[f"{name.removesuffix('weight')}scale_weight"] = scale.clone()
         meant[name] = stored[name].float() * scale
     stored["scaled_fp8"] = torch.empty(0, dtype=FP8)
-    path = _single(tmp_path, source, stored, "llava_llama3_fp8_scaled.safetensors")
+    path = single_file(tmp_path, source, stored, "llava_llama3_fp8_scaled.safetensors")
     assert identify(path).fp8 == "ComfyUI scaled"
     wide, kept = (load_text_encoder_1(path, dtype=torch.float32, fp8=fp8) for fp8 in (False, True))
     layers = [(name, layer) for name, layer in kept.model.named_modules() if isinstance(layer, Fp8Linear)]
@@ -218,22 +187,6 @@ def test_scaled_fp8_llm_is_the_identical_dequantized_model(tiny_models, tmp_path
         assert torch.equal(wide.model.get_submodule(name).weight, meant[f"model.{name}.weight"])
     torch.testing.assert_close(kept.encode(["a cat"])[0], wide.encode(["a cat"])[0])
     assert kept.fingerprint != wide.fingerprint
-
-
-CLIP_LAYOUTS: dict[str, Callable[[Path, Path, Weights], Path]] = {
-    "folder": lambda folder, source, w: source,
-    "shards": _hf_folder,
-    "clip_l.safetensors": lambda folder, source, w: _single(folder, source, w, "clip_l.safetensors"),
-    "whole CLIP": lambda folder, source, w: _single(
-        folder,
-        source,
-        w | {"vision_model.encoder.layers.0.mlp.fc1.weight": torch.ones(2), "logit_scale": torch.tensor(1.0)},
-        "model.safetensors",
-    ),
-    "full checkpoint": lambda folder, source, w: _single(
-        folder, source, _rename(w, "", "text_encoders.clip_l.transformer."), "all.safetensors"
-    ),
-}
 
 
 @pytest.mark.parametrize("layout", CLIP_LAYOUTS)
@@ -252,9 +205,9 @@ def test_a_full_checkpoint_serves_every_loader(dit_weights, vae_weights, tiny_mo
         load_file(path / "model.safetensors") for path in (tiny_models.text_encoder1, tiny_models.text_encoder2)
     )
     path = tmp_path / "all.safetensors"
-    everything = _rename(dit_weights, "", "model.model.") | _rename(vae_weights, "", "vae.")
-    everything |= _rename(llm, "", "text_encoders.llama.transformer.")
-    everything |= _rename(clip, "", "text_encoders.clip_l.transformer.")
+    everything = prefixed(dit_weights, "model.model.") | prefixed(vae_weights, "vae.")
+    everything |= prefixed(llm, "text_encoders.llama.transformer.")
+    everything |= prefixed(clip, "text_encoders.clip_l.transformer.")
     save_file(everything, path, {"config": json.dumps({"norm_num_groups": 4})})
     assert identify(path).what == "DiT + VAE + LLM + CLIP"
     _assert_identical(load_dit(path, dtype=torch.float32).state_dict(), dit_weights)
