@@ -12,6 +12,9 @@ TEMPORARY_SUFFIX = ".partial"
 # Characters that text editors and file managers add unseen: byte-order mark, zero-width and bidirectional marks.
 INVISIBLE_CHARACTERS = dict.fromkeys([0xFEFF, *range(0x200B, 0x2010), *range(0x202A, 0x202F), *range(0x2066, 0x206A)])
 
+_UMASK = os.umask(0)
+os.umask(_UMASK)
+
 
 @contextlib.contextmanager
 def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
@@ -28,6 +31,8 @@ def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
         yield temporary
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
+        # safetensors makes its files readable to their owner alone; caches and LoRAs are shared.
+        temporary.chmod(0o666 & ~_UMASK)
         os.replace(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)

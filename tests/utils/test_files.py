@@ -1,5 +1,6 @@
 """Files are whole or not there, and read as the user meant them."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -88,3 +89,13 @@ def test_messages() -> None:
     assert one_line("a\n  b\tc ") == "a b c"
     assert did_you_mean("learning_rte", ["seed", "learning_rate"]) == " (did you mean 'learning_rate'?)"
     assert did_you_mean("xyz", ["seed", "learning_rate"]) == ""
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no such permissions")
+def test_files_are_as_readable_as_the_umask_says(tmp_path: Path) -> None:
+    from utils.safetensors_utils import save_file
+
+    plain = tmp_path / "plain"
+    plain.write_text("x")
+    save_file({}, tmp_path / "ours.safetensors")
+    assert (tmp_path / "ours.safetensors").stat().st_mode == plain.stat().st_mode
