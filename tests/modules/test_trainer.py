@@ -1,0 +1,154 @@
+"""The training loop and its parts, against formulas."""
+
+import inspect
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from modules import trainer
+from modules.step_noise import draw_noise, generator_for, seed_for, step_generators
+from modules.step_plan import StepPlan, batch_loader
+from modules.timestep_sampling import TimestepOptions, sample_sigmas
+from modules.training_model import TrainingModel
+from tests.training_world import log_of, train, write_world
+
+SCALE = 0.476986
+
+
+@dataclass
+class Batch:
+    latents: torch.Tensor
+    text_states: torch.Tensor = field(default_factory=lambda: torch.zeros(2, 256, 4))
+    text_mask: torch.Tensor = field(default_factory=lambda: torch.ones(2, 256))
+    text_states_2: torch.Tensor = field(default_factory=lambda: torch.zeros(2, 8))
+
+
+class Recorder(torch.nn.Module):
+    """A DiT that notes what it is called with."""
+
+    def __init__(self, channels: int = 16, guidance: bool = True):
+        super().__init__()
+        self.config = SimpleNamespace(in_channels=channels, guidance_embed=guidance)
+        self.calls = []
+
+    def forward(self, x, timestep, text_states, text_mask, text_states_2, guidance=None):
+        self.calls.append((x, timestep, guidance))
+        return x[:, :16]
+
+
+def test_the_model_sees_timestep_and_guidance_times_1000():
+    dit = Recorder()
+    model = TrainingModel(dit, SCALE, guidance=6.0, device=torch.device("cpu"))
+    x, sigma = torch.randn(2, 16, 3, 4, 4), torch.tensor([0.25, 0.5])
+    model.velocity(x, sigma, Batch(x))
+    ((seen, timestep, guidance),) = dit.calls
+    assert torch.equal(seen, x)
+    assert timestep.tolist() == [250.0, 500.0] and guidance.tolist() == [6000.0, 6000.0]
+
+
+def test_a_model_without_guidance_is_given_none():
+    dit = Recorder(guidance=False)
+    x = torch.randn(2, 16, 3, 4, 4)
+    TrainingModel(dit, SCALE, 6.0, torch.device("cpu")).velocity(x, torch.rand(2), Batch(x))
+    assert dit.calls[0][2] is None
+
+
+def test_image_to_video_models_see_the_first_frame_beside_the_noisy_latents():
+    dit = Recorder(channels=32)
+    x, batch = torch.randn(2, 16, 3, 4, 4), Batch(torch.randn(2, 16, 3, 4, 4))
+    TrainingModel(dit, SCALE, 1.0, torch.device("cpu")).velocity(x, torch.rand(2), batch)
+    seen = dit.calls[0][0]
+    assert torch.equal(seen[:, :16], x)
+    assert torch.equal(seen[:, 16:, 0], batch.latents[:, :, 0] * SCALE) and not seen[:, 16:, 1:].any()
+
+
+def test_items_one_by_one_are_the_batch():
+    dit = Recorder()
+    model = TrainingModel(dit, SCALE, 1.0, torch.device("cpu"), split_batches=True)
+    x = torch.randn(2, 16, 3, 4, 4)
+    assert torch.equal(model.velocity(x, torch.rand(2), Batch(x)), x) and len(dit.calls) == 2
+
+
+@pytest.mark.parametrize("scheme", ["none", "cosmap"])
+def test_the_logged_loss_is_the_objective_computed_by_hand(tiny_models, tmp_path, monkeypatch, scheme):
+    """x_t = (1 - s) x0 + s noise, target = noise - x0, loss = weight x mean (v - target)^2, in numpy."""
+    world = write_world(tmp_path / "world", items=3)
+    seen = []
+    original = TrainingModel.velocity
+
+    def velocity(self, x_t, sigma, batch):
+        result = original(self, x_t, sigma, batch)
+        seen.append((batch, x_t.numpy(), sigma.item(), result.detach().numpy()))
+        return result
+
+    monkeypatch.setattr(TrainingModel, "velocity", velocity)
+    words = ["--weighting_scheme", scheme, "--timestep_sampling", "sigmoid", "--max_train_steps", 3]
+    train(world, tiny_models.dit, tmp_path / "out", *words)
+    options = TimestepOptions(timestep_sampling="sigmoid", weighting_scheme=scheme)
+    for step, (batch, x_t, sigma, v) in enumerate(seen):
+        (generator,) = step_generators(7, step, [0])
+        assert sample_sigmas(options, [generator], [step], 7).item() == sigma
+        x0 = batch.latents.numpy().astype(np.float64) * SCALE
+        noise = draw_noise(batch.latents, [generator]).numpy().astype(np.float64)
+        np.testing.assert_allclose(x_t, (1 - sigma) * x0 + sigma * noise, atol=1e-6)
+        weight = {"none": 1.0, "cosmap": 2 / (np.pi * (1 - 2 * sigma + 2 * sigma**2))}[scheme]
+        loss = weight * np.mean((v - (noise - x0)) ** 2)
+        assert log_of(tmp_path / "out")[step]["loss"] == pytest.approx(loss, rel=1e-5)
+
+
+def test_the_loop_is_short_and_two_calls_from_the_script():
+    source = inspect.getsource(trainer.train)
+    assert source.count("\n") < 80
+    assert "weighted_mse(" in source and "interpolate(" in source and "velocity_target(" in source
+    import hv_train_network
+
+    assert "train(trainer)" in inspect.getsource(hv_train_network.main)
+
+
+def test_noise_is_standard_normal_and_belongs_to_its_key():
+    latents = torch.zeros(2, 16, 4, 20, 20)
+    noise = draw_noise(latents, step_generators(1, 2, [0, 1]))
+    assert noise.mean().abs() < 0.02 and (noise.std() - 1).abs() < 0.02
+    assert torch.equal(noise[1:], draw_noise(latents[1:], step_generators(1, 2, [1])))
+    keys = [(a, b, c) for a in range(5) for b in range(5) for c in range(5)]
+    assert len({seed_for(*key) for key in keys}) == 125
+    assert generator_for(1, 2, 3).initial_seed() == generator_for(1, 2, 3).initial_seed()
+
+
+class Numbers:
+    """A dataset whose batch is its key."""
+
+    def __len__(self):
+        return 7
+
+    def batch_of(self, epoch, index):
+        return epoch, index
+
+
+@pytest.mark.parametrize(
+    ("processes", "accumulation", "workers"), [(1, 1, 0), (2, 1, 0), (1, 3, 0), (2, 2, 0), (2, 2, 2), (3, 4, 0)]
+)
+def test_every_batch_of_every_epoch_is_seen_once_by_one_process(processes, accumulation, workers):
+    plan = StepPlan.create(7, accumulation, processes, max_steps=99, max_epochs=2)
+    seen = []
+    for rank in range(processes):
+        mine = list(batch_loader(Numbers(), plan, rank, 0, workers))
+        assert len(mine) == plan.total_steps * accumulation
+        seen += [key for key in mine if key is not None]
+    assert sorted(seen) == [(epoch, index) for epoch in range(2) for index in range(7)]
+
+
+def test_a_run_that_starts_at_a_step_sees_what_was_left():
+    plan = StepPlan.create(7, 2, 2, max_steps=9, max_epochs=None)
+    whole = list(batch_loader(Numbers(), plan, 1, 0, 0))
+    assert list(batch_loader(Numbers(), plan, 1, 5, 0)) == whole[10:]
+
+
+def test_the_arithmetic_of_steps_and_epochs():
+    plan = StepPlan.create(7, 2, 2, max_steps=1600, max_epochs=3)
+    assert (plan.batches_per_step, plan.steps_per_epoch, plan.total_steps, plan.total_epochs) == (4, 2, 6, 3)
+    assert [plan.epoch_of(step) for step in range(6)] == [0, 0, 1, 1, 2, 2]
+    assert [plan.ends_epoch(step) for step in range(4)] == [False, True, False, True]
