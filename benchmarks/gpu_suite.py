@@ -1,0 +1,220 @@
+"""The 13B model with random weights on a GPU: step time, rate, peak memory, and the planner's word beside each.
+
+    python -m benchmarks.gpu_suite --output benchmarks/results
+
+Writes a JSON file named after the GPU and prints a table for the README.
+"""
+
+import argparse
+import json
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from hunyuan_model.block_swap import enable_block_swap, swapped_blocks
+from hunyuan_model.checkpoints import is_quantized_in_dit
+from hunyuan_model.memory import measure_dit
+from hunyuan_model.models import HunyuanVideoConfig, HYVideoDiffusionTransformer
+from modules.activation_checkpointing import checkpoint_activations, recompute_cheap
+from modules.memory_plan import GIB, MOMENTS, predict
+from networks.lora import create_arch_network
+from utils.cli import print_table
+from utils.device_utils import release_memory
+from utils.files import write_text
+from utils.fp8 import Fp8Linear, quantize_linears
+
+TEXT_TOKENS = 64
+RANK = 32
+WARMUP, MEASURED = 1, 3
+SHAPES = {  # latents (B, C, f, h, w)
+    "image 960x544": (1, 16, 1, 68, 120),
+    "video 544x960x33": (1, 16, 9, 68, 120),
+    "video 544x960x129": (1, 16, 33, 68, 120),
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One setting of a training step."""
+
+    shape: str
+    fp8: bool
+    checkpointing: str
+    swap: int
+
+
+@dataclass(frozen=True)
+class Result:
+    """What was measured, and what the planner had said."""
+
+    case: Case
+    seconds: float
+    rate: float
+    peak_bytes: int
+    predicted_bytes: int
+
+
+def cases() -> list[Case]:
+    """Every shape plain and as lean as its users need it."""
+    stills = [Case("image 960x544", fp8, kind, 0) for fp8 in (False, True) for kind in ("none", "selective", "full")]
+    swaps = [Case(shape, fp8, "full", swap) for shape in SHAPES for fp8 in (False, True) for swap in (0, 20, 36)]
+    return list(dict.fromkeys(stills + swaps))
+
+
+def random_dit(config: HunyuanVideoConfig, device: torch.device, fp8: bool) -> HYVideoDiffusionTransformer:
+    """Random weights in bfloat16 in main memory, made block by block on the GPU."""
+    with torch.device("meta"):
+        dit = HYVideoDiffusionTransformer(config).to(torch.bfloat16).requires_grad_(False)
+    for block in [dit.img_in, dit.txt_in, dit.time_in, dit.vector_in, dit.guidance_in, dit.final_layer, *dit.blocks]:
+        block.to_empty(device=device)
+        for parameter in block.parameters():
+            parameter.normal_(std=0.02)
+    if fp8:
+        quantize_linears(dit, is_quantized_in_dit)
+    return dit
+
+
+def prepare(dit: HYVideoDiffusionTransformer, checkpointing: str) -> nn.Module:
+    """Applies what a training run applies to the blocks; returns the network."""
+    network = create_arch_network(1.0, RANK, RANK, None, None, dit)
+    network.apply_to(None, dit, False, True)
+    if checkpointing == "none":
+        recompute_cheap(dit.blocks)
+    else:
+        checkpoint_activations(dit.blocks, checkpointing)
+    return network
+
+
+def batch(config: HunyuanVideoConfig, shape: tuple[int, ...], device: torch.device) -> dict[str, Tensor]:
+    B = shape[0]
+    return {
+        "x": torch.randn(shape, device=device),
+        "timestep": torch.full((B,), 500.0, device=device),
+        "text_states": torch.randn(B, TEXT_TOKENS, config.text_dim, device=device),
+        "text_mask": torch.ones(B, TEXT_TOKENS, device=device),
+        "text_states_2": torch.randn(B, config.text_dim_2, device=device),
+        "guidance": torch.full((B,), 6000.0, device=device),
+    }
+
+
+def linear_operations(dit: HYVideoDiffusionTransformer, tokens: int) -> float:
+    """Floating-point operations of the blocks' Linear layers in a forward pass, attention left out."""
+    linears = [
+        module for block in dit.blocks for module in block.modules() if isinstance(module, (nn.Linear, Fp8Linear))
+    ]
+    return 2.0 * tokens * sum(module.in_features * module.out_features for module in linears)
+
+
+def matrix_product_rate(device: torch.device) -> float:
+    """Floating-point operations per second of a large bfloat16 product: what the GPU can really do."""
+    a = torch.randn(8192, 8192, dtype=torch.bfloat16, device=device)
+    seconds = min(timed(lambda: a @ a, device) for _ in range(10))
+    return 2 * 8192**3 / seconds
+
+
+def copy_bandwidth(device: torch.device) -> float:
+    """Bytes per second from pinned main memory."""
+    host = torch.empty(1 << 30, dtype=torch.uint8, pin_memory=device.type == "cuda")
+    target = torch.empty_like(host, device=device, pin_memory=False)
+    return host.numel() / min(timed(lambda: target.copy_(host, non_blocking=True), device) for _ in range(5))
+
+
+def timed(run, device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    start = time.perf_counter()
+    run()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - start
+
+
+def measure(case: Case, config: HunyuanVideoConfig, device: torch.device) -> Result:
+    """Trains a few steps with AdamW and takes the fastest."""
+    shape = SHAPES[case.shape]
+    dit = random_dit(config, device, case.fp8)
+    if case.swap:
+        dit.to("cpu")
+        release_memory(device)
+        enable_block_swap(dit, case.swap, device, training=True)
+    network = prepare(dit, case.checkpointing).to(device)
+    optimizer = torch.optim.AdamW(network.parameters(), lr=1e-4)
+    given = batch(config, shape, device)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+
+    def step() -> None:
+        dit(**given).float().square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    seconds = [timed(step, device) for _ in range(WARMUP + MEASURED)][WARMUP:]
+    tokens = shape[0] * (shape[2] * shape[3] * shape[4] // 4 + TEXT_TOKENS)
+    passes = 3 if case.checkpointing == "full" else 2  # forward, (again,) and backward to the inputs
+    trained = sum(parameter.numel() for parameter in network.parameters())
+    return Result(
+        case,
+        min(seconds),
+        passes * linear_operations(dit, tokens) / min(seconds),
+        torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0,
+        predicted(case, config, trained),
+    )
+
+
+def predicted(case: Case, config: HunyuanVideoConfig, trained: int) -> int:
+    """What the planner says torch will allocate."""
+    usage = measure_dit(
+        config,
+        SHAPES[case.shape],
+        TEXT_TOKENS,
+        torch.bfloat16,
+        case.fp8,
+        True,
+        lambda dit: prepare(dit, case.checkpointing),
+    )
+    swapped = swapped_blocks(case.swap, config.depth_double, config.depth_single)
+    return predict(usage, swapped, trained=trained, moments=MOMENTS).tensors
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, default=Path("benchmarks/results"))
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--depth", type=int, nargs=2, default=(20, 40), help="double and single blocks")
+    args = parser.parse_args()
+    device = torch.device(args.device)
+    config = HunyuanVideoConfig(depth_double=args.depth[0], depth_single=args.depth[1])
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+    rate, bandwidth = matrix_product_rate(device), copy_bandwidth(device)
+    results, failed = [], []
+    for case in tqdm(cases(), unit="setting"):
+        try:
+            results.append(measure(case, config, device))
+        except torch.OutOfMemoryError:
+            failed.append(case)
+        release_memory(device)
+    plain = {(r.case.shape, r.case.fp8, r.case.checkpointing): r.seconds for r in results if not r.case.swap}
+    rows = []
+    for result in results:
+        case = result.case
+        without = plain.get((case.shape, case.fp8, case.checkpointing))
+        cost = f"{result.seconds / without - 1:+.0%}" if case.swap and without else ""
+        memory = f"{result.peak_bytes / GIB:.1f}", f"{result.predicted_bytes / GIB:.1f}"
+        weights = "fp8" if case.fp8 else "bf16"
+        speed = f"{result.seconds:.2f}", f"{result.rate / rate:.2f}"
+        rows.append((case.shape, weights, case.checkpointing, case.swap, *speed, cost, *memory))
+    header = ("shape", "weights", "checkpointing", "swap", "s/step", "of rate", "swap costs", "peak GiB", "predicted")
+    print_table(f"{name}: {rate / 1e12:.0f} TFLOP/s in products, {bandwidth / 1e9:.0f} GB/s from host", rows, header)
+    for case in failed:
+        print(f"out of memory: {case}")
+    record = {"device": name, "torch": torch.__version__, "matrix_product_rate": rate, "copy_bandwidth": bandwidth}
+    record["results"] = [asdict(result) for result in results]
+    write_text(args.output / f"{name.replace(' ', '_')}.json", json.dumps(record, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
