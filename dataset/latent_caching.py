@@ -130,16 +130,25 @@ def prefetch(
         pool.shutdown(cancel_futures=True)
 
 
-def _load_members(task: Task) -> list[np.ndarray | MediaError]:
-    """Pixels (F, H, W, 3) of each member, or why it has none."""
+@dataclass
+class Loaded:
+    """The decoded members of a task, and those that could not be decoded with the reason."""
 
-    def load(source: Source, item: Item) -> np.ndarray | MediaError:
+    members: list[tuple[Source, Item]] = field(default_factory=list)
+    pixels: list[np.ndarray] = field(default_factory=list)  # (F, H, W, 3) of each member
+    failures: list[tuple[Item, str]] = field(default_factory=list)
+
+
+def load_members(task: Task) -> Loaded:
+    """Decodes the members of a task."""
+    loaded = Loaded()
+    for source, item in task.members:
         try:
-            return load_pixels(source, item, task.dataset.settings)
+            loaded.pixels.append(load_pixels(source, item, task.dataset.settings))
+            loaded.members.append((source, item))
         except MediaError as error:
-            return error
-
-    return [load(source, item) for source, item in task.members]
+            loaded.failures.append((item, str(error)))
+    return loaded
 
 
 def noise_for(name: str, shape: Sequence[int]) -> torch.Tensor:
@@ -156,7 +165,8 @@ def encode(
     batch = torch.from_numpy(np.stack(pixels) if len(pixels) > 1 else pixels[0][None])
     # A long clip is 200 MB as bytes and 800 MB as floats: keep no second copy of the bytes meanwhile.
     pixels.clear()
-    batch = batch.to(device).permute(0, 4, 1, 2, 3).to(dtype).div_(127.5).sub_(1)  # B F H W 3 -> B 3 F H W
+    batch = batch.to(device).permute(0, 4, 1, 2, 3)  # B F H W 3 -> B 3 F H W
+    batch = batch.to(dtype, memory_format=torch.contiguous_format).div_(127.5).sub_(1)
     posterior = vae.encode(batch)
     mean, deviation = posterior.mean.float(), (0.5 * posterior.logvar.float()).exp()
     noise = torch.stack([noise_for(name, mean.shape[1:]) for name in names])
@@ -193,37 +203,30 @@ class LatentWriter:
         """
         total = sum(len(task.members) for task in tasks)
         with tqdm(total=total, desc="encoding", unit="item", disable=not show_progress) as bar:
-            for task, future in prefetch(tasks, _load_members, lambda task: task.pixel_bytes, workers):
+            for task, future in prefetch(tasks, load_members, lambda task: task.pixel_bytes, workers):
+                loaded = future.result()
                 failures = outcomes[task.dataset.heading].failures
-                for item, reason in self._encode_and_write(task, future.result()):
+                for item, reason in [*loaded.failures, *self._encode_and_write(task.dataset, loaded)]:
                     if self.strict:
                         raise UserError(f"{reason} (--strict)")
                     failures[item.name] = reason
                 bar.update(len(task.members))
 
-    def _encode_and_write(self, task: Task, loaded: list[np.ndarray | MediaError]) -> Iterator[tuple[Item, str]]:
+    def _encode_and_write(self, dataset: TakenDataset, loaded: Loaded) -> Iterator[tuple[Item, str]]:
         """Yields the items that failed with the reason."""
-        usable = []
-        for member, content in zip(task.members, loaded, strict=True):
-            if isinstance(content, MediaError):
-                yield member[1], str(content)
-            else:
-                usable.append(member)
-        if not usable:
+        if not loaded.members:
             return
-        names = [item.name for _, item in usable]
-        pixels = [content for content in loaded if not isinstance(content, MediaError)]
-        loaded.clear()
+        names = [item.name for _, item in loaded.members]
         try:
-            latents = encode(self.vae, pixels, names, self.device, self.dtype)
+            latents = encode(self.vae, loaded.pixels, names, self.device, self.dtype)
         except torch.OutOfMemoryError:
             raise UserError(
-                f"out of memory while encoding {names[0]} ({usable[0][1].bucket_name}); lower --batch_size or set "
-                "--vae_spatial_tile_sample_min_size 128; what is cached stays"
+                f"out of memory while encoding {names[0]} ({loaded.members[0][1].bucket_name}); lower --batch_size or "
+                "set --vae_spatial_tile_sample_min_size 128; what is cached stays"
             ) from None
-        for (source, item), of_item in zip(usable, latents, strict=True):
+        for (source, item), of_item in zip(loaded.members, latents, strict=True):
             try:
-                self._write(task.dataset, source, item, of_item)
+                self._write(dataset, source, item, of_item)
             except ValueError as error:
                 yield item, f"{source.path}: {item.name}: {error}; try --vae_dtype float32 or bfloat16"
 

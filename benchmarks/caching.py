@@ -1,0 +1,135 @@
+"""cache_latents.py against its limits: memory that does not grow, decoding hidden behind encoding, nothing done twice.
+
+    python benchmarks/caching.py memory     # peak of 50 clips of 5 s at 960x544, above torch and the model
+    python benchmarks/caching.py overlap    # wall time against the longer of decoding and encoding alone
+    python benchmarks/caching.py again      # 300 cached clips: the second run, beyond imports
+
+The VAE is a stand-in that averages blocks of pixels, so that what is measured is everything around it.
+"""
+
+import contextlib
+import io
+import os
+import resource
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import torch  # noqa: E402
+
+from dataset.config_utils import load_dataset_config  # noqa: E402
+from dataset.intake import take_in  # noqa: E402
+from dataset.latent_caching import LatentWriter, Outcome, begin, encode, load_members, tasks_of  # noqa: E402
+from tests.media_samples import write_caption, write_video  # noqa: E402
+from utils.cli import print_table  # noqa: E402
+from utils.tiny_models import write_tiny_models  # noqa: E402
+
+MEGABYTE = 1 << 20
+
+
+class AveragingVae:
+    """Latents that are averages of 1x8x8 pixels of every fourth frame; `passes` makes it slower."""
+
+    def __init__(self, passes: int = 1) -> None:
+        self.passes = passes
+
+    def encode(self, pixels: torch.Tensor) -> SimpleNamespace:
+        for _ in range(self.passes):
+            mean = torch.nn.functional.avg_pool3d(pixels[:, :, ::4], (1, 8, 8))
+        mean = mean.mean(dim=1, keepdim=True).expand(-1, 16, -1, -1, -1)
+        return SimpleNamespace(mean=mean, logvar=torch.zeros_like(mean))
+
+
+def write_clips(folder: Path, count: int, frames: int, size: tuple[int, int]) -> Path:
+    """`count` equal clips with captions and their config."""
+    videos = folder / "videos"
+    videos.mkdir()
+    first = write_video(videos / "clip000.mp4", frames, 24, size, options={"preset": "ultrafast"})
+    write_caption(first)
+    for number in range(1, count):
+        write_caption(Path(shutil.copy(first, videos / f"clip{number:03d}.mp4")))
+    config = folder / "data.toml"
+    config.write_text(
+        f"[[datasets]]\nvideo_directory = '{videos.as_posix()}'\ncache_directory = '{(folder / 'cache').as_posix()}'\n"
+        f"resolution = [{size[0]}, {size[1]}]\ntarget_frames = [{frames}]\n"
+    )
+    return config
+
+
+def tasks_from(config: Path):
+    with contextlib.redirect_stderr(io.StringIO()):
+        (dataset,) = take_in(load_dataset_config(config))
+    return dataset, tasks_of(dataset, begin(dataset, 0, 1), 1)
+
+
+def run_writer(config: Path, vae: AveragingVae) -> float:
+    dataset, tasks = tasks_from(config)
+    writer = LatentWriter(vae, torch.device("cpu"), torch.float32, torch.float16, {}, strict=True)
+    start = time.perf_counter()
+    writer.run(tasks, {dataset.heading: Outcome()}, workers=os.cpu_count() or 1, show_progress=False)
+    return time.perf_counter() - start
+
+
+def peak() -> float:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def memory(folder: Path) -> None:
+    before = peak()
+    rows = []
+    for count in (5, 50):
+        (folder / str(count)).mkdir()
+        seconds = run_writer(write_clips(folder / str(count), count, 121, (960, 544)), AveragingVae())
+        rows.append([count, f"{before:.0f} MB", f"{peak():.0f} MB", f"{peak() - before:.0f} MB", f"{seconds:.1f} s"])
+    print_table("clips of 121 frames, 960x544", rows, ["clips", "before", "peak", "above", "time"])
+
+
+def overlap(folder: Path) -> None:
+    config = write_clips(folder, 12, 49, (960, 544))
+    vae = AveragingVae(passes=6)
+    _, tasks = tasks_from(config)
+    start = time.perf_counter()
+    loaded = [load_members(task).pixels for task in tasks[:4]]
+    decoding = (time.perf_counter() - start) * len(tasks) / 4
+    start = time.perf_counter()
+    for pixels in loaded:
+        encode(vae, pixels, ["clip"], torch.device("cpu"), torch.float32)
+    encoding = (time.perf_counter() - start) * len(tasks) / 4
+    both = run_writer(config, vae)
+    row = [f"{decoding:.1f} s", f"{encoding:.1f} s", f"{both:.1f} s", f"{both / max(decoding, encoding):.2f}"]
+    print_table("12 clips", [row], ["decoding", "encoding", "together", "of the longer"])
+
+
+def again(folder: Path) -> None:
+    config = write_clips(folder, 300, 9, (64, 32))
+    vae = write_tiny_models(folder / "models").vae
+    command = [sys.executable, "cache_latents.py", "--dataset_config", config, "--vae", vae, "--device", "cpu"]
+    imports = "import cache_latents, dataset.intake, dataset.latent_caching, dataset.report, hunyuan_model.model_files"
+    seconds = {}
+    for name, words in (("first", command), ("second", command), ("imports", [sys.executable, "-c", imports])):
+        start = time.perf_counter()
+        subprocess.run(list(map(str, words)), cwd=ROOT, check=True, capture_output=True)
+        seconds[name] = time.perf_counter() - start
+    beyond = seconds["second"] - seconds["imports"]
+    row = [f"{seconds[name]:.1f} s" for name in ("first", "second", "imports")] + [f"{beyond:.2f} s"]
+    print_table("300 clips", [row], ["first run", "second run", "imports", "second beyond imports"])
+
+
+def main() -> None:
+    measures = {"memory": memory, "overlap": overlap, "again": again}
+    if len(sys.argv) != 2 or sys.argv[1] not in measures:
+        sys.exit(__doc__)
+    torch.manual_seed(0)
+    with tempfile.TemporaryDirectory() as folder:
+        measures[sys.argv[1]](Path(folder))
+
+
+if __name__ == "__main__":
+    main()
