@@ -16,6 +16,7 @@ import dataclasses
 import functools
 import itertools
 import os
+import shlex
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -63,7 +64,9 @@ def main() -> None:
 
 def generate_one(options: GenerationOptions, request: Request) -> None:
     generator = build_generator(options)
-    run(generator, [new_job(options, request, index=0)])
+    job = new_job(options, request, index=0)
+    generator.run([job])
+    report(generator, [job])
 
 
 def generate_file(options: GenerationOptions, requests: Sequence[Request]) -> None:
@@ -81,7 +84,9 @@ def generate_file(options: GenerationOptions, requests: Sequence[Request]) -> No
     for _, _, key in pending:
         outputs.remove_leftovers(key)
     jobs = [new_job(options, request, index, key, outputs.sampled_stem(key)) for index, request, key in pending]
-    run(build_generator(options), jobs)
+    generator = build_generator(options)
+    generator.run(jobs)
+    report(generator, jobs)
 
 
 def interact(options: GenerationOptions) -> None:
@@ -113,9 +118,7 @@ def compare(options: GenerationOptions, requests: Sequence[Request]) -> None:
     from networks.live import LiveLoras
 
     seed = drawn_seed() if options.prompt.seed is None else options.prompt.seed
-    requests = [
-        request if request.seed is not None else dataclasses.replace(request, seed=seed) for request in requests
-    ]
+    requests = [dataclasses.replace(each, seed=seed if each.seed is None else each.seed) for each in requests]
     multipliers = options.lora.lora_multiplier or [1.0]
     stem = f"{time_stamp()}_{seed}_compare"
     jobs: dict[tuple[int, Path | None, float], Job] = {}
@@ -125,13 +128,9 @@ def compare(options: GenerationOptions, requests: Sequence[Request]) -> None:
     lora_of = {job.stem: [] if path is None else [(path, multiplier)] for (_, path, multiplier), job in jobs.items()}
 
     generator = build_generator(options)
-    outputs = ComparisonOutput(options.output.save_path, options.output.output_type)
+    generator.outputs = outputs = ComparisonOutput(options.output.save_path, options.output.output_type)
     loras = functools.cache(lambda: LiveLoras(generator.dit.model))
-    generator = dataclasses.replace(
-        generator,
-        outputs=outputs,
-        before_job=lambda job: loras().use(lora_of[job.stem], options.lora.exclude_single_blocks),
-    )
+    generator.before_job = lambda job: loras().use(lora_of[job.stem], options.lora.exclude_single_blocks)
     generator.run(list(jobs.values()))
     if not outputs.pixels:
         raise UserError(f"no video could be made: {next(iter(generator.failures.values()))}")
@@ -157,16 +156,17 @@ def decode_saved(options: GenerationOptions) -> None:
     """--latent_path: only the VAE is loaded."""
     from modules.outputs import Job, load_latents, stem, time_stamp
 
-    generator = build_generator(options)
-    rows = []
-    for index, path in enumerate(options.output.latent_path):
-        latents, settings = load_latents(path)
+    saved = [load_latents(path) for path in options.output.latent_path]
+    generator, jobs = build_generator(options), []
+    for index, (path, (latents, settings)) in enumerate(zip(options.output.latent_path, saved, strict=True)):
         request = Request(fps=options.prompt.fps or int(settings.get("fps", 0)) or Request.fps)
         name = f"{stem(time_stamp(), index, settings.get('seed'))}_{path.stem.removesuffix('_latent')}"
         job = Job(request, name, None if options.output.no_metadata or not settings else settings)
-        generator.outputs.save_pixels(job, generator.decode(latents))
-        rows.append([path, generator.outputs.result_path(job)])
-    print_table("decoded", rows, ["latents", "result"])
+        generator.attempt(
+            job, lambda job, latents=latents: generator.outputs.save_pixels(job, generator.decode(latents))
+        )
+        jobs.append(job)
+    report(generator, jobs)
 
 
 def save_merged_model(options: GenerationOptions) -> None:
@@ -281,7 +281,7 @@ def source_pixels(request: Request) -> tuple["torch.Tensor | None", "torch.Tenso
     from einops import rearrange
 
     from dataset.media import MediaError, load_image, resize_to_bucket
-    from utils.video_io import read_video, to_uint8
+    from utils.video_io import read_frames
 
     def fitted(frames: Sequence[np.ndarray]) -> torch.Tensor:
         resized = np.stack([resize_to_bucket(frame, (request.width, request.height)) for frame in frames])
@@ -289,7 +289,7 @@ def source_pixels(request: Request) -> tuple["torch.Tensor | None", "torch.Tenso
 
     video = image = None
     if request.video_path is not None:
-        frames = to_uint8(read_video(request.video_path, request.frames)[0]).numpy()
+        frames = read_frames(request.video_path, request.frames)[0].numpy()
         if len(frames) < request.frames:
             shorter = (len(frames) - 1) // 4 * 4 + 1
             raise UserError(
@@ -377,7 +377,7 @@ def load_ready_dit(
 def decode_command(options: GenerationOptions, latents: Path) -> str:
     """The command that decodes saved latents."""
     words = ["python", "hv_generate_video.py", "--vae", options.vae.vae, "--latent_path", latents]
-    return " ".join(map(str, [*words, "--save_path", options.output.save_path]))
+    return shlex.join(map(str, [*words, "--save_path", options.output.save_path]))
 
 
 def new_job(
@@ -395,8 +395,8 @@ def new_job(
     return Job(request, name, None if options.output.no_metadata else video_settings(options, request))
 
 
-def run(generator: "Generator", jobs: Sequence["Job"]) -> None:
-    generator.run(jobs)
+def report(generator: "Generator", jobs: Sequence["Job"]) -> None:
+    """The table at the end; failures make the exit code 2."""
     rows = [
         [
             job.stem,
@@ -419,11 +419,15 @@ def report_failures(generator: "Generator", total: int) -> None:
 
 
 def surroundings(options: GenerationOptions) -> list[object]:
-    """What decides, beside a request, how its video looks: options, and the state of every file they name."""
-    settings = video_settings(options, Request())
-    files = [options.dit.dit, options.vae.vae, options.text.text_encoder1, options.text.text_encoder2]
-    states = [(path.stat().st_size, path.stat().st_mtime_ns) for path in [*files, *options.lora.lora_weight] if path]
-    return [sorted(settings.items(), key=str), states]
+    """What decides, beside a request, how its video looks: options, and the state of every model file.
+
+    Memory and speed may be traded differently in a second run, and what is finished stays finished.
+    """
+    dit, text, vae, lora, speed = options.dit, options.text, options.vae, options.lora, options.speed
+    files = [dit.dit, vae.vae, text.text_encoder1, text.text_encoder2, *lora.lora_weight]
+    states = [(str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns) for path in files if path]
+    dtypes = [dit.dit_dtype, vae.vae_dtype, text.text_encoder_dtype, text.fp8_llm, speed.fp8, speed.fp8_fast]
+    return [states, dtypes, lora.merged(), lora.exclude_single_blocks, speed.step_cache]
 
 
 if __name__ == "__main__":

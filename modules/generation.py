@@ -110,8 +110,8 @@ class Generator:
         """Makes every job's files; `failures` has a line for each job that failed, by stem."""
         self._sample_all([job for job in jobs if not self.outputs.latent_path(job).exists()])
         if self.outputs.decodes:
-            for job in self._unfailed(jobs):
-                self._attempt(job, self._decode)
+            for job in tqdm(self._unfailed(jobs), desc="decoding", unit="video", disable=len(jobs) < 2):
+                self.attempt(job, self._decode)
             self.vae.release()
 
     def _sample_all(self, jobs: Sequence[Job]) -> None:
@@ -124,13 +124,13 @@ class Generator:
         self.dit.load()
         for number, job in enumerate(self._unfailed(jobs), start=1):
             label = f"video {number}/{len(jobs)}"
-            self._attempt(job, lambda job, label=label: self._sample(job, prompts, sources, label))
+            self.attempt(job, lambda job, label=label: self._sample(job, prompts, sources, label))
         self.dit.release()
 
     def _unfailed(self, jobs: Iterable[Job]) -> list[Job]:
         return [job for job in jobs if job.stem not in self.failures]
 
-    def _attempt(self, job: Job, action: Callable[[Job], None]) -> None:
+    def attempt(self, job: Job, action: Callable[[Job], None]) -> None:
         """One phase of one job; a failure is noted and the next job goes on."""
         start = time.monotonic()
         try:
@@ -148,7 +148,7 @@ class Generator:
         sources: dict[str, dict[str, Tensor]] = {}
         for job in jobs:
             if job.request.video_path or job.request.image_path:
-                self._attempt(job, lambda job: sources.update({job.stem: self._encode_source(job.request)}))
+                self.attempt(job, lambda job: sources.update({job.stem: self._encode_source(job.request)}))
         self.vae.release()
         return sources
 

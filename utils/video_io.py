@@ -70,7 +70,13 @@ def _h264_stream(container: "av.container.OutputContainer", rate: Fraction, widt
 
 
 def read_video(path: str | Path, frames: int | None = None) -> tuple[Tensor, float]:
-    """The first `frames` frames (all if None), (3, F, H, W) in 0..1, and the frames per second.
+    """As `read_frames`, but pixels (3, F, H, W) in 0..1."""
+    pixels, rate = read_frames(path, frames)
+    return rearrange(pixels, "F H W C -> C F H W").float() / 255, rate
+
+
+def read_frames(path: str | Path, frames: int | None = None) -> tuple[Tensor, float]:
+    """The first `frames` frames (all if None), (F, H, W, 3) uint8, and the frames per second.
 
     Raises:
         UserError: the file cannot be decoded or has no frames.
@@ -90,7 +96,7 @@ def read_video(path: str | Path, frames: int | None = None) -> tuple[Tensor, flo
         raise UserError(f"{path}: cannot be read as a video: {one_line(error)}") from None
     if not arrays:
         raise UserError(f"{path}: this video has no frames")
-    return rearrange(torch.stack(arrays), "F H W C -> C F H W").float() / 255, rate
+    return torch.stack(arrays), rate
 
 
 def save_image(pixels: Tensor, path: str | Path, metadata: Mapping[str, object] | None = None) -> None:

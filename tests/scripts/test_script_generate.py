@@ -341,6 +341,8 @@ def test_a_changed_line_or_model_setting_is_made_again(generate, tmp_path):
     prompts.write_text("bird --d 1\ndog --d 1\ncat --d 1 --s 2\n")
     generate("--from_file", prompts, "--output_type=latent")
     assert len(list(out.iterdir())) == 4
+    generate("--from_file", prompts, "--output_type=latent", "--blocks_to_swap=1", "--attn_mode=sdpa")
+    assert len(list(out.iterdir())) == 4
     generate("--from_file", prompts, "--output_type=latent", "--exclude_single_blocks")
     assert len(list(out.iterdir())) == 7
 
