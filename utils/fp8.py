@@ -38,7 +38,7 @@ def quantize(weight: Tensor) -> tuple[Tensor, Tensor]:
 
 def _scale_of(rows: Tensor) -> Tensor:
     """The smallest power of two that brings each row within the range of float8; 1 for rows of zeros."""
-    largest = torch.linalg.vector_norm(rows, float("inf"), dim=-1, keepdim=True) / FP8_MAX
+    largest = torch.maximum(rows.amax(-1, keepdim=True), -rows.amin(-1, keepdim=True)) / FP8_MAX
     # Adding the largest mantissa carries into the exponent unless the mantissa is zero already: exact on any device.
     power = ((largest.view(torch.int32) + _MANTISSA) & ~_MANTISSA).view(torch.float32)
     return torch.where(largest > 0, power, 1.0)
