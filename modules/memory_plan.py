@@ -1,6 +1,6 @@
 """What fits where: predicts the peak of memory from measured parts, and chooses the cheapest settings that fit."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from utils.errors import UserError
@@ -34,17 +34,41 @@ class Settings:
         checkpointing = {"none": 1.0, "selective": 1.12, "full": 1.33, "offload": 1.4}[self.checkpointing]
         return checkpointing * (1.06 if self.fp8 else 1.0) * (1 + 0.003 * self.blocks_to_swap)
 
-    @property
-    def flags(self) -> str:
-        """The options that choose these settings in training."""
-        checkpointing = {
-            "none": "",
-            "selective": "--selective_checkpointing",
-            "full": "--gradient_checkpointing",
-            "offload": "--gradient_checkpointing --gradient_checkpointing_cpu_offload",
+    def flags(self, training: bool = True) -> str:
+        """The options that choose these settings."""
+        words = [("--fp8_base" if training else "--fp8") if self.fp8 else ""]
+        words += {
+            "none": [],
+            "selective": ["--selective_checkpointing"],
+            "full": ["--gradient_checkpointing"],
+            "offload": ["--gradient_checkpointing_cpu_offload"],
         }[self.checkpointing]
-        swap = f"--blocks_to_swap {self.blocks_to_swap}" if self.blocks_to_swap else ""
-        return " ".join(filter(None, ["--fp8_base" if self.fp8 else "", checkpointing, swap])) or "no option needed"
+        words += [f"--blocks_to_swap {self.blocks_to_swap}"] if self.blocks_to_swap else []
+        return " ".join(filter(None, words)) or "no option"
+
+
+def candidates(
+    max_swap: int, fp8: bool = False, checkpointing: str | None = None, blocks_to_swap: int | None = None
+) -> list[Settings]:
+    """All settings that agree with what the user has already chosen, the fastest first.
+
+    Args:
+        max_swap: the largest `--blocks_to_swap` of the model.
+        fp8: True if the user asked for it; otherwise both are tried.
+        checkpointing: the way that the user chose, or None to try all ("none" alone for generation).
+        blocks_to_swap: the number that the user chose, or None to try all.
+    """
+    ways = [checkpointing] if checkpointing else ["none", "selective", "full", "offload"]
+    counts = range(0, max_swap + 1, 2) if blocks_to_swap is None else [blocks_to_swap]
+    found = [
+        Settings(eight, way, count)
+        for eight in {fp8, True}
+        for way in ways
+        for count in counts
+        # Swapped weights and activations that are all kept contradict each other: no trade that anyone needs.
+        if way != "none" or count == 0 or checkpointing == "none"
+    ]
+    return sorted(found, key=lambda settings: settings.relative_time)
 
 
 @dataclass(frozen=True)
@@ -111,19 +135,28 @@ def predict(
     )
 
 
-def cheapest(candidates: Iterable[Settings], limit: int, predicted: Callable[[Settings], Prediction]) -> Settings:
-    """The fastest settings whose prediction stays within `limit` bytes of device memory.
+def cheapest(
+    ordered: Sequence[Settings], limit: int, predicted: Callable[[Settings], Prediction], training: bool = True
+) -> Settings:
+    """The first settings whose prediction stays within `limit` bytes of device memory.
 
     Raises:
         UserError: none does; says what the leanest would need.
     """
-    ordered = sorted(candidates, key=lambda settings: settings.relative_time)
     for settings in ordered:
         if predicted(settings).device <= limit:
             return settings
     leanest = min(ordered, key=lambda settings: predicted(settings).device)
     need = predicted(leanest).device / GIB
     raise UserError(
-        f"nothing fits {limit / GIB:.1f} GiB of GPU memory: even {leanest.flags} needs {need:.1f} GiB; "
-        "lower the resolution, the frames or the batch size"
+        f"nothing fits {limit / GIB:.1f} GiB of GPU memory: even with {leanest.flags(training)} {need:.1f} GiB are "
+        "needed; lower the resolution, the frames or the batch size"
     )
+
+
+def leaner(
+    current: Settings, ordered: Sequence[Settings], predicted: Callable[[Settings], Prediction]
+) -> Settings | None:
+    """The fastest settings that need at least a tenth less than the current ones: what to try after out of memory."""
+    limit = 0.9 * predicted(current).device
+    return next((settings for settings in ordered if predicted(settings).device <= limit), None)

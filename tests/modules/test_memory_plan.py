@@ -1,5 +1,6 @@
 """The planner's predictions against what really lives while a real model trains or samples on the CPU."""
 
+import functools
 import itertools
 
 import pytest
@@ -12,11 +13,11 @@ from hunyuan_model.memory import measure_dit, measure_vae
 from hunyuan_model.models import HunyuanVideoConfig, HYVideoDiffusionTransformer
 from hunyuan_model.vae import AutoencoderKLCausal3D, VaeConfig
 from modules.activation_checkpointing import checkpoint_activations, recompute_cheap
-from modules.memory_plan import GIB, Settings, cheapest, predict
+from modules.memory_plan import GIB, Prediction, Settings, candidates, cheapest, leaner, predict
 from networks.lora import create_arch_network
 from utils.errors import UserError
 from utils.fp8 import quantize_linears
-from utils.memory_meter import MemoryMeter, nbytes
+from utils.memory_meter import MemoryMeter, ModelUsage, nbytes
 
 CONFIG = HunyuanVideoConfig(
     hidden_size=128,
@@ -104,30 +105,45 @@ def test_vae_is_predicted_within_a_tenth(shape: tuple, chunk: int | None, tile: 
 
 
 def test_the_cheapest_that_fits() -> None:
-    def predicted(settings: Settings):
+    @functools.cache
+    def measured(fp8: bool, checkpointing: str) -> ModelUsage:
+        apply = functools.partial(prepare, checkpointing=checkpointing)
+        return measure_dit(CONFIG, SHAPES[0], TEXT_TOKENS, torch.bfloat16, fp8, True, apply)
+
+    def predicted(settings: Settings) -> Prediction:
+        usage = measured(settings.fp8, settings.checkpointing)
         return predict(
-            measure_dit(
-                CONFIG,
-                SHAPES[0],
-                TEXT_TOKENS,
-                torch.bfloat16,
-                settings.fp8,
-                True,
-                lambda d: prepare(d, settings.checkpointing),
-            ),
-            swapped_blocks(settings.blocks_to_swap, 3, 6),
+            usage, swapped_blocks(settings.blocks_to_swap, 3, 6), offload=settings.checkpointing == "offload"
         )
 
-    candidates = [
-        Settings(fp8, kind, n) for fp8 in (False, True) for kind in ("none", "full") for n in (0, 2 * (kind == "full"))
-    ]
-    assert cheapest(candidates, 80 * GIB, predicted) == Settings()
-    tight = predicted(Settings(True, "full", 0)).device
-    chosen = cheapest(candidates, tight, predicted)
-    assert predicted(chosen).device <= tight
-    slower = [s for s in candidates if s.relative_time < chosen.relative_time]
-    assert all(predicted(s).device > tight for s in slower)
-    with pytest.raises(
-        UserError, match=r"nothing fits 0\.1 GiB.*--fp8_base --gradient_checkpointing --blocks_to_swap 2"
-    ):
-        cheapest(candidates, GIB // 10, predicted)
+    ordered = candidates(max_swap=4)
+    assert cheapest(ordered, 80 * GIB, predicted) == Settings()
+    limit = predicted(Settings(True, "full", 0)).device
+    chosen = cheapest(ordered, limit, predicted)
+    assert predicted(chosen).device <= limit
+    assert all(predicted(s).device > limit for s in ordered if s.relative_time < chosen.relative_time)
+    with pytest.raises(UserError, match=r"nothing fits 0\.1 GiB.*--fp8_base --gradient_checkpointing_cpu_offload --bl"):
+        cheapest(ordered, GIB // 10, predicted)
+
+
+def test_candidates_keep_what_the_user_chose() -> None:
+    assert {s.fp8 for s in candidates(4, fp8=True)} == {True}
+    assert {s.checkpointing for s in candidates(4, checkpointing="full")} == {"full"}
+    assert {s.blocks_to_swap for s in candidates(4, blocks_to_swap=3)} == {3}
+    assert {s.blocks_to_swap for s in candidates(38)} == set(range(0, 39, 2))
+    assert not any(s.blocks_to_swap for s in candidates(4) if s.checkpointing == "none")
+    assert Settings(False, "none", 4) in candidates(4, checkpointing="none")
+    times = [s.relative_time for s in candidates(4)]
+    assert times == sorted(times)
+
+
+def test_after_out_of_memory_the_next_step_is_named() -> None:
+    sizes = {Settings(): 30, Settings(True): 28, Settings(False, "selective"): 22, Settings(True, "full", 2): 9}
+
+    def predicted(settings: Settings) -> Prediction:
+        return Prediction(sizes[settings] * GIB, 0, 0, 0, 0)
+
+    assert leaner(Settings(), list(sizes), predicted) == Settings(False, "selective")
+    assert leaner(Settings(True, "full", 2), list(sizes), predicted) is None
+    assert Settings(True, "full", 2).flags() == "--fp8_base --gradient_checkpointing --blocks_to_swap 2"
+    assert Settings(True, "none", 2).flags(training=False) == "--fp8 --blocks_to_swap 2"
