@@ -1,5 +1,6 @@
 """hv_generate_video.py on the small models: what it writes, that it repeats itself, and what it refuses."""
 
+import gc
 import json
 import re
 import subprocess
@@ -24,10 +25,12 @@ def generate(tiny_models, tmp_path, monkeypatch, capfd):
     def run(*words: object, folder: str = "out", size: list[str] = SMALL) -> Path:
         argv = ["hv_generate_video.py", *models, *size, f"--save_path={tmp_path / folder}", *map(str, words)]
         monkeypatch.setattr(sys, "argv", argv)
+        gc.freeze()  # the script collects garbage after every model: without pytest's own objects that is quick
         hv_generate_video.main()
         return tmp_path / folder
 
-    return run
+    yield run
+    gc.unfreeze()
 
 
 def only(folder: Path, pattern: str) -> Path:
