@@ -143,8 +143,9 @@ def load_vae(path: str | Path, device: Device = "cpu", dtype: torch.dtype = torc
     from hunyuan_model.vae import AutoencoderKLCausal3D, VaeConfig
 
     file = identify(path)
-    names = {vae_official_name(name): name for name in file.tensors(VAE)}
-    shapes = {official: _matrix_shape(official, file.tensors(VAE)[name].shape) for official, name in names.items()}
+    infos = file.tensors(VAE)
+    names = {vae_official_name(name): name for name in infos}
+    shapes = {official: _matrix_shape(official, infos[name].shape) for official, name in names.items()}
     with _about(path):
         config = VaeConfig.from_shapes(shapes, file.checkpoint.config)
         with torch.device("meta"):
