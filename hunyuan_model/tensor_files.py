@@ -214,7 +214,9 @@ def _model_files(folder: Path) -> list[Path]:
     if len(files) == 1:
         return files
     found = f"{len(files)} .pt files; give one of them" if files else "no .safetensors, .bin or .pt file in this folder"
-    raise UserError(f"{folder}: {found}")
+    below = sorted(each.name for each in folder.iterdir() if each.is_dir() and not each.name.startswith("."))
+    hint = f"; give one of the folders in it: {', '.join(below[:6])}" if below and not files else ""
+    raise UserError(f"{folder}: {found}{hint}")
 
 
 def _shards(index: Path) -> list[Path]:

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from hunyuan_model.key_maps import dit_from_official
+from hunyuan_model.key_maps import dit_from_official, dit_parts
 
 Weights = dict[str, torch.Tensor]
 FP8 = torch.float8_e4m3fn
@@ -95,10 +95,10 @@ def _official_fp8(folder: Path, stored: Weights, scales: dict[str, float]) -> Pa
 
 def _comfyui_fp8(folder: Path, stored: Weights, scales: dict[str, float]) -> Path:
     weights = dit_from_official(stored, "ComfyUI")
-    comfy = {next(iter(dit_from_official({"img_in.proj.weight": stored["img_in.proj.weight"], name: stored[name]},
-             "ComfyUI").keys() - {"img_in.proj.weight"})): scale for name, scale in scales.items()}  # fmt: skip
-    weights |= {f"{name.removesuffix('.weight')}.scale_weight": torch.tensor(scale) for name, scale in comfy.items()}
-    weights |= {f"{next(iter(comfy)).removesuffix('.weight')}.scale_input": torch.tensor(1.0)}
+    for name, scale in scales.items():
+        (renamed,) = dit_parts(name, "ComfyUI")
+        weights[f"{renamed.removesuffix('.weight')}.scale_weight"] = torch.tensor(scale)
+        weights[f"{renamed.removesuffix('.weight')}.scale_input"] = torch.tensor(1.0)
     weights["scaled_fp8"] = torch.empty(2, dtype=FP8)
     return _safetensors(folder / "hunyuan_fp8_scaled.safetensors", prefixed(weights, "model.diffusion_model."))
 
@@ -186,6 +186,12 @@ def _hf_folder(folder: Path, source: Path, weights: Weights, config: dict | None
     return folder / "llm"
 
 
+def _bin_folder(folder: Path, source: Path, weights: Weights) -> Path:
+    shutil.copytree(source, folder / "llm", ignore=shutil.ignore_patterns("*.safetensors"))
+    _pt(folder / "llm" / "pytorch_model.bin", weights)
+    return folder / "llm"
+
+
 def _llava_folder(folder: Path, source: Path, weights: Weights, prefix: str) -> Path:
     text = json.loads((source / "config.json").read_text(encoding="utf-8"))
     config = {"model_type": "llava", "architectures": ["LlavaForConditionalGeneration"], "text_config": text}
@@ -195,6 +201,7 @@ def _llava_folder(folder: Path, source: Path, weights: Weights, prefix: str) -> 
 LLM_LAYOUTS: dict[str, Callable[[Path, Path, Weights], Path]] = {
     "folder": lambda folder, source, w: source,
     "shards": _hf_folder,
+    "pytorch_model.bin": _bin_folder,
     "single file": lambda folder, source, w: single_file(folder, source, w, "llava_llama3_fp16.safetensors"),
     "single file with its tokenizer": lambda folder, source, w: single_file(
         folder, source, w | {"tokenizer": torch.zeros(3, dtype=torch.uint8)}, "llava_llama3_fp16.safetensors"

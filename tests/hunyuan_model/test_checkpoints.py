@@ -88,6 +88,16 @@ def test_fp8_dit_is_the_identical_dequantized_model(layout: str, dit_weights: We
         assert layer.scale.shape == (layer.out_features, 1) and layer.scale.is_contiguous()
 
 
+def test_scales_under_comfyuis_newer_name(dit_weights: Weights, tmp_path: Path) -> None:
+    stored, scales, meant = quantized(dit_weights)
+    old = load_file(FP8_LAYOUTS["ComfyUI scaled"](tmp_path, stored, scales))
+    del old["model.diffusion_model.scaled_fp8"]
+    new = {name.replace(".scale_weight", ".weight_scale"): tensor for name, tensor in old.items()}
+    new["model.diffusion_model.single_blocks.0.linear1.comfy_quant"] = torch.zeros(4, dtype=torch.uint8)
+    save_file(new, tmp_path / "new.safetensors")
+    _assert_identical(load_dit(tmp_path / "new.safetensors", dtype=torch.float32).state_dict(), meant)
+
+
 def test_diffusers_fp8_parts_keep_their_own_scales(dit_weights: Weights, tmp_path: Path) -> None:
     """q, k and v are separate tensors in diffusers' layout, so one of our layers has three scales."""
     path = DIT_LAYOUTS["diffusers folder, shards"](tmp_path, dit_weights)

@@ -121,6 +121,12 @@ def _folder(folder: Path, **files: bytes) -> Path:
     return folder / "model"
 
 
+def _folder_of_folders(folder: Path) -> Path:
+    for name in ("transformer", "vae"):
+        (folder / "pipeline" / name).mkdir(parents=True)
+    return folder / "pipeline"
+
+
 def _two_models(folder: Path) -> Path:
     (folder / "model").mkdir()
     for name in ("a", "b"):
@@ -232,6 +238,7 @@ CASES: dict[str, tuple[Callable[[Path], Path], str]] = {
     "LoRA": (lambda f: _named(f / "x.safetensors", "lora_unet_single_blocks_0_linear1.lora_down.weight"), "LoRA"),
     "unknown model": (lambda f: _named(f / "x.safetensors", "encoder.weight"), "unknown model .*encoder.weight"),
     "folder without a model": (lambda f: _folder(f, config__json=b"{}"), "no .safetensors, .bin or .pt"),
+    "folder of folders": (_folder_of_folders, "give one of the folders in it: transformer, vae"),
     "folder with two models": (_two_models, "2 model files"),
     "missing shard": (_missing_shard, "1 of 1 shards are missing"),
     "broken index": (
