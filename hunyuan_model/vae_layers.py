@@ -2,8 +2,7 @@
 
 A convolution never sees its whole input padded, normalised or upsampled: it reads a few frames at a time from a
 `Clip`, which computes them on the way. Its frames come last to first, so that a layer may overwrite its own input:
-causal convolutions only look back. Activations are B C F H W in channels_last_3d memory, the order in which oneDNN
-and cuDNN need no reordered copy.
+causal convolutions only look back. Activations are B C F H W.
 
 The layers have no backward pass: activations are overwritten, and the VAE is never trained here.
 """
@@ -89,11 +88,6 @@ class Upsampled(Clip):
                 out[..., row::per_row, column::per_column] = frames
 
 
-def empty_clip(like: Tensor, B: int, C: int, f: int, h: int, w: int) -> Tensor:
-    """Uninitialised B C F H W in channels_last_3d memory, with the dtype and device of `like`."""
-    return like.new_empty((B, f, h, w, C)).permute(0, 4, 1, 2, 3)
-
-
 class CausalConv3d(nn.Module):
     """3D convolution whose padding repeats the edges: in space on both sides, in time the first frame before itself.
 
@@ -110,7 +104,7 @@ class CausalConv3d(nn.Module):
     def forward(self, clip: Clip) -> Tensor:
         B, _, *size = clip.shape
         f, h, w = ((length - 1) // stride + 1 for length, stride in zip(size, self.conv.stride))
-        out = empty_clip(clip.x, B, self.conv.out_channels, f, h, w)
+        out = clip.x.new_empty(B, self.conv.out_channels, f, h, w)
         for frames, y in self.windows(clip):
             out[:, :, frames] = y
         return out
@@ -137,7 +131,7 @@ def padded(clip: Clip, start: int, stop: int) -> Tensor:
     """
     B, C, _, h, w = clip.shape
     before = max(-start, 0)
-    window = empty_clip(clip.x, B, C, stop - start, h + 2, w + 2)
+    window = clip.x.new_empty(B, C, stop - start, h + 2, w + 2)
     clip.read(max(start, 0), stop, out=window[:, :, before:, 1:-1, 1:-1])
     window[..., 0, :], window[..., -1, :] = window[..., 1, :], window[..., -2, :]
     window[..., 0], window[..., -1] = window[..., 1], window[..., -2]
