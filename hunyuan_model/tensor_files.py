@@ -42,7 +42,7 @@ class TensorFile(Protocol):
         ...
 
     def read(self, name: str) -> Tensor:
-        """The tensor on the CPU; of a .pt file it is a view of the file, valid until the next read."""
+        """The tensor on the CPU; of a .pt file it is a view that keeps pages of the file in memory: copy what stays."""
         ...
 
 
@@ -154,7 +154,7 @@ class Checkpoint:
         return next(file for file in self.files if name in file.infos)
 
     def read(self, name: str) -> Tensor:
-        """One tensor on the CPU; of a .pt file it is a view of the file, valid until the next read."""
+        """One tensor on the CPU; of a .pt file it is a view that keeps pages of the file in memory: copy what stays."""
         return self._holder(name).read(name)
 
 
