@@ -35,7 +35,7 @@ class CachingOptions:
 
     dataset_config: Path = option(help="dataset config, TOML or JSON", path="file")
     batch_size: int | None = option(None, help="upper limit of the dataset's batch size while encoding", minimum=1)
-    num_workers: int | None = option(None, help="threads that decode; processors - 1 when unset", minimum=1)
+    num_workers: int | None = option(None, help="threads that decode; processors - 1 when unset", minimum=0)
     skip_existing: bool = option(False, help="trust the names of cache files, compare nothing else")
     keep_cache: bool = option(False, help="accepted for old command lines: nothing is deleted without --prune")
     prune: bool = option(False, help="delete caches in the cache directories that belong to no item")

@@ -11,6 +11,7 @@ from collections import defaultdict, deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from itertools import groupby
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -30,7 +31,7 @@ from dataset.cache import (
 )
 from dataset.intake import TakenDataset
 from dataset.items import Item, made_from
-from dataset.media import MediaError, load_pixels
+from dataset.media import MediaError, load_items
 from dataset.sources import Source
 from utils.errors import UserError
 
@@ -38,6 +39,8 @@ T = TypeVar("T")
 R = TypeVar("R")
 # Decoded pixels that may wait for the VAE: one clip of 129 frames at 960x544 (202 MB), or many small ones.
 BYTES_AHEAD = 256 << 20
+# Small clips are decoded together up to this size, so that a long video is not read from its start for each.
+BYTES_TOGETHER = 32 << 20
 
 
 class Encoder(Protocol):
@@ -48,16 +51,19 @@ class Encoder(Protocol):
 
 @dataclass(frozen=True)
 class Task:
-    """Items of one bucket that are encoded together, with the sources they come from."""
+    """Items of one bucket that are decoded together, with the sources they come from."""
 
     dataset: TakenDataset
     members: tuple[tuple[Source, Item], ...]
+    batch_size: int
 
     @property
     def pixel_bytes(self) -> int:
-        item = self.members[0][1]
-        frames = item.clip.length if item.clip else 1
-        return len(self.members) * frames * item.bucket[0] * item.bucket[1] * 3
+        return sum(_pixel_bytes(item) for _, item in self.members)
+
+
+def _pixel_bytes(item: Item) -> int:
+    return (item.clip.length if item.clip else 1) * item.bucket[0] * item.bucket[1] * 3
 
 
 @dataclass
@@ -92,15 +98,15 @@ def judge(
 
 
 def tasks_of(dataset: TakenDataset, members: Sequence[tuple[Source, Item]], batch_size: int) -> list[Task]:
-    """Batches of one bucket each, in the order of the buckets' names."""
+    """Tasks of one bucket each: a batch, or so many that one way through a file serves several small clips."""
     per_bucket: dict[str, list[tuple[Source, Item]]] = defaultdict(list)
     for source, item in members:
         per_bucket[item.bucket_name].append((source, item))
-    return [
-        Task(dataset, tuple(same[start : start + batch_size]))
-        for _, same in sorted(per_bucket.items())
-        for start in range(0, len(same), batch_size)
-    ]
+    tasks = []
+    for _, same in sorted(per_bucket.items()):
+        size = batch_size * max(1, BYTES_TOGETHER // (batch_size * _pixel_bytes(same[0][1])))
+        tasks += [Task(dataset, tuple(same[start : start + size]), batch_size) for start in range(0, len(same), size)]
+    return tasks
 
 
 def prefetch(
@@ -140,14 +146,16 @@ class Loaded:
 
 
 def load_members(task: Task) -> Loaded:
-    """Decodes the members of a task."""
+    """Decodes the members of a task, each file once."""
     loaded = Loaded()
-    for source, item in task.members:
-        try:
-            loaded.pixels.append(load_pixels(source, item, task.dataset.settings))
-            loaded.members.append((source, item))
-        except MediaError as error:
-            loaded.failures.append((item, str(error)))
+    for source, of_source in groupby(task.members, key=lambda member: member[0]):
+        items = [item for _, item in of_source]
+        for item, pixels in zip(items, load_items(source, items, task.dataset.settings), strict=True):
+            if isinstance(pixels, MediaError):
+                loaded.failures.append((item, str(pixels)))
+            else:
+                loaded.members.append((source, item))
+                loaded.pixels.append(pixels)
     return loaded
 
 
@@ -206,29 +214,34 @@ class LatentWriter:
             for task, future in prefetch(tasks, load_members, lambda task: task.pixel_bytes, workers):
                 loaded = future.result()
                 failures = outcomes[task.dataset.heading].failures
-                for item, reason in [*loaded.failures, *self._encode_and_write(task.dataset, loaded)]:
+                for item, reason in [*loaded.failures, *self._encode_and_write(task, loaded, bar)]:
                     if self.strict:
                         raise UserError(f"{reason} (--strict)")
                     failures[item.name] = reason
-                bar.update(len(task.members))
+                bar.update(len(loaded.failures))
 
-    def _encode_and_write(self, dataset: TakenDataset, loaded: Loaded) -> Iterator[tuple[Item, str]]:
+    def _encode_and_write(self, task: Task, loaded: Loaded, bar: tqdm) -> Iterator[tuple[Item, str]]:
         """Yields the items that failed with the reason."""
-        if not loaded.members:
-            return
-        names = [item.name for _, item in loaded.members]
+        while loaded.members:
+            members, loaded.members = loaded.members[: task.batch_size], loaded.members[task.batch_size :]
+            pixels, loaded.pixels = loaded.pixels[: task.batch_size], loaded.pixels[task.batch_size :]
+            latents = self._encode(members, pixels)
+            for (source, item), of_item in zip(members, latents, strict=True):
+                try:
+                    self._write(task.dataset, source, item, of_item)
+                except ValueError as error:
+                    yield item, f"{source.path}: {item.name}: {error}; try --vae_dtype float32 or bfloat16"
+            bar.update(len(members))
+
+    def _encode(self, members: Sequence[tuple[Source, Item]], pixels: list[np.ndarray]) -> torch.Tensor:
+        names = [item.name for _, item in members]
         try:
-            latents = encode(self.vae, loaded.pixels, names, self.device, self.dtype)
+            return encode(self.vae, pixels, names, self.device, self.dtype)
         except torch.OutOfMemoryError:
             raise UserError(
-                f"out of memory while encoding {names[0]} ({loaded.members[0][1].bucket_name}); lower --batch_size or "
+                f"out of memory while encoding {names[0]} ({members[0][1].bucket_name}); lower --batch_size or "
                 "set --vae_spatial_tile_sample_min_size 128; what is cached stays"
             ) from None
-        for (source, item), of_item in zip(loaded.members, latents, strict=True):
-            try:
-                self._write(dataset, source, item, of_item)
-            except ValueError as error:
-                yield item, f"{source.path}: {item.name}: {error}; try --vae_dtype float32 or bfloat16"
 
     def _write(self, dataset: TakenDataset, source: Source, item: Item, latents: torch.Tensor) -> None:
         ingredients = made_from(item, dataset.settings, source.stamp) | self.ingredients

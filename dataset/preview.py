@@ -74,18 +74,22 @@ def _show_letters(datasets: Sequence[TakenDataset], options: PreviewOptions) -> 
         from ascii_magic import AsciiArt, Back
     except ImportError:
         raise UserError("--debug_mode console needs the package ascii-magic: pip install ascii-magic") from None
-    back = None
-    if options.console_back is not None:
-        names = [name for name in vars(Back) if name.isupper()]
-        if options.console_back.upper() not in names:
-            raise UserError(f"--console_back {options.console_back}: allowed: {', '.join(names)}")
-        back = getattr(Back, options.console_back.upper())
+    name = (options.console_back or "").upper()
+    if name and name not in Back.__members__:
+        raise UserError(f"--console_back {options.console_back}: allowed: {', '.join(Back.__members__)}")
     for dataset in datasets:
         for _, _, clip in _clips(dataset, options.console_num_images):
             art = AsciiArt.from_pillow_image(Image.fromarray(clip[0]))
-            art.to_terminal(columns=options.console_width, back=back)
-            if options.console_num_images is None and input("Enter: next, q: end ").strip() == "q":
+            art.to_terminal(columns=options.console_width, back=Back[name] if name else None)
+            if options.console_num_images is None and _wants_to_end():
                 return
+
+
+def _wants_to_end() -> bool:
+    try:
+        return input("Enter: next, q: end ").strip() == "q"
+    except EOFError:
+        return True
 
 
 def show(datasets: Sequence[TakenDataset], options: PreviewOptions) -> None:

@@ -1,5 +1,6 @@
 """cache_latents.py on real media: what it writes, what it does again, what it survives."""
 
+import enum
 import itertools
 import json
 import os
@@ -11,6 +12,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -271,9 +273,9 @@ def test_the_trainer_reads_what_was_cached(world: World) -> None:
 
 
 def test_a_clip_that_breaks_while_decoding_is_listed_skipped_and_not_trained_on(world: World, monkeypatch) -> None:
-    from dataset.media import _decoded as real
+    from dataset.video import _decoded as real
 
-    monkeypatch.setattr("dataset.media._decoded", lambda *stream: itertools.islice(real(*stream), 9))
+    monkeypatch.setattr("dataset.video._decoded", lambda *stream: itertools.islice(real(*stream), 9))
     output = world.run()
     assert counts(output)[1] == [VIDEO_ITEMS - 6, 0, 0, 6, 0]  # five single frames and one chunk beyond
     assert "v.mp4: frame 9 of 14 cannot be decoded" in output
@@ -281,7 +283,7 @@ def test_a_clip_that_breaks_while_decoding_is_listed_skipped_and_not_trained_on(
     names = TrainingDataset(load_dataset_config(world.config), seed=0).num_items
     assert names == 3 + VIDEO_ITEMS - 6
 
-    monkeypatch.setattr("dataset.media._decoded", real)
+    monkeypatch.setattr("dataset.video._decoded", real)
     assert counts(world.run())[1] == [6, 0, VIDEO_ITEMS - 6, 0, 0]
     assert not list(world.folder.glob("c2/hv_failures*"))
 
@@ -397,6 +399,53 @@ def test_windows_and_letters_need_what_they_need(world: World, monkeypatch) -> N
         world.run("--debug_mode", "console")
 
 
+def test_windows_show_every_item_and_play_clips(world: World, monkeypatch) -> None:
+    import cv2
+
+    shown: list[np.ndarray] = []
+    monkeypatch.setenv("DISPLAY", ":0")
+    monkeypatch.setattr(cv2, "imshow", lambda title, pixels: shown.append(pixels))
+    monkeypatch.setattr(cv2, "waitKey", lambda delay: -1)
+    monkeypatch.setattr(cv2, "destroyAllWindows", lambda: None)
+    world.run("--debug_mode", "image")
+    assert len(shown) == 3 + VIDEO_ITEMS
+    red = resize_to_bucket(load_image(world.images / "a.png"), (32, 32))
+    assert np.array_equal(shown[0][..., ::-1], red)
+
+    shown.clear()
+    world.config.write_text(world.config.read_text().replace("[1, 5]", "[5]"))
+    world.run("--debug_mode", "video", "--console_num_images", 1)
+    assert [number_of(frame) for frame in shown[1:]] == [0, 1, 2, 3, 4]
+
+    shown.clear()
+    monkeypatch.setattr(cv2, "waitKey", lambda delay: 27)
+    world.run("--debug_mode", "video")
+    assert len(shown) == 1
+
+
+def test_letters_are_drawn_with_ascii_magic(world: World, monkeypatch) -> None:
+    drawn = []
+
+    class Back(enum.Enum):
+        BLUE = 1
+
+    class AsciiArt:
+        @classmethod
+        def from_pillow_image(cls, image):
+            drawn.append(image.size)
+            return cls()
+
+        def to_terminal(self, columns, back):
+            drawn.append((columns, back))
+
+    monkeypatch.setitem(sys.modules, "ascii_magic", SimpleNamespace(AsciiArt=AsciiArt, Back=Back))
+    words = ["--debug_mode", "console", "--console_num_images", 1, "--console_width", 40]
+    assert "a caption" in world.run(*words, "--console_back", "blue")
+    assert drawn == [(32, 32), (40, Back.BLUE)] * 2
+    with pytest.raises(UserError, match="--console_back pink: allowed: BLUE"):
+        world.run(*words, "--console_back", "pink")
+
+
 def refused(*words: object) -> str:
     """The one line on stderr of a run that ends with exit code 2."""
     run = subprocess.run([sys.executable, str(ROOT / "cache_latents.py"), *map(str, words)], capture_output=True)
@@ -421,6 +470,17 @@ def test_as_a_program(world: World) -> None:
     output = run.stdout.decode()
     assert counts(output) == [[3, 0, 0, 0, 0], [VIDEO_ITEMS, 0, 0, 0, 0]]
     assert "Traceback" not in run.stderr.decode() and "encoding" in run.stderr.decode()
+
+
+@pytest.mark.slow
+def test_accelerate_launch_shares_the_items(world: World) -> None:
+    launch = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--main_process_port", "0"]
+    launch += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
+    python, *script_and_options = world.command()
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    subprocess.run([python, *launch, *script_and_options], check=True, capture_output=True, env=environment)
+    assert len(world.caches()) == 3 + VIDEO_ITEMS
+    assert counts(world.run()) == [[0, 0, 3, 0, 0], [0, 0, VIDEO_ITEMS, 0, 0]]
 
 
 @pytest.mark.slow
