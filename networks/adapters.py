@@ -11,10 +11,11 @@ from networks.factors import Factors
 from networks.format_table import NATIVE
 from networks.lora_files import load_native, native_tensors, save_native
 from networks.merging import write_weight
-from networks.targets import find_targets, read_arguments
+from networks.targets import find_targets, is_linear, read_arguments
 from utils.errors import UserError
 
 DEFAULT_RANK = 4
+SMALL_SCALE = 0.1
 
 
 class AdapterModule(nn.Module):
@@ -143,10 +144,11 @@ class AdapterNetwork(nn.Module):
         for key, tensor in tensors.items():
             module, suffix = key.split(".", 1)
             per_module.setdefault(module, {})[suffix] = tensor
-        targets = {native_name(name): (name, module) for name, module in model.named_modules()}
+        linears = {name: module for name, module in model.named_modules() if is_linear(module)}
+        targets = {native_name(name): (name, module) for name, module in linears.items()}
         for module in per_module:
             if module not in targets:
-                raise UserError(f"{module}: this module of the weights is not in the DiT")
+                raise UserError(f"{module}: this module of the weights is no Linear of the DiT")
         adapters = {}
         for module, own in per_module.items():
             name, target = targets[module]
@@ -296,6 +298,8 @@ def build_network(
         f"{title}: {len(adapters)} modules, {parameters:,} parameters, "
         f"rank {rank}, alpha {alpha:g}, scale alpha/rank = {alpha / rank:g}"
     )
+    if alpha / rank < SMALL_SCALE:
+        print(f"warning: a scale below {SMALL_SCALE} learns slowly; --network_alpha {rank} gives a scale of 1")
     if verbose:
         for name, adapter in adapters.items():
             print(f"  {name}: {adapter.in_features} -> {adapter.out_features}, rank {adapter.rank}")

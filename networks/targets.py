@@ -34,14 +34,15 @@ def find_targets(
             continue
         for name, module in block.named_modules(prefix=block_name):
             wanted = not _matches(excluded, name) or _matches(included, name)
-            if wanted and _is_linear(module):
+            if wanted and is_linear(module):
                 targets[name] = module
     if not targets:
         raise UserError("network_args: exclude_patterns leave no module to train; check them, or add include_patterns")
     return targets
 
 
-def _is_linear(module: nn.Module) -> bool:
+def is_linear(module: nn.Module) -> bool:
+    """Whether this is a Linear, plain or quantised."""
     return hasattr(module, "in_features") and hasattr(module, "out_features") and hasattr(module, "weight")
 
 

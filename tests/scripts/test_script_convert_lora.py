@@ -76,6 +76,17 @@ def test_counts_what_each_program_loads(tmp_path, monkeypatch, capsys, target, e
     assert "dW of all 240 modules is equal" in printed
 
 
+def test_counts_modules_outside_the_blocks(tmp_path, monkeypatch, capsys):
+    """ComfyUI maps neither time_in nor vector_in; diffusers breaks two while it renames; musubi has only blocks."""
+    save_file(random_file("default", seed=8, missing=0), tmp_path / "in.safetensors")
+    for target, counts in (("other", (17, 17, 0)), ("diffusers", (0, 19, 0)), ("default", (9, 0, 13))):
+        words = ("--input", tmp_path / "in.safetensors", "--output", tmp_path / "out.safetensors", "--target", target)
+        assert run(monkeypatch, *words) == 0
+        printed = capsys.readouterr().out
+        for program, count in zip(("ComfyUI", "diffusers", "musubi"), counts):
+            assert f"{program:<9}  {count} of 19 modules will load" in printed
+
+
 def test_other_and_back_as_a_user_does_it(tmp_path):
     """The one run of the real command; --target other then default gives the same dW (issue 2)."""
     original = random_file("default", seed=1, missing=0)
