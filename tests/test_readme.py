@@ -1,0 +1,254 @@
+"""The documents tell the truth: their commands parse, their options and links exist, and both READMEs say the same."""
+
+import ast
+import csv
+import importlib
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import hv_train_network
+from utils.cli import parse_options
+from utils.errors import UserError
+from utils.generation_options import parse_generation_options
+
+ROOT = Path(__file__).parent.parent
+READMES = ("README.md", "README.ja.md")
+DOCUMENTS = (*READMES, "CONTRIBUTING.md", "dataset/dataset_config.md", "docs/design.md", "docs/options.md")
+ROOMS = ("hunyuan_model", "modules", "networks", "dataset", "utils")
+SCRIPTS = (
+    "cache_latents.py",
+    "cache_text_encoder_outputs.py",
+    "hv_train_network.py",
+    "hv_generate_video.py",
+    "convert_lora.py",
+    "merge_lora.py",
+    "lora_tool.py",
+)
+# What the README of the original, as of 2025-01-03, tells its users to type.
+ORIGINAL_COMMANDS = (
+    "python cache_latents.py --dataset_config path/to/toml "
+    "--vae path/to/ckpts/hunyuan-video-t2v-720p/vae/pytorch_model.pt --vae_chunk_size 32 --vae_tiling",
+    "python cache_text_encoder_outputs.py --dataset_config path/to/toml  --text_encoder1 path/to/ckpts/text_encoder "
+    "--text_encoder2 path/to/ckpts/text_encoder_2 --batch_size 16",
+    "accelerate launch --num_cpu_threads_per_process 1 --mixed_precision bf16 hv_train_network.py "
+    "--dit path/to/ckpts/hunyuan-video-t2v-720p/transformers/mp_rank_00_model_states.pt "
+    "--dataset_config path/to/toml --sdpa --mixed_precision bf16 --fp8_base "
+    "--optimizer_type adamw8bit --learning_rate 1e-3 --gradient_checkpointing "
+    "--max_data_loader_n_workers 2 --persistent_data_loader_workers "
+    "--network_module=networks.lora --network_dim=32 --timestep_sampling sigmoid --discrete_flow_shift 1.0 "
+    "--max_train_epochs 16 --save_every_n_epochs=1 --seed 42 "
+    "--output_dir path/to/output_dir --output_name name-of-lora",
+    "python hv_generate_video.py --fp8 --video_size 544 960 --video_length 5 --infer_steps 30 "
+    '--prompt "A cat walks on the grass, realistic style."  --save_path path/to/save/dir --output_type both '
+    "--dit path/to/ckpts/hunyuan-video-t2v-720p/transformers/mp_rank_00_model_states.pt --attn_mode sdpa "
+    "--vae path/to/ckpts/hunyuan-video-t2v-720p/vae/pytorch_model.pt "
+    "--vae_chunk_size 32 --vae_spatial_tile_sample_min_size 128 "
+    "--text_encoder1 path/to/ckpts/text_encoder --text_encoder2 path/to/ckpts/text_encoder_2 "
+    "--seed 1234 --lora_multiplier 1.0 --lora_weight path/to/lora.safetensors",
+    "python convert_lora.py --input path/to/musubi_lora.safetensors "
+    "--output path/to/another_format.safetensors --target other",
+)
+WRITTEN = ("--output", "--output_dir", "--output_file", "--save_path", "--save_merged_model", "--png")
+FILE_SUFFIXES = (".toml", ".txt", ".pt", ".safetensors")
+# Options of pip, accelerate, pytest and `python -m hunyuan_model.checkpoints` that the documents mention.
+OF_OTHERS = ("--check", "--extra-index-url", "--index-url", "--multi_gpu", "--num_machines", "--num_processes")
+
+
+class StopHereError(Exception):
+    """The script has parsed its command line; what it would do next needs real files."""
+
+
+def read(name: str) -> str:
+    return (ROOT / name).read_text(encoding="utf-8")
+
+
+def code_blocks(name: str) -> list[str]:
+    """Fenced blocks with their language."""
+    return re.findall(r"^ *(```.*?^ *```)", read(name), re.MULTILINE | re.DOTALL)
+
+
+def script_commands(text: str) -> list[str]:
+    """The lines that start one of our scripts."""
+    lines = [line.strip() for line in text.splitlines()]
+    start = re.compile(rf"(python|accelerate launch) .*\b({'|'.join(map(re.escape, SCRIPTS))}) ")
+    return [line for line in lines if start.match(line)]
+
+
+def documented_commands() -> list[str]:
+    documents = [text for name in DOCUMENTS for text in code_blocks(name)]
+    docstrings = [ast.get_docstring(ast.parse(read(name))) for name in SCRIPTS]
+    return list(dict.fromkeys(command for text in documents + docstrings for command in script_commands(text)))
+
+
+def with_files(words: list[str]) -> list[str]:
+    """The words, with every file and folder that they name made in the current folder."""
+    words = [word.replace("*", "000001") for word in words]
+    option = ""
+    for word in words:
+        if word.startswith("--"):
+            option = word.partition("=")[0]
+            continue
+        path = Path(word)
+        is_file = path.suffix in FILE_SUFFIXES or option == "--dataset_config"
+        if option in WRITTEN or not (is_file or "/" in word):
+            continue
+        (path.parent if is_file else path).mkdir(parents=True, exist_ok=True)
+        if is_file:
+            path.touch()
+    return words
+
+
+def parse(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Hands the command to its script's own option parser.
+
+    Raises:
+        UserError: the script refuses it.
+    """
+    words = with_files(shlex.split(command))
+    at = next(index for index, word in enumerate(words) if word in SCRIPTS)
+    script, arguments = words[at], words[at + 1 :]
+    if script == "hv_train_network.py":
+        hv_train_network.Options.parse(arguments).check()
+    elif script == "hv_generate_video.py":
+        parse_generation_options("", arguments)
+    else:
+        module = importlib.import_module(script.removesuffix(".py"))
+
+        def parse_only(description: str, *groups: type, argv: list[str] | None = None) -> None:
+            parse_options(description, *groups, argv=argv)
+            raise StopHereError
+
+        monkeypatch.setattr(module, "parse_options", parse_only)
+        monkeypatch.setattr(sys, "argv", words[at:])
+        with pytest.raises(StopHereError):
+            module.main()
+
+
+@pytest.mark.parametrize("command", ORIGINAL_COMMANDS, ids=lambda command: command.split(".py")[0].split()[-1])
+def test_commands_of_the_original_parse_unchanged(command, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    parse(command, monkeypatch)
+
+
+def test_every_documented_command_parses(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    commands = documented_commands()
+    assert {script for script in SCRIPTS if any(script in command for command in commands)} == set(SCRIPTS)
+    for command in commands:
+        parse(command, monkeypatch)
+
+
+@pytest.mark.parametrize("wrong", ["--no_such_option", "--video_length 5.5", "--output_type film"])
+def test_a_wrong_command_would_be_found(wrong, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError):
+        parse(f"{ORIGINAL_COMMANDS[3]} {wrong}", monkeypatch)
+
+
+@pytest.fixture(scope="module")
+def helps() -> dict[str, str]:
+    """What each script prints for --help, after its CPU time was found to be short."""
+    resource = pytest.importorskip("resource")
+
+    def run(*words: str) -> tuple[float, str]:
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        environment = {**os.environ, "COLUMNS": "100", "PYTHONUTF8": "1"}
+        done = subprocess.run(
+            [sys.executable, *words], cwd=ROOT, env=environment, capture_output=True, encoding="utf-8", check=True
+        )
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime, done.stdout
+
+    interpreter, _ = run("-c", "pass")
+    texts = {}
+    for script in SCRIPTS:
+        seconds, texts[script] = run(script, "--help")
+        assert seconds - interpreter <= 0.5, f"{script} --help takes {seconds:.2f} s of processor time"
+    return texts
+
+
+def kind_of(option: str, text: str) -> str | None:
+    """How many values --help says that an option takes."""
+    found = re.search(rf"^  {option}(?: (\S.*?))?(?:  .*)?$", text, re.MULTILINE)
+    if found is None:
+        return None
+    values = found[1] or ""
+    if values.startswith("["):
+        return "many"
+    return {0: "flag", 1: "one", 2: "two"}[len(values.split())]
+
+
+def test_every_option_of_the_reference_tool_is_there(helps):
+    rows = list(csv.DictReader(read("tests/data/options.tsv").splitlines(), delimiter="\t"))
+    differing = {
+        (row["script"], row["option"], row["kind"]): found
+        for row in rows
+        if (found := kind_of(row["option"], helps[row["script"]])) != row["kind"]
+    }
+    assert differing == {}
+    assert len(rows) == 200
+
+
+@pytest.mark.parametrize("name", DOCUMENTS)
+def test_options_in_documents_exist(name, helps):
+    scripts = "\n".join(helps.values()) + "".join(map(read, ("lora_tool.py", ".ci/run")))
+    known = set(re.findall(r"--[a-z_0-9]+", scripts))
+    known |= {f"--{field}" for field in re.findall(r"^    (\w+): ", read("lora_tool.py"), re.MULTILINE)}
+    mentioned = set(re.findall(r"--[a-z][a-z_0-9-]+", re.sub(r"<!--.*?-->", "", read(name)))) - set(OF_OTHERS)
+    assert mentioned <= known, mentioned - known
+
+
+def headings(name: str) -> list[tuple[int, str]]:
+    text = re.sub(r"^ *```.*?^ *```", "", read(name), flags=re.MULTILINE | re.DOTALL)
+    return [(len(marks), title) for marks, title in re.findall(r"^(#+) (.*)$", text, re.MULTILINE)]
+
+
+def links(name: str) -> list[str]:
+    return re.findall(r"\]\(([^)]+)\)", read(name))
+
+
+def anchor(title: str) -> str:
+    """The name that GitHub gives to a heading."""
+    return re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-")
+
+
+def test_both_readmes_say_the_same():
+    english, japanese = READMES
+    assert [level for level, _ in headings(english)] == [level for level, _ in headings(japanese)]
+    assert code_blocks(english) == code_blocks(japanese)
+    outside = [[link for link in links(name) if not link.startswith("#")] for name in READMES]
+    assert sorted(outside[0]) == sorted(outside[1])
+    tables = [[line.count("|") for line in read(name).splitlines() if line.startswith("|")] for name in READMES]
+    assert tables[0] == tables[1]
+
+
+@pytest.mark.parametrize("name", DOCUMENTS)
+def test_links_lead_somewhere(name):
+    anchors = {anchor(title) for _, title in headings(name)}
+    for link in links(name):
+        if link.startswith("#"):
+            assert link[1:] in anchors, link
+        elif "://" not in link:
+            assert (ROOT / name).parent.joinpath(link.partition("#")[0]).exists(), link
+
+
+@pytest.mark.parametrize("name", READMES)
+def test_the_two_commands_stand_at_the_top(name):
+    top = read(name).splitlines()[:20]
+    assert "python quickstart.py" in top
+    assert "python quickstart.py test" in top
+
+
+@pytest.mark.parametrize("name", ("CONTRIBUTING.md", "docs/design.md"))
+def test_files_named_in_documents_exist(name):
+    named = re.findall(r"`((?:[\w.]+/)+[\w.]*|\w+\.(?:py|md|txt|toml))`", read(name))
+    assert named
+    folders = [ROOT, *(ROOT / room for room in ROOMS)]
+    missing = [path for path in named if not any((folder / path).exists() for folder in folders)]
+    assert missing == []
