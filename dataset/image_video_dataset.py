@@ -198,7 +198,10 @@ def _items_of(settings: DatasetSettings, problems: list[str], notes: list[str]) 
     """The items of a dataset, every cache checked; what is wrong with caches is added to `problems`."""
     manifest = Manifest.load(settings.cache_directory, "latents")
     if not manifest.sources:
-        problems.append(f"{settings.cache_directory}: no latents are cached here for this config; run cache_latents.py")
+        problems.append(
+            f"{settings.cache_directory}: hv_latents.manifest.json is missing, so nothing is known to be cached here; "
+            "run cache_latents.py, which also takes over caches of musubi-tuner"
+        )
         return []
     listed = {source.name: source for source in list_sources(settings)}
     latent_faults: dict[str, list[str]] = defaultdict(list)

@@ -17,6 +17,7 @@ from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from tqdm import tqdm
 
 from dataset.cache import (
@@ -33,7 +34,7 @@ from dataset.intake import TakenDataset
 from dataset.items import Item, made_from
 from dataset.media import MediaError, load_items
 from dataset.sources import Source
-from utils.errors import UserError
+from utils.errors import UserError, one_line
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -207,7 +208,7 @@ class LatentWriter:
         """Works through the tasks; failures go into the outcome of their dataset (by heading).
 
         Raises:
-            UserError: out of memory; or a failure when strict.
+            UserError: out of memory, the disk is full, or a failure when strict.
         """
         total = sum(len(task.members) for task in tasks)
         with tqdm(total=total, desc="encoding", unit="item", disable=not show_progress) as bar:
@@ -229,6 +230,10 @@ class LatentWriter:
             for (source, item), of_item in zip(members, latents, strict=True):
                 try:
                     self._write(task.dataset, source, item, of_item)
+                except (OSError, SafetensorError) as error:
+                    raise UserError(
+                        f"{item.path}: cannot be written: {one_line(error)}; what is cached stays"
+                    ) from None
                 except ValueError as error:
                     yield item, f"{source.path}: {item.name}: {error}; try --vae_dtype float32 or bfloat16"
             bar.update(len(members))
@@ -251,14 +256,21 @@ class LatentWriter:
 
 
 def begin(dataset: TakenDataset, rank: int, world_size: int) -> list[tuple[Source, Item]]:
-    """The items of this process; writes the manifest (process 0) and removes what killed runs left."""
+    """The items of this process; writes the manifest (process 0) and removes what killed runs left.
+
+    Raises:
+        UserError: the cache directory cannot be written.
+    """
     mine = share_of(list(dataset.items), rank, world_size)
     directory = dataset.settings.cache_directory
-    directory.mkdir(parents=True, exist_ok=True)
-    remove_leftovers(directory, [item.path for _, item in mine])
-    if rank == 0:
-        remove_leftovers(directory, [dataset.manifest.path])
-        dataset.manifest.save()
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        remove_leftovers(directory, [item.path for _, item in mine])
+        if rank == 0:
+            remove_leftovers(directory, [dataset.manifest.path])
+            dataset.manifest.save()
+    except OSError as error:
+        raise UserError(f"{directory}: the cache directory cannot be written: {error.strerror}") from None
     return mine
 
 

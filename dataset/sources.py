@@ -189,6 +189,8 @@ def list_sources(settings: DatasetSettings) -> list[Source]:
     )
     if not location.exists():
         return []
+    if not os.access(location, os.R_OK):
+        raise UserError(f"{location}: cannot be read; check its permissions")
     if location.is_dir() != is_directory:
         expected = "a folder is expected" if is_directory else "a JSONL file is expected"
         raise UserError(f"{location}: {expected}")

@@ -236,6 +236,40 @@ def test_files_with_the_same_stem_get_caches_of_their_own(world: World) -> None:
     assert not torch.equal(one, two)
 
 
+def test_strange_and_long_names_work_from_media_to_batch(world: World) -> None:
+    for name in ("e" * 200, "猫の写真" * 19, "50% [x] #1 & 'y'", "with.dots.v2"):
+        write_caption(write_image(world.images / f"{name}.png", (40, 40)), f"caption of {name}")
+    assert counts(world.run())[0] == [7, 0, 0, 0, 0]
+    assert f"{'e' * 200}_0040x0040_hv.safetensors" in world.caches()
+    assert counts(world.run())[0] == [0, 0, 7, 0, 0]
+    write_text_caches(world)
+    assert TrainingDataset(load_dataset_config(world.config), seed=0).num_items == 7 + VIDEO_ITEMS
+
+
+def test_a_full_disk_is_one_line_and_keeps_what_is_cached(world: World, monkeypatch) -> None:
+    from dataset import cache
+
+    real, written = cache.save_file, []
+
+    def save(tensors, path, metadata):
+        if len(written) == 2:
+            raise OSError(28, "No space left on device")
+        written.append(path)
+        real(tensors, path, metadata)
+
+    monkeypatch.setattr(cache, "save_file", save)
+    with pytest.raises(UserError, match=r"cannot be written: .*No space left.*what is cached stays"):
+        world.run()
+    monkeypatch.setattr(cache, "save_file", real)
+    assert counts(world.run())[0] == [1, 0, 2, 0, 0]
+
+
+def test_a_cache_directory_that_cannot_be_made_is_one_line(world: World) -> None:
+    (world.folder / "c1").write_text("a file")
+    with pytest.raises(UserError, match="c1: the cache directory cannot be written"):
+        world.run()
+
+
 def test_processes_share_the_items(world: World, monkeypatch) -> None:
     world.run()
     alone = {name: load_file(path) for name, path in world.caches().items()}
