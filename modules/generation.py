@@ -200,6 +200,8 @@ class Generator:
                 **sources.get(job.stem, {}),
             )
             bar.update(bar.total - bar.n)
+        if self.step_cache is not None:
+            self.step_cache.forget()
         self.outputs.save_latents(job, latents)
 
     def _decode(self, job: Job) -> None:

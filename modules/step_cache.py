@@ -40,11 +40,15 @@ class StepCache:
     _after_first: Tensor | None = None
 
     def begin_step(self, step: int, steps: int) -> None:
-        """Called before every step of the loop; a new run forgets the last one."""
+        """Called before every step of the loop."""
         if step == 0:
-            self._streams.clear()
+            self.forget()
         self._must_compute = step in (0, steps - 1)
         self._call = 0
+
+    def forget(self) -> None:
+        """Frees what the last run left behind."""
+        self._streams.clear()
 
     def runs(self, first: bool) -> bool:
         """Whether the next block is evaluated; counts it."""

@@ -5,21 +5,23 @@ whatever form its weights have (fp8, swapped to host memory).
 """
 
 import os
-from collections.abc import Sequence
+import weakref
+from collections.abc import Callable, Sequence
 
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from networks.factors import Factors, LoraFactors
 from networks.merging import count_matches, dense_weight, read_changes
 
 
 class LiveLoras:
-    """The LoRAs that a model currently has, by forward hooks on its Linear modules."""
+    """The LoRAs that a model currently has, by forward hooks on its Linear modules; does not keep the model alive."""
 
     def __init__(self, model: nn.Module) -> None:
-        self._modules = {name: module for name, module in model.named_modules() if hasattr(module, "in_features")}
-        self._hooks: list = []
+        self._model = weakref.ref(model)
+        self._hooks: list[RemovableHandle] = []
 
     def use(self, loras: Sequence[tuple[str | os.PathLike, float]], exclude_single_blocks: bool = False) -> None:
         """These LoRAs (path, multiplier) of any format instead of the present ones; none: the bare model.
@@ -29,17 +31,16 @@ class LiveLoras:
         """
         for hook in self._hooks:
             hook.remove()
+        modules = {name: module for name, module in self._model().named_modules() if hasattr(module, "in_features")}
         changes, files = read_changes(loras, exclude_single_blocks)
-        for report in count_matches([path for path, _ in loras], files, self._modules):
+        for report in count_matches([path for path, _ in loras], files, modules):
             report.announce()
         self._hooks = [
-            self._modules[name].register_forward_hook(_addition(own))
-            for name, own in changes.items()
-            if name in self._modules
+            modules[name].register_forward_hook(_addition(own)) for name, own in changes.items() if name in modules
         ]
 
 
-def _addition(changes: list[tuple[Factors, float]]):
+def _addition(changes: Sequence[tuple[Factors, float]]) -> Callable:
     def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
         for factors, multiplier in changes:
             output = output + changed_output(module, inputs[0], factors, multiplier)

@@ -252,7 +252,7 @@ def _plain(value: object) -> object:
 
 
 # Options that say where to look and what to write, not what the video is.
-_WHERE = ("save_path", "output_type", "latent_path", "no_metadata")
+_WHERE = ("device", "save_path", "output_type", "latent_path", "no_metadata")
 _SOURCES = ("prompt", "from_file", "interactive")
 
 

@@ -115,11 +115,13 @@ def test_a_drawn_seed_is_in_the_name_and_the_metadata_and_the_file_repeats_itsel
     video = only(first, "*.mp4")
     seed = video.stem.split("_")[2]
     assert read_metadata(video)["seed"] == int(seed)
-    again = generate("--from_file", video, "--output_type=both", folder="again", size=[])
-    assert only(again, "*.mp4").stem.split("_")[2] == seed
-    assert torch.equal(saved_latents(first), saved_latents(again))
-    assert torch.equal(frames(video), frames(only(again, "*.mp4")))
-    other = generate("--from_file", video, "--output_type=both", "--seed=1", folder="other", size=[])
+    sources = [video, only(first, "*_latent.safetensors")]
+    for name, source in zip(("mp4", "latent"), sources, strict=True):
+        again = generate("--from_file", source, "--output_type=both", folder=name, size=["--device=cpu"])
+        assert only(again, "*.mp4").stem.split("_")[2] == seed
+        assert torch.equal(saved_latents(first), saved_latents(again))
+        assert torch.equal(frames(video), frames(only(again, "*.mp4")))
+    other = generate("--from_file", video, "--output_type=latent", "--seed=1", folder="other", size=["--device=cpu"])
     assert not torch.equal(saved_latents(first), saved_latents(other))
 
 
