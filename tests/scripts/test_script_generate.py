@@ -523,3 +523,32 @@ def test_a_training_preview_has_the_same_latents(generate, tiny_models, tmp_path
     (tmp_path / "prompts.txt").write_text(line)
     out = generate("--from_file", tmp_path / "prompts.txt", "--output_type=latent")
     assert torch.equal(seen[0][0], saved_latents(out))
+
+
+def test_one_model_is_in_memory_at_a_time(generate, loras, monkeypatch, tmp_path):
+    import weakref
+
+    from hunyuan_model import checkpoints
+    from utils.video_io import save_video
+
+    loaded, alive = [], []
+
+    def watched(name):
+        load = getattr(checkpoints, name)
+
+        def watching(*arguments):
+            alive.append([other for other, model in loaded if model() is not None])
+            model = load(*arguments)
+            loaded.append((name, weakref.ref(model)))
+            return model
+
+        return watching
+
+    for name in ("load_text_encoder_1", "load_text_encoder_2", "load_dit", "load_vae"):
+        monkeypatch.setattr(checkpoints, name, watched(name))
+    save_video(torch.rand(3, 5, 32, 48), tmp_path / "source.mp4", 24)
+    words = ["--prompt=cat", "--video_path", tmp_path / "source.mp4", "--step_cache=0.5", "--blocks_to_swap=2"]
+    generate(*words, "--lora_weight", loras[0], "--compare")
+    order = ["load_text_encoder_1", "load_text_encoder_2", "load_vae", "load_dit", "load_vae"]
+    assert [name for name, _ in loaded] == order
+    assert alive == [[]] * 5
