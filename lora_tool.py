@@ -201,7 +201,18 @@ def main() -> None:
         return
     if command not in COMMANDS:
         raise UserError(f"unknown command {command}{did_you_mean(command, list(COMMANDS))}; {', '.join(COMMANDS)}")
+    words = expanded(words)
     COMMANDS[command](["--path", *words] if words and not words[0].startswith("-") else words)
+
+
+def expanded(words: list[str]) -> list[str]:
+    """Patterns such as out/*.safetensors as the files they mean, because the shells of Windows leave them as typed."""
+    files: list[str] = []
+    for word in words:
+        folder, pattern = Path(word).parent, Path(word).name
+        matches = sorted(map(str, folder.glob(pattern))) if "*" in pattern else []
+        files += matches or [word]
+    return files
 
 
 if __name__ == "__main__":

@@ -12,10 +12,7 @@ from pathlib import Path
 
 import pytest
 
-import hv_train_network
-from utils.cli import parse_options
 from utils.errors import UserError
-from utils.generation_options import parse_generation_options
 
 ROOT = Path(__file__).parent.parent
 READMES = ("README.md", "README.ja.md")
@@ -54,6 +51,8 @@ ORIGINAL_COMMANDS = (
     "python convert_lora.py --input path/to/musubi_lora.safetensors "
     "--output path/to/another_format.safetensors --target other",
 )
+# The function of a script with which it is done with its options.
+LAST_CHECK = {"hv_train_network.py": "Options.check", "hv_generate_video.py": "parse_generation_options"}
 WRITTEN = ("--output", "--output_dir", "--output_file", "--save_path", "--save_merged_model", "--png")
 FILE_SUFFIXES = (".toml", ".txt", ".pt", ".safetensors")
 # Options of pip, accelerate, pytest and `python -m hunyuan_model.checkpoints` that the documents mention.
@@ -61,7 +60,7 @@ OF_OTHERS = ("--check", "--extra-index-url", "--index-url", "--multi_gpu", "--nu
 
 
 class StopHereError(Exception):
-    """The script has parsed its command line; what it would do next needs real files."""
+    """The script has checked its options; what it would do next needs real files."""
 
 
 def read(name: str) -> str:
@@ -104,36 +103,33 @@ def with_files(words: list[str]) -> list[str]:
     return words
 
 
-def parse(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Hands the command to its script's own option parser.
+def parse(command: str) -> None:
+    """Runs the command's script until it has checked its options.
 
     Raises:
-        UserError: the script refuses it.
+        UserError: it refuses them.
     """
     words = with_files(shlex.split(command))
     at = next(index for index, word in enumerate(words) if word in SCRIPTS)
-    script, arguments = words[at], words[at + 1 :]
-    if script == "hv_train_network.py":
-        hv_train_network.Options.parse(arguments).check()
-    elif script == "hv_generate_video.py":
-        parse_generation_options("", arguments)
-    else:
-        module = importlib.import_module(script.removesuffix(".py"))
+    module = importlib.import_module(words[at].removesuffix(".py"))
+    owner, _, name = LAST_CHECK.get(words[at], "parse_options").rpartition(".")
+    owner = getattr(module, owner) if owner else module
+    check = getattr(owner, name)
 
-        def parse_only(description: str, *groups: type, argv: list[str] | None = None) -> None:
-            parse_options(description, *groups, argv=argv)
-            raise StopHereError
+    def check_and_stop(*arguments: object, **keywords: object) -> None:
+        check(*arguments, **keywords)
+        raise StopHereError
 
-        monkeypatch.setattr(module, "parse_options", parse_only)
-        monkeypatch.setattr(sys, "argv", words[at:])
-        with pytest.raises(StopHereError):
-            module.main()
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(StopHereError):
+        patch.setattr(owner, name, check_and_stop)
+        patch.setattr(sys, "argv", words[at:])
+        module.main()
 
 
 @pytest.mark.parametrize("command", ORIGINAL_COMMANDS, ids=lambda command: command.split(".py")[0].split()[-1])
 def test_commands_of_the_original_parse_unchanged(command, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    parse(command, monkeypatch)
+    parse(command)
 
 
 def test_every_documented_command_parses(tmp_path, monkeypatch):
@@ -141,14 +137,14 @@ def test_every_documented_command_parses(tmp_path, monkeypatch):
     commands = documented_commands()
     assert {script for script in SCRIPTS if any(script in command for command in commands)} == set(SCRIPTS)
     for command in commands:
-        parse(command, monkeypatch)
+        parse(command)
 
 
 @pytest.mark.parametrize("wrong", ["--no_such_option", "--video_length 5.5", "--output_type film"])
 def test_a_wrong_command_would_be_found(wrong, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError):
-        parse(f"{ORIGINAL_COMMANDS[3]} {wrong}", monkeypatch)
+        parse(f"{ORIGINAL_COMMANDS[3]} {wrong}")
 
 
 @pytest.fixture(scope="module")

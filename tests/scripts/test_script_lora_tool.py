@@ -153,6 +153,16 @@ def test_ema_in_order_of_time(tmp_path, monkeypatch):
     assert read_header(output)[1]["ss_steps"] == "2"
 
 
+def test_patterns_mean_files_also_where_the_shell_leaves_them(tmp_path, monkeypatch):
+    for name in ("run-1.safetensors", "run-2.safetensors", "other.safetensors"):
+        write(tmp_path / name, seed=1)
+    output = tmp_path / "sum.safetensors"
+    assert run(monkeypatch, "merge", tmp_path / "run-*.safetensors", "--output_file", output) == 0
+    dw = updates(random_file("default", 1), "default")
+    assert close(updates(load_file(output), "default"), {name: 2 * change for name, change in dw.items()}, 1e-5)
+    assert run(monkeypatch, "info", tmp_path / "nothing-*.safetensors") == 2
+
+
 @pytest.mark.parametrize("sigma_rel", [0.05, 0.1, 0.2])
 def test_power_function_profile_has_the_width(sigma_rel):
     """sigma_rel is the standard deviation of the profile p(t) ~ t^gamma on 0..1 (arXiv:2312.02696)."""
