@@ -13,6 +13,7 @@ import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -34,6 +35,9 @@ from utils.cli import print_table, run_script
 from utils.device_utils import dtype_word
 from utils.errors import UserError, one_line
 from utils.fp8 import FP8, Fp8Linear, dequantize, quantize_linears
+
+if TYPE_CHECKING:
+    from hunyuan_model.text_encoder import ClipTextEncoder, LlmTextEncoder  # imports transformers
 
 Device = torch.device | str
 Shapes = Mapping[str, Sequence[int]]
@@ -61,19 +65,15 @@ def load_dit(
         UserError: not a HunyuanVideo DiT, or a broken or incomplete one.
     """
     file = identify(path)
-    found = {name: info.shape for name, info in file.tensors(DIT).items()}
-    naming = dit_naming(found)
-    shapes = dit_official_shapes(found, naming)
+    naming, shapes = _dit_shapes(file)
     with _about(path):
-        config = _dit_config(file, shapes)
         with torch.device("meta"):
-            model = HYVideoDiffusionTransformer(config)
+            model = HYVideoDiffusionTransformer(_dit_config(file, shapes))
         model.set_attention(attention, split_attention)
     _check_names(path, model, shapes)
     if fp8:
         quantize_linears(model, is_quantized_in_dit)
-    weights = _dit_weights(file, naming)
-    return weights.fill(model, device, dtype)
+    return _dit_weights(file, naming).fill(model, device, dtype)
 
 
 def _dit_weights(file: ModelFile, naming: str) -> "_Weights":
@@ -91,9 +91,8 @@ def open_dit(path: str | Path) -> "DitTensors":
         UserError: not a HunyuanVideo DiT.
     """
     file = identify(path)
-    found = {name: info.shape for name, info in file.tensors(DIT).items()}
-    naming = dit_naming(found)
-    return DitTensors(file, dit_official_shapes(found, naming), _dit_weights(file, naming))
+    naming, shapes = _dit_shapes(file)
+    return DitTensors(file, shapes, _dit_weights(file, naming))
 
 
 @dataclass
@@ -119,9 +118,15 @@ def read_dit_config(path: str | Path) -> HunyuanVideoConfig:
         UserError: not a HunyuanVideo DiT.
     """
     file = identify(path)
-    found = {name: info.shape for name, info in file.tensors(DIT).items()}
     with _about(path):
-        return _dit_config(file, dit_official_shapes(found, dit_naming(found)))
+        return _dit_config(file, _dit_shapes(file)[1])
+
+
+def _dit_shapes(file: ModelFile) -> tuple[str, Shapes]:
+    """The naming that a DiT file follows, and its shapes under official names."""
+    found = {name: info.shape for name, info in file.tensors(DIT).items()}
+    naming = dit_naming(found)
+    return naming, dit_official_shapes(found, naming)
 
 
 def _dit_config(file: ModelFile, shapes: Shapes) -> HunyuanVideoConfig:
@@ -170,7 +175,7 @@ def load_text_encoder_1(
     dtype: torch.dtype = torch.float16,
     fp8: bool = False,
     tokenizer: str | Path | None = None,
-) -> "LlmTextEncoder":  # noqa: F821 - imported when needed: it imports transformers
+) -> "LlmTextEncoder":
     """The language model of LLaVA-Llama-3-8B, as far as it is used.
 
     Args:
@@ -202,7 +207,7 @@ def load_text_encoder_2(
     device: Device = "cpu",
     dtype: torch.dtype = torch.float16,
     tokenizer: str | Path | None = None,
-) -> "ClipTextEncoder":  # noqa: F821
+) -> "ClipTextEncoder":
     """The text model of CLIP-L; arguments and errors as `load_text_encoder_1`."""
     from hunyuan_model.text_encoder import ClipTextEncoder, clip_config_from_shapes, empty_clip
     from hunyuan_model.tokenizers import CLIP_REPOSITORY, clip_tokenizer, find_tokenizer
@@ -292,10 +297,11 @@ class _Weights:
             tensor = tensor.to(device)
             layer.set_weight(tensor if scale is None else dequantize(tensor, scale.to(device), torch.float32))
         else:
-            scale = torch.ones(1) if scale is None else scale
+            scale = torch.ones(1, 1) if scale is None else scale
             layer.weight = nn.Parameter(tensor.to(device, copy=self.copies), requires_grad=False)
-            scale = scale.expand(layer.out_features, 1).to(device, copy=True, memory_format=torch.contiguous_format)
-            layer.scale = nn.Parameter(scale, requires_grad=False)
+            layer.scale = nn.Parameter(
+                scale.repeat(layer.out_features // len(scale), 1).to(device), requires_grad=False
+            )
         self._finite(name, layer.weight)
         self._finite(name, layer.scale)
 
@@ -303,6 +309,9 @@ class _Weights:
         """A tensor in the dtype of the file, a view of it possibly, and the scale of a scaled fp8 one."""
         parts = self.parts(name)
         tensor = self.join(name, [self.file.checkpoint.read(part) for part in parts])
+        if not tensor.dtype.is_floating_point:
+            found = dtype_word(tensor.dtype)
+            raise UserError(f"{self.file.path}: {parts[0]} is {found}; files quantised to integers are not read")
         if tensor.dtype not in FP8_DTYPES or self.file.fp8 in ("none", "plain"):
             return tensor, None
         scales = [self._scale(part) for part in parts]
@@ -313,13 +322,15 @@ class _Weights:
 
     def _scale(self, part: str) -> Tensor:
         """Scale (1, 1) or (out, 1) of a float8 tensor of the file."""
-        module = part.removesuffix(".weight")
-        for leaf in SCALE_LEAVES:
-            if f"{module}.{leaf}" in self.infos:
-                return self.file.checkpoint.read(f"{module}.{leaf}").float().reshape(-1, 1)
-        if module in self.map:
-            return self.map[module].reshape(-1, 1)
-        raise UserError(f"{self.file.path}: {part} is fp8 but has no scale, unlike others of this file")
+        module, rows = part.removesuffix(".weight"), self.infos[part].shape[0]
+        stored = next((f"{module}.{leaf}" for leaf in SCALE_LEAVES if f"{module}.{leaf}" in self.infos), None)
+        scale = self.map.get(module) if stored is None else self.file.checkpoint.read(stored).float()
+        if scale is None:
+            raise UserError(f"{self.file.path}: {part} is fp8 but has no scale, unlike others of this file")
+        if scale.numel() not in (1, rows):
+            found = f"the scale of {part} has shape {tuple(scale.shape)}"
+            raise UserError(f"{self.file.path}: {found}; one or {rows} numbers are expected")
+        return scale.reshape(-1, 1)
 
     def _finite(self, name: str, tensor: Tensor) -> Tensor:
         values = tensor.detach()

@@ -103,6 +103,12 @@ def _fp8_with_a_gap(folder: Path) -> Path:
     return _saved(folder / "gap.safetensors", stored | extra)
 
 
+def _fp8_with_block_scales(folder: Path) -> Path:
+    stored, scales, _ = quantized(_dit())
+    extra = {f"{name.removesuffix('.weight')}.fp8_scale": torch.ones(2, 2) for name in scales}
+    return _saved(folder / "blocks.safetensors", stored | extra)
+
+
 def _fp8_with_a_broken_map(folder: Path) -> Path:
     torch.save({"double_blocks.0.img_attn_qkv": {"no": "number"}}, folder / "x_fp8_map.pt")
     return _pickled(folder / "x_fp8.pt", quantized(_dit())[0])
@@ -215,6 +221,11 @@ CASES: dict[str, tuple[Callable[[Path], Path], str]] = {
     "official fp8 without its map": (_fp8_without_map, "mp_rank_00_model_states_fp8_map.pt beside it"),
     "fp8 beside a lost map": (_fp8_beside_a_lost_map, "scales are missing"),
     "fp8 with a missing scale": (_fp8_with_a_gap, "has no scale, unlike others"),
+    "fp8 with scales per block": (_fp8_with_block_scales, r"has shape \(2, 2\); one or 192 numbers"),
+    "weights of integers": (
+        lambda f: _changed(f / "x.safetensors", QKV, lambda tensor: tensor.to(torch.int8)),
+        f"{QKV} is int8; files quantised to integers are not read",
+    ),
     "fp8 with a broken map": (_fp8_with_a_broken_map, "not a map"),
     "Wan VAE": (lambda f: _named(f / "x.safetensors", "decoder.middle.0.residual.0.gamma"), "Wan VAE"),
     "Wan DiT": (lambda f: _named(f / "x.safetensors", "blocks.0.self_attn.q.weight"), "Wan DiT"),
