@@ -9,11 +9,13 @@ import torch
 from accelerate import Accelerator
 from safetensors import SafetensorError
 
-from modules.network_module import TrainedNetwork
 from modules.optimizers import averaged_weights
+from modules.training_model import Trained
 from modules.training_state import Progress, save_state
+from utils.device_utils import DTYPES
 from utils.errors import UserError, one_line
 from utils.files import write_text
+from utils.huggingface_utils import Uploader
 from utils.training_files import TrainingFiles
 from utils.training_options import SaveOptions
 
@@ -34,11 +36,12 @@ class CheckpointSaver:
     """Saves on the main process; the others wait.
 
     Args:
-        metadata: the checkpoint's metadata at a progress, for the file of this name.
-        extra_formats: writes the other layouts of a saved file and returns their paths.
-        upload: called with each written path (a file, or a state's folder).
         stateful: optimizer, scheduler, ... by name: objects with `state_dict()`.
         settings: the run's resolved settings, as TOML.
+        keep_best: how many checkpoints of the best validation losses are kept.
+        metadata: of a checkpoint, by progress and title.
+        extra_formats: writes the other layouts of a saved file and returns their paths.
+        uploader: is given each written path (a file, or a state's folder).
     """
 
     def __init__(
@@ -46,19 +49,18 @@ class CheckpointSaver:
         files: TrainingFiles,
         options: SaveOptions,
         accelerator: Accelerator,
-        trained: TrainedNetwork,
+        trained: Trained,
         stateful: Mapping[str, Any],
         settings: str,
-        dtype: torch.dtype,
         keep_best: int,
         metadata: Callable[[Progress, str], Mapping[str, str]],
         extra_formats: Callable[[Path], Sequence[Path]],
-        upload: Callable[[Path], None],
+        uploader: Uploader,
     ) -> None:
         self.files, self.options, self.accelerator = files, options, accelerator
-        self.trained, self.stateful, self.settings, self.dtype = trained, stateful, settings, dtype
-        self.keep_best_count = keep_best
-        self.metadata, self.extra_formats, self.upload = metadata, extra_formats, upload
+        self.trained, self.stateful, self.settings, self.keep_best = trained, stateful, settings, keep_best
+        self.metadata, self.extra_formats, self.uploader = metadata, extra_formats, uploader
+        self.dtype = DTYPES[options.save_precision or "float"]
         self.written: list[Path] = []
 
     def save(self, stem: str, progress: Progress, state: bool) -> None:
@@ -95,7 +97,7 @@ class CheckpointSaver:
     def save_best(self, progress: Progress) -> None:
         """Keeps this step's checkpoint if its validation loss is among the best."""
         ranked = sorted([*progress.best, (progress.validation_loss, progress.step)])
-        progress.best, dropped = ranked[: self.keep_best_count], ranked[self.keep_best_count :]
+        progress.best, dropped = ranked[: self.keep_best], ranked[self.keep_best :]
         if any(step == progress.step for _, step in progress.best):
             self.save(self.files.best_of_step(progress.step), progress, state=False)
         for _, step in dropped if self.accelerator.is_main_process else []:
@@ -120,10 +122,10 @@ class CheckpointSaver:
             paths = [path, *self.extra_formats(path)]
         self.written += [written for written in paths if written not in self.written]
         for written in paths:
-            self.upload(written)
+            self.uploader.upload(written)
 
     def _save_state(self, stem: str, progress: Progress) -> None:
         folder = self.files.state(stem)
         with writing(folder):
             save_state(folder, progress, self.trained.tensors, self.stateful, self.settings)
-        self.upload(folder)
+        self.uploader.upload(folder)

@@ -70,10 +70,14 @@ def create_network_from_weights(module: ModuleType, dit: nn.Module, weights: Map
 
 
 class TrainedNetwork:
-    """A network that is applied to a frozen DiT and trained."""
+    """A network that is applied to a frozen DiT and trained.
 
-    def __init__(self, network: nn.Module, dit: nn.Module, device: torch.device) -> None:
-        self.network, self.dit = network, dit
+    Args:
+        max_norm: largest norm of a module's weight change, None for no limit.
+    """
+
+    def __init__(self, network: nn.Module, dit: nn.Module, device: torch.device, max_norm: float | None = None) -> None:
+        self.network, self.dit, self.device, self.max_norm = network, dit, device, max_norm
         network.apply_to([], dit, False, True)
         network.to(device, torch.float32)
         self._call("prepare_grad_etc", dit)
@@ -108,9 +112,10 @@ class TrainedNetwork:
     def start_step(self) -> None:
         self._call("on_step_start")
 
-    def limit_norms(self, max_norm: float, device: torch.device) -> None:
+    def after_update(self) -> None:
         """Shrinks every module's weight change to at most `max_norm`."""
-        self._call("apply_max_norm_regularization", max_norm, device)
+        if self.max_norm is not None:
+            self._call("apply_max_norm_regularization", self.max_norm, self.device)
 
     @contextlib.contextmanager
     def evaluation(self) -> Iterator[None]:
@@ -131,5 +136,5 @@ class TrainedNetwork:
         finally:
             self._call("set_multiplier", 1.0)
 
-    def save(self, path: Path, dtype: torch.dtype | None, metadata: Mapping[str, str] | None) -> None:
-        self.network.save_weights(str(path), dtype, dict(metadata or {}))
+    def save(self, path: Path, dtype: torch.dtype | None, metadata: Mapping[str, str]) -> None:
+        self.network.save_weights(str(path), dtype, dict(metadata))

@@ -36,6 +36,8 @@ def encode_prompts(
         load_1: loads an encoder with `encode([prompt])` -> states (1, L, D), mask (1, L).
         load_2: loads an encoder with `encode([prompt])` -> pooled (1, D2).
     """
+    if not requests:
+        return []
     texts = list({text: None for request in requests for text in (request.prompt, request.negative_prompt)})
     encoder = load_1()
     states = {text: [tensor.cpu() for tensor in encoder.encode([text])] for text in texts}
@@ -54,6 +56,7 @@ class Previewer:
 
     Args:
         prompts: requests with their encoded positive and negative prompts.
+        decode: needed on the main process only, which makes the previews.
         seed: of requests that have none.
     """
 
@@ -61,7 +64,7 @@ class Previewer:
         self,
         dit: nn.Module,
         prompts: Sequence[PreviewPrompt],
-        decode: Decode,
+        decode: Decode | None,
         files: TrainingFiles,
         accelerator: Accelerator,
         seed: int,

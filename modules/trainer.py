@@ -17,33 +17,21 @@ from torch.utils.data import DataLoader
 from modules.checkpoint_saver import CheckpointSaver
 from modules.distributed import global_positions, sum_gradients, sum_over_processes
 from modules.flow_matching import interpolate, velocity_target, weighted_mse
-from modules.network_module import TrainedNetwork
 from modules.optimizers import averaged_weights
 from modules.previews import Previewer
 from modules.step_noise import draw_noise, seed_dropout, step_generators
 from modules.step_plan import StepPlan
 from modules.stop_requests import StopRequests
-from modules.timestep_sampling import TimestepOptions, loss_weight, sample_sigmas, sigma_at
+from modules.timestep_sampling import loss_weight, sample_sigmas, sigma_at
+from modules.trainer_options import TrainerOptions
 from modules.training_log import BANDS, FIRST_STEPS, MEDIAN_OF_STEPS, TrainingLog, band_name, band_of, smoothed
-from modules.training_model import TrainingModel
+from modules.training_model import Trained, TrainingModel
 from modules.training_state import Progress
 from modules.validation import QUANTILES, validation_losses
 from utils.errors import UserError
-from utils.training_options import PreviewOptions, SaveOptions, TrainingOptions, ValidationOptions
+from utils.training_options import ValidationOptions
 
 SPIKE = 4.0  # times the median of recent losses
-
-
-@dataclass(frozen=True)
-class TrainerOptions:
-    """The groups of options that the loop itself obeys."""
-
-    training: TrainingOptions
-    timesteps: TimestepOptions
-    save: SaveOptions
-    previews: PreviewOptions
-    validation: ValidationOptions
-    scale_weight_norms: float | None = None
 
 
 @dataclass
@@ -55,7 +43,7 @@ class Trainer:
     plan: StepPlan
     progress: Progress
     model: TrainingModel
-    trained: TrainedNetwork
+    trained: Trained
     optimizer: torch.optim.Optimizer
     scheduler: Any
     loader: DataLoader
@@ -166,8 +154,7 @@ def update(trainer: Trainer, result: StepResult, summary: StepSummary) -> None:
     rates = trainer.scheduler.get_last_lr()
     if math.isfinite(summary.loss) and math.isfinite(norm):
         optimizer.step() if scaler is None else scaler.step(optimizer)
-        if trainer.options.scale_weight_norms is not None:
-            trainer.trained.limit_norms(trainer.options.scale_weight_norms, accelerator.device)
+        trainer.trained.after_update()
         progress.nonfinite_in_a_row = 0
         note(trainer, result, summary, norm, rates)
     elif scaler is not None and math.isfinite(summary.loss) and scaler.get_scale() > 1:

@@ -1,7 +1,10 @@
-"""A video DiT as training sees it: batches in, velocities out."""
+"""A video DiT as training sees it: batches in, velocities out; and what of it is trained."""
 
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -50,3 +53,29 @@ class TrainingModel:
         image = torch.zeros_like(x_t)
         image[:, :, :1] = self.latents(batch)[:, :, :1]
         return torch.cat((x_t, image), dim=1)  # B 2C f h w
+
+
+class Trained(Protocol):
+    """What is trained: a network beside the frozen DiT, or parts of the DiT itself."""
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """Every trained tensor by name."""
+
+    def parameter_groups(self, learning_rate: float) -> list[dict[str, Any]]:
+        """Groups for the optimizer."""
+
+    def start_epoch(self) -> None: ...
+
+    def start_step(self) -> None: ...
+
+    def after_update(self) -> None:
+        """Called after every optimizer step."""
+
+    def evaluation(self) -> AbstractContextManager[None]:
+        """Without dropout, as what is saved is used later."""
+
+    def switched_off(self) -> AbstractContextManager[None]:
+        """The DiT as it was before training."""
+
+    def save(self, path: Path, dtype: torch.dtype | None, metadata: Mapping[str, str]) -> None: ...

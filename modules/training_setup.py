@@ -1,22 +1,36 @@
-"""Builds what a training run needs besides its model: processes, seed, plan, log, trackers."""
+"""Builds a training run around a model: processes, seed, plan, optimizer, log, checkpoints."""
 
 import datetime
 import os
 import random
 import sys
 import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator, InitProcessGroupKwargs
 from accelerate.utils import broadcast_object_list
+from torch import nn
 
-from modules.step_plan import StepPlan
-from modules.training_state import Progress
+from modules.checkpoint_saver import CheckpointSaver
+from modules.optimizers import create_optimizer
+from modules.previews import Previewer
+from modules.schedulers import create_scheduler
+from modules.step_plan import StepPlan, batch_loader
+from modules.stop_requests import StopRequests
+from modules.trainer import Trainer
+from modules.trainer_options import TrainerOptions
+from modules.training_log import TrainingLog
+from modules.training_model import Trained, TrainingModel
+from modules.training_state import Progress, load_state
 from utils.cli import print_table
 from utils.errors import UserError, one_line
 from utils.files import read_toml
+from utils.huggingface_utils import HuggingFaceOptions, Uploader
+from utils.metadata import RunFacts
 from utils.training_options import DistributedOptions, LogOptions, TrainingOptions
 
 
@@ -82,31 +96,174 @@ def first_progress(accelerator: Accelerator, training: TrainingOptions, state: P
     return Progress(seed=seed, session_id=session, started_at=time.time())
 
 
-def warn_of_differences(progress: Progress, plan: StepPlan, items: int) -> None:
-    """Says what a resumed run counts otherwise than before, and remembers the arithmetic."""
-    arithmetic = {
-        "batches per epoch": plan.batches_per_epoch,
-        "batches per step": plan.batches_per_step,
-        "items": items,
-    }
-    for difference in progress.differences(arithmetic):
-        print(f"warning: --resume: {difference}; epochs are counted anew from step {progress.step}", file=sys.stderr)
-    progress.arithmetic = arithmetic
+@dataclass
+class Run:
+    """A training run before its model is there.
+
+    Attributes:
+        state: the folder it continues from.
+        train_set, validation_set: `batch_of(epoch, index)`, item i is a batch, `num_items`, `description()`.
+    """
+
+    options: TrainerOptions
+    accelerator: Accelerator
+    progress: Progress
+    plan: StepPlan
+    state: Path | None
+    train_set: Any
+    validation_set: Any
+
+    @property
+    def settings(self) -> str:
+        return self.options.settings(self.progress.seed)
+
+    def check_optimizer(self) -> None:
+        """Tries optimizer and schedule on a parameter, so that what they refuse is known before a model is loaded."""
+        optimizer = create_optimizer(self.options.optimizer, [{"params": [nn.Parameter(torch.zeros(2, 2))]}])
+        create_scheduler(self.options.scheduler, optimizer, self.plan.total_steps)
+
+    def print_plan(self) -> None:
+        """The arithmetic of the run, and which settings have no effect."""
+        plan, step = self.plan, self.progress.step
+        per_step = f"{plan.batches_per_step} ({plan.processes} processes x {plan.accumulation} accumulated)"
+        rows = [
+            ("items, with repeats", self.train_set.num_items),
+            ("batches per epoch", plan.batches_per_epoch),
+            ("batches per step", per_step),
+            ("steps per epoch", plan.steps_per_epoch),
+            ("epochs", plan.total_epochs),
+            ("steps", f"{plan.total_steps}, {plan.total_steps - step} of them left" if step else plan.total_steps),
+            ("seed", self.progress.seed),
+        ]
+        if self.accelerator.is_main_process:
+            print_table("training plan", rows)
+            for name in self.options.ignored():
+                print(f"warning: --{name} has no effect together with the other settings", file=sys.stderr)
+
+    def remember_arithmetic(self) -> None:
+        """Puts into the state what its steps mean, and says what a resumed run counts otherwise than before."""
+        arithmetic = {
+            "batches per epoch": self.plan.batches_per_epoch,
+            "batches per step": self.plan.batches_per_step,
+            "items": self.train_set.num_items,
+        }
+        step = self.progress.step
+        for difference in self.progress.differences(arithmetic):
+            print(f"warning: --resume: {difference}; epochs are counted anew from step {step}", file=sys.stderr)
+        self.progress.arithmetic = arithmetic
+
+    def facts(self, progress: Progress, **model: Any) -> RunFacts:
+        """What a checkpoint's metadata say of the run; `model` are the facts on model and network."""
+        options, plan = self.options, self.plan
+        return RunFacts(
+            session_id=progress.session_id,
+            training_started_at=progress.started_at,
+            training_finished_at=time.time(),
+            num_train_items=self.train_set.num_items,
+            num_batches_per_epoch=plan.batches_per_epoch,
+            num_epochs=plan.total_epochs,
+            max_train_steps=plan.total_steps,
+            steps=progress.step,
+            epoch=plan.epoch_of(max(progress.step - 1, 0)) + 1,
+            seed=progress.seed,
+            optimizer=options.optimizer.description,
+            lr_scheduler=options.scheduler.description,
+            lr_warmup_steps=options.scheduler.lr_warmup_steps.of(plan.total_steps),
+            mixed_precision=self.accelerator.mixed_precision,
+            datasets=self.train_set.description(),
+            validation=progress.validation_facts(),
+            **model,
+        )
 
 
-def print_plan(plan: StepPlan, items: int, progress: Progress) -> None:
-    """The arithmetic of the run."""
-    steps_left = plan.total_steps - progress.step
-    rows = [
-        ("items, with repeats", items),
-        ("batches per epoch", plan.batches_per_epoch),
-        ("batches per step", f"{plan.batches_per_step} ({plan.processes} processes x {plan.accumulation} accumulated)"),
-        ("steps per epoch", plan.steps_per_epoch),
-        ("epochs", plan.total_epochs),
-        ("steps", plan.total_steps if not progress.step else f"{plan.total_steps}, {steps_left} of them left"),
-        ("seed", progress.seed),
-    ]
-    print_table("training plan", rows)
+def prepare_run(options: TrainerOptions, state: Path | None, load_datasets: Callable[[int], tuple[Any, Any]]) -> Run:
+    """Starts the processes and reads the datasets.
+
+    Args:
+        load_datasets: seed -> training set, validation set or None.
+    """
+    training = options.training
+    accelerator = create_accelerator(training, options.log, options.distributed)
+    silence_all_but_main(accelerator)
+    progress = first_progress(accelerator, training, state)
+    train_set, validation_set = load_datasets(progress.seed)
+    plan = StepPlan.create(
+        len(train_set),
+        training.gradient_accumulation_steps,
+        accelerator.num_processes,
+        training.max_train_steps,
+        training.max_train_epochs,
+    )
+    return Run(options, accelerator, progress, plan, state, train_set, validation_set)
+
+
+def build_trainer(
+    run: Run,
+    model: TrainingModel,
+    trained: Trained,
+    previewer: Previewer | None,
+    metadata: Callable[[Progress, str], Mapping[str, str]],
+    extra_formats: Callable[[Path], Sequence[Path]],
+) -> Trainer:
+    """Everything that the loop needs, continued from the run's state where there is one.
+
+    Args:
+        metadata: of a checkpoint, by progress and title.
+        extra_formats: writes the other layouts of a checkpoint and returns their paths.
+    """
+    options, accelerator, progress = run.options, run.accelerator, run.progress
+    run.remember_arithmetic()
+    optimizer = create_optimizer(options.optimizer, trained.parameter_groups(options.optimizer.learning_rate))
+    scheduler = create_scheduler(options.scheduler, optimizer, run.plan.total_steps)
+    stateful = {"optimizer": optimizer, "scheduler": scheduler}
+    if accelerator.scaler is not None:
+        stateful["scaler"] = accelerator.scaler
+    if run.state is not None:
+        load_state(run.state, trained.tensors, stateful)
+    uploader = Uploader(options.hub if accelerator.is_main_process else HuggingFaceOptions())
+    start_trackers(accelerator, options.log, run.settings)
+    return Trainer(
+        options,
+        accelerator,
+        run.plan,
+        progress,
+        model,
+        trained,
+        optimizer,
+        scheduler,
+        loader=batch_loader(
+            run.train_set,
+            run.plan,
+            accelerator.process_index,
+            progress.step,
+            loader_workers(options.dataset.max_data_loader_n_workers),
+        ),
+        log=TrainingLog(options.files.log, accelerator, progress, run.plan.total_steps),
+        saver=CheckpointSaver(
+            options.files,
+            options.save,
+            accelerator,
+            trained,
+            stateful,
+            run.settings,
+            options.validation.keep_best,
+            metadata,
+            extra_formats,
+            uploader,
+        ),
+        requests=StopRequests(options.save.output_dir),
+        validation=run.validation_set,
+        previewer=previewer,
+    )
+
+
+def close_run(trainer: Trainer) -> None:
+    """Waits for uploads, closes the trackers, and says what was done."""
+    trainer.saver.uploader.close()
+    trainer.accelerator.end_training()
+    if trainer.accelerator.is_main_process:
+        rows = [("steps", f"{trainer.progress.step} of {trainer.plan.total_steps}"), *trainer.log.summary()]
+        print_table("training", [*rows, *(("written", path) for path in trainer.saver.written)])
 
 
 def loader_workers(wanted: int) -> int:
