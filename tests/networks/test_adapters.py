@@ -182,6 +182,20 @@ def test_factor_pair(size, factor, expected):
     assert lokr.factor_pair(size, factor) == expected
 
 
+def test_lokr_of_a_high_rank_is_whole(tmp_path, dit):
+    """Then alpha does not count, and the file says so by alpha = rank."""
+    network = create(lokr, dit, dim=64, alpha=1.0)
+    train(network, dit, steps=2)
+    network.save_weights(tmp_path / "a.safetensors")
+    tensors = load_file(tmp_path / "a.safetensors")
+    assert {key.rsplit(".", 1)[1] for key in tensors} == {"lokr_w1", "lokr_w2", "alpha"}
+    assert {tensor.item() for key, tensor in tensors.items() if key.endswith("alpha")} == {64.0}
+    adapter, x = network.adapters[0], torch.randn(2, 48)
+    with torch.no_grad():
+        expected = x @ torch.kron(adapter.lokr_w1, adapter.lokr_w2).T
+        assert torch.allclose(adapter.update(x, adapter.scale), expected, atol=1e-5)
+
+
 def test_dora_starts_unchanged_and_scales_rows():
     torch.manual_seed(0)
     target = nn.Linear(8, 6).requires_grad_(False)
