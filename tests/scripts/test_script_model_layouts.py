@@ -1,5 +1,6 @@
 """The scripts on model files of every layout: the same result, bit by bit; wrong files end in one line."""
 
+import importlib.util
 import shutil
 import sys
 from collections.abc import Callable
@@ -13,6 +14,8 @@ from safetensors.torch import save_file
 import cache_latents
 import cache_text_encoder_outputs
 import hv_generate_video
+import hv_train_network
+from hunyuan_model import checkpoints
 from tests.hunyuan_model.model_layouts import (
     CLIP_LAYOUTS,
     DIT_LAYOUTS,
@@ -22,7 +25,9 @@ from tests.hunyuan_model.model_layouts import (
     quantized,
 )
 from tests.media_samples import write_caption, write_image
+from utils.attention_modes import ATTENTION_MODES
 from utils.cli import run_script
+from utils.errors import UserError
 from utils.safetensors_utils import load_file
 from utils.tiny_models import DitSize, VaeSize, dit_shapes, random_weights, vae_shapes
 from utils.video_io import read_video
@@ -174,3 +179,43 @@ def test_a_wrong_model_file_is_one_line_and_exit_2(
     assert ended.value.code == 2
     assert len(errors) == 1 and str(models[option]) in errors[0] and message in errors[0], errors
     assert not list(tmp_path.glob("cache/*.safetensors")) and not list(tmp_path.glob("out/*"))
+
+
+PACKAGES = {
+    "flash": "flash_attn",
+    "flash3": "flash_attn_interface",
+    "sageattn": "sageattention",
+    "xformers": "xformers",
+}
+
+
+@pytest.mark.parametrize("mode", ATTENTION_MODES)
+def test_every_attention_mode_runs_or_names_its_package(mode, tiny_models, tmp_path, monkeypatch):
+    words = [f"--{name}={path}" for name, path in vars(tiny_models).items()]
+    words += [*CLIP, "--prompt=a cat", "--output_type=latent", f"--save_path={tmp_path / 'out'}", f"--attn_mode={mode}"]
+    package = PACKAGES.get(mode)
+    if package is None:
+        _run(hv_generate_video.main, monkeypatch, *words)
+        assert _only(tmp_path / "out", "*_latent.safetensors")
+        return
+    if importlib.util.find_spec(package):
+        pytest.skip(f"{package} is installed")
+    monkeypatch.setattr(checkpoints, "identify", None)  # no model file is even looked at
+    with pytest.raises(UserError, match=f"'{mode}': the package {package} is not installed; pip install"):
+        _run(hv_generate_video.main, monkeypatch, *words)
+
+
+@pytest.mark.parametrize(
+    ("flag", "message"),
+    [
+        ("--flash_attn", "the package flash_attn is not installed"),
+        ("--flash3", "the package flash_attn_interface is not installed"),
+        ("--xformers", "the package xformers is not installed"),
+        ("--sage_attn", "SageAttention has no backward pass"),
+    ],
+)
+def test_training_refuses_missing_and_gradient_free_attention(flag, message, tiny_models, monkeypatch):
+    find = importlib.util.find_spec
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name in PACKAGES.values() else find(name))
+    with pytest.raises(UserError, match=message):
+        _run(hv_train_network.main, monkeypatch, f"--dit={tiny_models.dit}", flag)
