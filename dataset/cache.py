@@ -8,6 +8,7 @@ it would make now, without opening any media. Latents are stored unscaled.
 import hashlib
 import json
 import os
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -288,11 +289,14 @@ class Manifest:
 
 def failed_items(directory: Path) -> dict[str, list[int]]:
     """Items that the last caching run could not make, with the stamp of the source they were to be made from."""
-    failed = {}
-    for path in directory.glob(f"hv_{FAILURES}*.manifest.json"):
-        kind = path.name.removeprefix("hv_").removesuffix(".manifest.json")
-        failed |= {name: entry["stamp"] for name, entry in Manifest.load(directory, kind).sources.items()}
-    return failed
+    manifests = failure_manifests(directory).values()
+    return {name: entry["stamp"] for manifest in manifests for name, entry in manifest.sources.items()}
+
+
+def failure_manifests(directory: Path) -> dict[int, Manifest]:
+    """The lists of failed items by the rank of the process that wrote them."""
+    found = [re.fullmatch(rf"hv_({FAILURES}(\d+))\.manifest\.json", path.name) for path in directory.glob("hv_*.json")]
+    return {int(match[2]): Manifest.load(directory, match[1]) for match in found if match}
 
 
 def orphans(directory: Path, suffix: str, wanted: Iterable[Path]) -> list[Path]:

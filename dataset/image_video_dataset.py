@@ -6,7 +6,7 @@ cache_latents.py left in the cache directory. Files that lie there besides are n
 
 import hashlib
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -194,43 +194,61 @@ def _subset(items: list[TrainingItem], subset: str, validation_split: float) -> 
     return [item for item in items if (item.source in held_out) == (subset == "validation")]
 
 
+class _Faults:
+    """Why caches of a dataset cannot be used, gathered for one line per script."""
+
+    def __init__(self, script: str) -> None:
+        self.script = script
+        self.names: dict[str, list[str]] = defaultdict(list)  # by reason
+
+    def add(self, reason: str, name: str) -> None:
+        self.names[reason].append(name)
+
+    def lines(self, directory: Path) -> list[str]:
+        parts = [
+            f"{why}: {names[0]}" + (f" and {len(names) - 1} more" if len(names) > 1 else "")
+            for why, names in self.names.items()
+        ]
+        return [f"{directory}: caches cannot be used ({'; '.join(parts)}); run {self.script}"] if parts else []
+
+
 def _items_of(settings: DatasetSettings, problems: list[str], notes: list[str]) -> list[TrainingItem]:
     """The items of a dataset, every cache checked; what is wrong with caches is added to `problems`."""
-    manifest = Manifest.load(settings.cache_directory, "latents")
+    directory = settings.cache_directory
+    manifest = Manifest.load(directory, "latents")
     if not manifest.sources:
         problems.append(
-            f"{settings.cache_directory}: hv_latents.manifest.json is missing, so nothing is known to be cached here; "
+            f"{directory}: hv_latents.manifest.json is missing, so nothing is known to be cached here; "
             "run cache_latents.py, which also takes over caches of musubi-tuner"
         )
         return []
     listed = {source.name: source for source in list_sources(settings)}
-    latent_faults: dict[str, list[str]] = defaultdict(list)
-    text_faults: dict[str, list[str]] = defaultdict(list)
-    failed = failed_items(settings.cache_directory)
+    failed = failed_items(directory)
+    latent_faults, text_faults = _Faults("cache_latents.py"), _Faults("cache_text_encoder_outputs.py")
     by_musubi = 0
     items: list[TrainingItem] = []
     for name in listed or manifest.sources:
-        source = listed.get(name)
-        entry = manifest.sources.get(name)
+        source, entry = listed.get(name), manifest.sources.get(name)
         if source and source.problem:
             continue
         if entry is None or not _unchanged(source, entry):
-            latent_faults["not cached" if entry is None else "the media file changed"].append(name)
+            latent_faults.add("not cached" if entry is None else "the media file changed", name)
             continue
-        text = text_cache_path(settings.cache_directory, name)
+        if "probe" not in entry:  # it could not be opened
+            continue
+        text = text_cache_path(directory, name)
         verdict = check_text(text, source.caption if source else None, {})
         if not verdict.kept:
-            text_faults[verdict.reason].append(name)
-        for item, item_verdict in _checked_items(settings, name, entry):
+            text_faults.add(verdict.reason, name)
+        for item, item_verdict in _checked_items(settings, name, entry, latent_faults):
             by_musubi += item_verdict.by_musubi
             if item_verdict.kept:
                 items.append(_training_item(item, text))
             elif failed.get(item.name) != entry["stamp"]:
-                latent_faults[item_verdict.reason].append(item.name)
-    problems += [_fault(settings, faults, "cache_latents.py") for faults in (latent_faults,) if faults]
-    problems += [_fault(settings, faults, "cache_text_encoder_outputs.py") for faults in (text_faults,) if faults]
+                latent_faults.add(item_verdict.reason, item.name)
+    problems += latent_faults.lines(directory) + text_faults.lines(directory)
     if by_musubi:
-        notes.append(f"{settings.cache_directory}: {by_musubi} latent caches were made by musubi-tuner and are used")
+        notes.append(f"{directory}: {by_musubi} latent caches were made by musubi-tuner and are used")
     return items
 
 
@@ -238,22 +256,22 @@ def _unchanged(source: Source | None, entry: dict[str, Any]) -> bool:
     """Whether a media file is the one that was cached; a copy with a new modification time is told by its content."""
     if source is None or entry["stamp"] == source.stamp:
         return True
-    return entry["stamp"][0] == source.size and entry["probe"]["digest"] == file_identity(source.path)
+    same_size = entry["stamp"][0] == source.size
+    return same_size and ("probe" not in entry or entry["probe"]["digest"] == file_identity(source.path))
 
 
-def _checked_items(settings: DatasetSettings, name: str, entry: dict[str, Any]) -> list[tuple[Item, Verdict]]:
-    plan = plan_items(settings, name, Probe.from_json(entry["probe"]))
-    return [
-        (item, check_latents(item.path, item.latent_shape, made_from(item, settings, entry["stamp"])))
-        for item in plan.items
-    ]
+def _checked_items(
+    settings: DatasetSettings, name: str, entry: dict[str, Any], faults: _Faults
+) -> Iterator[tuple[Item, Verdict]]:
+    try:
+        plan = plan_items(settings, name, Probe.from_json(entry["probe"]))
+    except ValueError as error:
+        faults.add(str(error), name)
+        return
+    for item in plan.items:
+        yield item, check_latents(item.path, item.latent_shape, made_from(item, settings, entry["stamp"]))
 
 
 def _training_item(item: Item, text: Path) -> TrainingItem:
     f, h, w = item.latent_shape
     return TrainingItem(item.name, item.source, item.path, text, item.bucket_name, f * h * w)
-
-
-def _fault(settings: DatasetSettings, faults: dict[str, list[str]], script: str) -> str:
-    parts = [f"{len(names)} of {names[0]}{' ...' if len(names) > 1 else ''}: {why}" for why, names in faults.items()]
-    return f"{settings.cache_directory}: caches cannot be used ({', '.join(parts)}); run {script}"

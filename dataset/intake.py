@@ -8,6 +8,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from typing import Any
 
 from tqdm import tqdm
 
@@ -85,6 +86,12 @@ def _take_source(source: Source, settings: DatasetSettings, manifest: Manifest) 
     return TakenSource(source, found, plan)
 
 
+def _remembered(taken: TakenSource) -> dict[str, Any]:
+    """What the manifest keeps of a source, so that later runs and the trainer need not open it."""
+    what = {"probe": taken.probe.to_json()} if taken.probe else {"problem": taken.problem}
+    return {"stamp": taken.source.stamp, **what}
+
+
 def _take_dataset(heading: str, settings: DatasetSettings, workers: int) -> TakenDataset:
     sources = list_sources(settings)
     if not sources:
@@ -95,9 +102,7 @@ def _take_dataset(heading: str, settings: DatasetSettings, workers: int) -> Take
         taken = tuple(
             tqdm(taken, total=len(sources), desc=f"{heading}: looking at the media", unit="file", leave=False)
         )
-    manifest.sources = {
-        one.source.name: {"stamp": one.source.stamp, "probe": one.probe.to_json()} for one in taken if one.probe
-    }
+    manifest.sources = {one.source.name: _remembered(one) for one in taken}
     return TakenDataset(heading, settings, taken, manifest)
 
 

@@ -6,7 +6,6 @@ interrupted run and an undisturbed one write the same tensors.
 """
 
 import hashlib
-import re
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -26,6 +25,7 @@ from dataset.cache import (
     Manifest,
     Verdict,
     check_latents,
+    failure_manifests,
     orphans,
     remove_leftovers,
     write_latent_cache,
@@ -182,27 +182,23 @@ def encode(
     return (mean + deviation * noise.to(mean)).cpu()
 
 
+@dataclass(frozen=True)
 class LatentWriter:
     """Encodes tasks with one VAE and writes their caches.
 
-    Args:
+    Attributes:
         dtype: of the VAE's computation.
         cache_dtype: of the stored latents.
         ingredients: the part of `made_from` that is the same for all items.
         strict: stop at the first item that fails.
     """
 
-    def __init__(
-        self,
-        vae: Encoder,
-        device: torch.device,
-        dtype: torch.dtype,
-        cache_dtype: torch.dtype,
-        ingredients: dict[str, Any],
-        strict: bool,
-    ) -> None:
-        self.vae, self.device, self.dtype, self.cache_dtype = vae, device, dtype, cache_dtype
-        self.ingredients, self.strict = ingredients, strict
+    vae: Encoder
+    device: torch.device
+    dtype: torch.dtype
+    cache_dtype: torch.dtype
+    ingredients: dict[str, Any]
+    strict: bool
 
     def run(self, tasks: Sequence[Task], outcomes: dict[str, Outcome], workers: int, show_progress: bool) -> None:
         """Works through the tasks; failures go into the outcome of their dataset (by heading).
@@ -280,9 +276,9 @@ def finish(dataset: TakenDataset, outcome: Outcome, rank: int, world_size: int, 
     _save_failures(dataset, outcome, rank)
     if rank > 0:
         return
-    for old in directory.glob(f"hv_{FAILURES}*.manifest.json"):
-        if int(re.search(r"\d+", old.name.removeprefix(f"hv_{FAILURES}"))[0]) >= world_size:
-            old.unlink(missing_ok=True)
+    for other_rank, failures in failure_manifests(directory).items():
+        if other_rank >= world_size:  # of an earlier run with more processes
+            failures.path.unlink(missing_ok=True)
     wanted = [item.path for _, item in dataset.items]
     outcome.orphaned = orphans(directory, LATENT_SUFFIX, wanted)
     for path in outcome.orphaned if prune else []:

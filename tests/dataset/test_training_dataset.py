@@ -177,7 +177,7 @@ def test_what_is_missing_or_stale_is_named_with_the_script(config: DatasetConfig
     directory = config.datasets[0].cache_directory
     (directory / "images1_0064x0064_hv.safetensors").unlink()
     message = refused(config)
-    assert "1 of images1: not cached" in message and "run cache_latents.py" in message and "c1" in message
+    assert "not cached: images1)" in message and "run cache_latents.py" in message and "c1" in message
 
     cache(config)
     write_caption(tmp_path / "images" / "images2.png", "another caption")
@@ -188,7 +188,7 @@ def test_what_is_missing_or_stale_is_named_with_the_script(config: DatasetConfig
 
     cache(config)
     write_caption(write_image(tmp_path / "images" / "new.png"), "new")
-    assert "new: not cached" in refused(config)
+    assert "not cached: new)" in refused(config)
 
 
 def test_a_changed_medium_is_refused_and_a_mere_copy_is_not(config: DatasetConfig, tmp_path: Path) -> None:
@@ -227,6 +227,18 @@ def test_items_that_could_not_be_cached_are_left_out(config: DatasetConfig) -> N
     stamp = Manifest.load(directory, "latents").sources["images1"]["stamp"]
     Manifest(directory, "failures-0", {"images1": {"stamp": stamp, "problem": "broken"}}).save()
     assert TrainingDataset(config, seed=1).num_items == 26
+
+
+def test_a_file_that_could_not_be_opened_is_left_out(config: DatasetConfig, tmp_path: Path) -> None:
+    path = tmp_path / "images" / "broken.png"
+    path.write_bytes(b"x")
+    write_caption(path)
+    assert "not cached: broken" in refused(config)
+    manifest = Manifest.load(config.datasets[0].cache_directory, "latents")
+    stat = path.stat()
+    manifest.sources["broken"] = {"stamp": [stat.st_size, stat.st_mtime_ns], "problem": "no image"}
+    manifest.save()
+    assert TrainingDataset(config, seed=1).num_items == 29
 
 
 def test_description_and_largest_batch(config: DatasetConfig) -> None:

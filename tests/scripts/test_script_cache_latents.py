@@ -348,6 +348,8 @@ def test_broken_sources_are_listed_and_skipped_and_strict_stops(world: World) ->
     assert counts(output)[0] == [3, 0, 0, 2, 0]
     assert "skipped" in output and "broken.png" in output and "no caption.txt: caption not found" in output
     assert re.search(r"short\.mp4 +3 .* 5\n", output)
+    write_text_caches(world)
+    assert TrainingDataset(load_dataset_config(world.config), seed=0).num_items == 3 + VIDEO_ITEMS + 3
     before = world.stamps()
     with pytest.raises(UserError, match="--strict"):
         world.run("--strict")
