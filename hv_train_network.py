@@ -13,6 +13,7 @@ Before: cache_latents.py and cache_text_encoder_outputs.py. After: hv_generate_v
 
 import contextlib
 import io
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -162,6 +163,8 @@ def load_datasets(options: Options, seed: int) -> "tuple[TrainingDataset, Traini
     config = load_dataset_config(options.dataset.dataset_config)
     split = options.validation.validation_split
     train_set = TrainingDataset(config, seed, subset="train", validation_split=split)
+    for note in (*config.notes, *train_set.notes):
+        print(f"note: {note}", file=sys.stderr)
     if not split and not config.validation:
         return train_set, None
     return train_set, TrainingDataset(config, seed, subset="validation", validation_split=split)
