@@ -133,3 +133,20 @@ def test_the_threshold_that_halves_the_blocks_changes_the_small_dit_by_a_stated_
         print(f"\nstep cache: {cache.evaluated} of {cache.total} blocks evaluated, latents change by {change:.1%}")
     assert cache.evaluated <= cache.total / 2
     assert 0 < change < 0.1
+
+
+def test_the_two_halves_of_guidance_remember_separately():
+    x, steps = torch.randn(2, 1, 4, 8), 4
+    alone = []
+    for half in x:
+        model, cache = Model(), StepCache(1e9)
+        add_step_cache([*model.pairs, *model.joints], [2, 2, 1, 1], cache)
+        for step in range(steps):
+            cache.begin_step(step, steps)
+            alone.append(model(half + step, 0.5))
+    model, cache = Model(), StepCache(1e9)
+    add_step_cache([*model.pairs, *model.joints], [2, 2, 1, 1], cache)
+    for step in range(steps):
+        cache.begin_step(step, steps)
+        for index, half in enumerate(x):
+            assert torch.equal(model(half + step, 0.5), alone[index * steps + step])
