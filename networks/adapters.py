@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import nn
@@ -47,11 +47,9 @@ class AdapterModule(nn.Module):
         self.in_features, self.out_features = target.in_features, target.out_features
         self.rank = rank
         self.multiplier = multiplier
-        self.dropout, self.rank_dropout, self.module_dropout = (
-            dropout or 0.0,
-            rank_dropout or 0.0,
-            module_dropout or 0.0,
-        )
+        self.dropout = dropout or 0.0
+        self.rank_dropout = rank_dropout or 0.0
+        self.module_dropout = module_dropout or 0.0
         self.register_buffer("alpha", torch.tensor(float(alpha)))
         self.scale = float(alpha) / rank
         # In a tuple, so that the target does not become a part of the network.
@@ -114,10 +112,7 @@ class AdapterModule(nn.Module):
 
 
 class AdapterNetwork(nn.Module):
-    """The adapters of a DiT, in the order of its modules; keys are kohya's flattened names (FORMATS.md 2.4)."""
-
-    # The keys of the second factor: what LoRA+ trains faster.
-    PLUS_KEYS: ClassVar[tuple[str, ...]] = ("lora_up",)
+    """The adapters of a DiT, in the order of its modules; keys are kohya's flattened names (docs/formats.md 2.4)."""
 
     def __init__(self, adapters: Mapping[str, AdapterModule], loraplus_lr_ratio: float | None = None):
         super().__init__()
@@ -176,10 +171,10 @@ class AdapterNetwork(nn.Module):
             adapter.multiplier = multiplier
 
     def prepare_optimizer_params(self, unet_lr: float | None = None, **_: Any) -> tuple[list[dict], list[str]]:
-        """Parameter groups and their descriptions; with LoRA+ the second factors are a group with a higher rate."""
+        """Parameter groups and their descriptions; with LoRA+ `lora_up` is a group of its own with a higher rate."""
         plain, plus = [], []
         for name, parameter in self.named_parameters():
-            is_plus = self.loraplus_lr_ratio is not None and any(key in name for key in self.PLUS_KEYS)
+            is_plus = self.loraplus_lr_ratio is not None and ".lora_up." in name
             (plus if is_plus else plain).append(parameter)
         groups, descriptions = [_group(plain, unet_lr)], ["unet"]
         if plus:
@@ -205,7 +200,7 @@ class AdapterNetwork(nn.Module):
     def save_weights(
         self, file: str | os.PathLike, dtype: torch.dtype | None = None, metadata: Mapping[str, str] | None = None
     ) -> None:
-        """Writes the native file; the hashes of FORMATS.md 2.5 are added to the metadata."""
+        """Writes the native file; the hashes of docs/formats.md 2.5 are added to the metadata."""
         save_native(self.state_dict(), file, dtype, metadata)
 
     def load_weights(self, file: str | os.PathLike) -> str:

@@ -1,4 +1,4 @@
-"""How many modules of a LoRA file each program will load, from tables of the keys that it accepts (FORMATS.md 2.8)."""
+"""How many modules of a LoRA file each program will load, from the keys that it accepts (docs/formats.md 2.8)."""
 
 import functools
 from collections.abc import Iterable
@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from hunyuan_model.key_maps import DIT_TO_COMFYUI, DIT_TO_DIFFUSERS
 from networks.factors import SUFFIXES
 from networks.format_table import Format
-from networks.formats import block_template, official_part, split_key
+from networks.names import block_template, official_part, split_key
 
 # Suffixes that a program knows; a module with another one does not load (whole).
 KOHYA = {"lora_down.weight", "lora_up.weight", "alpha"}

@@ -9,7 +9,8 @@ from tqdm import tqdm
 
 from hunyuan_model.checkpoints import DitTensors, open_dit
 from hunyuan_model.key_maps import DIT_TO_DIFFUSERS
-from networks.formats import Lora, block_template
+from networks.formats import Lora
+from networks.names import block_template
 from networks.surgery import extract, with_rank_metadata
 from utils.errors import UserError
 

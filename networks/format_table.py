@@ -1,4 +1,4 @@
-"""The LoRA file formats in circulation for HunyuanVideo, as a table (FORMATS.md 2.4); imports nothing heavy.
+"""The LoRA file formats in circulation for HunyuanVideo, as a table (docs/formats.md 2.4); imports nothing heavy.
 
 A key is prefix + module name + suffix. Module names are official, diffusers' (split q, k, v, mlp) or ComfyUI's; dots in
 them are kept or written as underscores; factors are named as kohya does (lora_down, lora_up) or as PEFT does (lora_A,

@@ -1,25 +1,24 @@
 """Every LoRA file format: recognised, read into one representation, and written from it.
 
 The representation is `Lora`: official dotted module name -> factors. Files whose q, k, v are separate are stacked when
-read (`split_fuse`), so that a LoRA is the same object wherever it came from. Names are looked up in the tables of
-`hunyuan_model.key_maps`, never taken apart at underscores.
+read (`split_fuse`), so that a LoRA is the same object wherever it came from.
 """
 
+import contextlib
 import dataclasses
-import functools
 import json
 import os
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from hunyuan_model.key_maps import DIT_TO_COMFYUI, DIT_TO_DIFFUSERS
 from networks.factors import SUFFIXES, Factors, LohaFactors, LoraFactors, factors_from
 from networks.format_table import FORMATS, Format
+from networks.names import detect_format, official_part, part_names, split_key
 from networks.split_fuse import fold_alpha, split_rows, stack_rows, swap_halves
 from utils.errors import UserError, one_line
 from utils.metadata import model_hashes
@@ -46,76 +45,6 @@ class Lora:
     metadata: dict[str, str] = field(default_factory=dict)
     format: Format = FORMATS["default"]
     leftover: list[str] = field(default_factory=list)
-
-
-def _names_of(official: str, naming: str) -> tuple[str, ...]:
-    """A module's names in a naming; official names and those that ComfyUI keeps are not in the tables."""
-    table = {"official": {}, "diffusers": DIT_TO_DIFFUSERS, "ComfyUI": DIT_TO_COMFYUI}[naming]
-    return table.get(official, (official,))
-
-
-@functools.cache
-def _name_table(naming: str, flat: bool) -> dict[str, tuple[str, int]]:
-    """Module name in a file, `{}` for the block's number -> (official name, which part of it)."""
-    return {
-        name.replace(".", "_") if flat else name: (official, part)
-        for official in DIT_TO_DIFFUSERS
-        for part, name in enumerate(_names_of(official, naming))
-    }
-
-
-_BLOCK_NUMBER = re.compile(r"(?<=blocks[._])\d+")
-
-
-def block_template(name: str) -> str:
-    """A module name with `{}` for its block's number."""
-    return _BLOCK_NUMBER.sub("{}", name, count=1)
-
-
-def _filled(template: str, like: str) -> str:
-    """A template with the block's number of the name `like`."""
-    number = _BLOCK_NUMBER.search(like)
-    return template if number is None else template.format(number[0])
-
-
-def part_names(official: str, format_: Format) -> tuple[str, ...]:
-    """What a format calls a module, with prefix: one name, or one for each part."""
-    names = [_filled(name, official) for name in _names_of(block_template(official), format_.naming)]
-    return tuple(format_.prefix + (name.replace(".", "_") if format_.flat else name) for name in names)
-
-
-def official_part(name: str, format_: Format) -> tuple[str, int] | None:
-    """(official name, which part of it) of a module name in a file; None if the format has no such module."""
-    if not name.startswith(format_.prefix):
-        return None
-    name = name.removeprefix(format_.prefix)
-    found = _name_table(format_.naming, format_.flat).get(block_template(name))
-    return None if found is None else (_filled(found[0], name), found[1])
-
-
-def split_key(key: str) -> tuple[str, str] | None:
-    """(module, suffix) of a key; None if it ends in no suffix of an adapter."""
-    for suffix in SUFFIXES:
-        if key.endswith(f".{suffix}"):
-            return key.removesuffix(f".{suffix}"), suffix
-    return None
-
-
-def detect_format(keys: "list[str]") -> Format | None:
-    """The format that most of the keys follow; of formats that differ in alpha only, the one that is as the keys are.
-
-    Returns:
-        None: no key belongs to a HunyuanVideo LoRA.
-    """
-    split = [pair for pair in map(split_key, keys) if pair is not None]
-    has_alpha = any(suffix == "alpha" for _, suffix in split)
-    best, best_score = None, (0, False)
-    for format_ in FORMATS.values():
-        fitting = sum(official_part(module, format_) is not None for module, _ in split)
-        score = (fitting, format_.alpha == has_alpha)
-        if fitting and score > best_score:
-            best, best_score = format_, score
-    return best
 
 
 def read_lora(path: str | os.PathLike, allow_partial: bool = False) -> Lora:
@@ -148,15 +77,25 @@ def from_tensors(
         )
     metadata = dict(metadata)
     alphas = _AdapterMetadata(metadata.pop("lora_adapter_metadata", None), source)
-    mlp_rows = _mlp_rows(grouped)
-    modules = {}
+    read = {}
     for official, parts in grouped.items():
-        try:
-            modules[official] = _module(official, parts, format_, alphas, mlp_rows)
-        except ValueError as error:
-            raise UserError(f"{source}: {official} {error}") from None
+        with _about(source, official):
+            read[official] = _read_parts(official, parts, format_, alphas)
+    modules, mlp_rows = {}, _mlp_rows(read)
+    for official, parts in read.items():
+        with _about(source, official):
+            modules[official] = _stacked(official, parts, format_, mlp_rows)
     _check_widths(modules, source)
     return Lora(modules, metadata, format_, leftover)
+
+
+@contextlib.contextmanager
+def _about(source: str, official: str) -> Iterator[None]:
+    """Factors that do not go together are the user's wrong file: the error names it and the module."""
+    try:
+        yield
+    except ValueError as error:
+        raise UserError(f"{source}: {official} {error}") from None
 
 
 # Rows of the blocks' modules as multiples of the hidden width; all but fc2 and linear2 have hidden columns.
@@ -234,19 +173,26 @@ def _alphas(values: dict) -> Iterable[tuple[str, float]]:
     return (values.get("transformer.alpha_pattern") or values.get("alpha_pattern") or {}).items()
 
 
-def _module(official: str, parts: Parts, format_: Format, alphas: _AdapterMetadata, mlp_rows: int | None) -> Factors:
-    names = part_names(official, format_)
-    factors = [factors_from(parts[i]) if i in parts else None for i in range(len(names))]
-    for i, part in enumerate(factors):
-        if part is not None and part.alpha is None and alphas.values:
-            alpha = alphas.alpha(names[i].removeprefix(format_.prefix), part.rank)
-            factors[i] = part if alpha == part.rank else dataclasses.replace(part, alpha=alpha)
-    if len(factors) > 1:
-        return stack_rows(factors, _rows(official, factors, mlp_rows))
-    return swap_halves(factors[0]) if format_.splits and official == SWAPPED else factors[0]
+def _read_parts(official: str, parts: Parts, format_: Format, alphas: _AdapterMetadata) -> list[Factors | None]:
+    """The factors of each part of a module, None where the file has none."""
+    read: list[Factors | None] = []
+    for index, name in enumerate(part_names(official, format_)):
+        factors = factors_from(parts[index]) if index in parts else None
+        if factors is not None and factors.alpha is None and alphas.values:
+            alpha = alphas.alpha(name.removeprefix(format_.prefix), factors.rank)
+            factors = factors if alpha == factors.rank else dataclasses.replace(factors, alpha=alpha)
+        read.append(factors)
+    return read
 
 
-def _rows(official: str, parts: "list[Factors | None]", mlp_rows: int | None) -> list[int]:
+def _stacked(official: str, parts: Sequence[Factors | None], format_: Format, mlp_rows: int | None) -> Factors:
+    """One adapter of the official module from the parts of the file's."""
+    if len(parts) > 1:
+        return stack_rows(parts, _rows(parts, mlp_rows))
+    return swap_halves(parts[0]) if format_.splits and official == SWAPPED else parts[0]
+
+
+def _rows(parts: Sequence[Factors | None], mlp_rows: int | None) -> list[int]:
     """The rows of every part, also of those that the file lacks: q, k, v are as wide as each other."""
     given = [part for part in parts if part is not None]
     hidden = next((part.out_features for part in parts[:3] if part is not None), given[0].in_features)
@@ -254,12 +200,9 @@ def _rows(official: str, parts: "list[Factors | None]", mlp_rows: int | None) ->
     return [hidden, hidden, hidden, mlp][: len(parts)]
 
 
-def _mlp_rows(grouped: Mapping[str, Parts]) -> int | None:
+def _mlp_rows(read: Mapping[str, Sequence[Factors | None]]) -> int | None:
     """The width of the single blocks' MLP, from any block of the file that has it."""
-    for official, parts in grouped.items():
-        if official.startswith("single_blocks.") and 3 in parts:
-            return factors_from(parts[3]).out_features
-    return None
+    return next((parts[3].out_features for parts in read.values() if len(parts) == 4 and parts[3] is not None), None)
 
 
 def to_tensors(lora: Lora, format_: Format, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
@@ -281,7 +224,7 @@ def to_tensors(lora: Lora, format_: Format, dtype: torch.dtype | None = None) ->
     return tensors
 
 
-def _parts(official: str, factors: Factors, format_: Format, count: int) -> "list[Factors | None]":
+def _parts(official: str, factors: Factors, format_: Format, count: int) -> list[Factors | None]:
     if factors.dora_scale is not None and format_.dora is None:
         raise ValueError(f"is DoRA, which readers of '{format_.name}' do not know")
     if not isinstance(factors, LoraFactors) and not format_.other_kinds:

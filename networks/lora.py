@@ -104,7 +104,7 @@ def create_arch_network(
         network_alpha: alpha, 1 if None.
         vae, text_encoders: never adapted.
         neuron_dropout: dropout of the inner values.
-        network_args: values of --network_args as strings (OPTIONS.md 1.9).
+        network_args: values of --network_args as strings (docs/options.md 1.9).
 
     Raises:
         UserError: an unknown or unreadable argument, or no target.

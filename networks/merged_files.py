@@ -14,7 +14,7 @@ from networks.merging import Changes, MergeReport, change_weight, count_matches,
 from utils.fp8 import FP8, FP8_MAX
 from utils.safetensors_utils import streamed_file
 
-# ComfyUI's scaled fp8 (FORMATS.md 2.8a): a marker, and one float32 scale beside each fp8 weight.
+# ComfyUI's scaled fp8 (docs/formats.md 2.8a): a marker, and one float32 scale beside each fp8 weight.
 MARKER, SCALE = "scaled_fp8", "scale_weight"
 
 

@@ -1,4 +1,4 @@
-"""What a LoRA file means, computed from FORMATS.md 2.4 and 2.9 alone: a twin of networks.formats."""
+"""What a LoRA file means, computed from docs/formats.md 2.4 and 2.9 alone: a twin of networks.formats."""
 
 import torch
 

@@ -51,7 +51,7 @@ def full_size_names(rank: int = 1) -> dict[str, torch.Tensor]:
     return tensors
 
 
-# Target -> modules of 240 that load in ComfyUI, diffusers and musubi: FORMATS.md 2.8.
+# Target -> modules of 240 that load in ComfyUI, diffusers and musubi: docs/formats.md 2.8.
 @pytest.mark.parametrize(
     ("target", "expected"),
     [
@@ -180,6 +180,14 @@ WRONG_FILES = {
     "alpha with two values": (pair(OURS, alpha=torch.ones(2)), {}),
     "two widths": (pair(OURS) | pair("lora_unet_double_blocks_1_img_attn_proj", 64, 64), {}),
     "qkv of two parts": (pair(QKV, 96), {}),
+    "proj_mlp without its other half": (
+        {"transformer.single_transformer_blocks.0.proj_mlp.lora_A.weight": torch.ones(4, 48)},
+        {},
+    ),
+    "adapter metadata of another kind": (
+        {f"transformer.transformer_blocks.0.attn.to_q.lora_{x}.weight": torch.ones(48, 48) for x in "AB"},
+        {"lora_adapter_metadata": '{"transformer.alpha_pattern": {"(": 1}}'},
+    ),
     "unknown block": (pair(OURS) | pair("lora_unet_triple_blocks_0_img_attn_proj"), {}),
     "loha of two shapes": (
         {
