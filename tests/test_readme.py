@@ -12,11 +12,18 @@ from pathlib import Path
 
 import pytest
 
+from lora_tool import COMMANDS
 from utils.errors import UserError
+from utils.prompt_files import KEYS
 
 ROOT = Path(__file__).parent.parent
 READMES = ("README.md", "README.ja.md")
-DOCUMENTS = (*READMES, "CONTRIBUTING.md", "dataset/dataset_config.md", "docs/design.md", "docs/options.md")
+DOCUMENTS = (
+    *READMES,
+    "CONTRIBUTING.md",
+    "dataset/dataset_config.md",
+    *(f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md"))),
+)
 ROOMS = ("hunyuan_model", "modules", "networks", "dataset", "utils")
 SCRIPTS = (
     "cache_latents.py",
@@ -55,8 +62,8 @@ ORIGINAL_COMMANDS = (
 LAST_CHECK = {"hv_train_network.py": "Options.check", "hv_generate_video.py": "parse_generation_options"}
 WRITTEN = ("--output", "--output_dir", "--output_file", "--save_path", "--save_merged_model", "--png")
 FILE_SUFFIXES = (".toml", ".txt", ".pt", ".safetensors")
-# Options of pip, accelerate, pytest and `python -m hunyuan_model.checkpoints` that the documents mention.
-OF_OTHERS = ("--check", "--extra-index-url", "--index-url", "--multi_gpu", "--num_machines", "--num_processes")
+# Options of pip and accelerate that the documents mention.
+OF_OTHERS = ("--index-url", "--multi_gpu", "--num_processes")
 
 
 class StopHereError(Exception):
@@ -160,8 +167,9 @@ def run(*words: str) -> tuple[str, float]:
 
 @pytest.fixture(scope="module")
 def helps() -> dict[str, str]:
-    """What each script prints for --help."""
-    return {script: run(script, "--help")[0] for script in SCRIPTS}
+    """What each script, and each command of lora_tool.py, prints for --help."""
+    texts = {script: run(script, "--help")[0] for script in SCRIPTS}
+    return texts | {command: run("lora_tool.py", command, "--help")[0] for command in COMMANDS}
 
 
 def test_help_is_quick():
@@ -194,11 +202,8 @@ def test_every_option_of_the_reference_tool_is_there(helps):
 
 @pytest.mark.parametrize("name", DOCUMENTS)
 def test_options_in_documents_exist(name, helps):
-    scripts = "\n".join(helps.values()) + "".join(map(read, ("lora_tool.py", ".ci/run")))
-    known = set(re.findall(r"--[a-z_0-9]+", scripts))
-    known |= {f"--{field}" for field in re.findall(r"^    (\w+): ", read("lora_tool.py"), re.MULTILINE)}
-    mentioned = set(re.findall(r"--[a-z][a-z_0-9-]+", re.sub(r"<!--.*?-->", "", read(name)))) - set(OF_OTHERS)
-    assert mentioned <= known, mentioned - known
+    known = {*re.findall(r"--[a-z_0-9]+", "".join(helps.values())), *(f"--{key}" for key in KEYS), *OF_OTHERS}
+    assert set(re.findall(r"--[a-z][a-z_0-9-]+", read(name))) <= known
 
 
 def headings(name: str) -> list[tuple[int, str]]:
