@@ -79,7 +79,9 @@ def test_generation_gives_the_same_video_with_models_of_every_layout(tiny_models
         assert torch.equal(latents, results[0][0]) and torch.equal(video, results[0][1])
 
 
-@pytest.mark.parametrize("layout", FP8_LAYOUTS)
+@pytest.mark.parametrize(
+    "layout", ["official", *(pytest.param(kind, marks=pytest.mark.slow) for kind in FP8_LAYOUTS if kind != "official")]
+)
 def test_generation_from_an_fp8_file_is_that_of_the_weights_it_stands_for(layout, tiny_models, tmp_path, monkeypatch):
     weights = random_weights(dit_shapes(DitSize(double_blocks=1, single_blocks=1)), seed=1)
     stored, scales, meant = quantized(weights, scaled=layout != "plain")

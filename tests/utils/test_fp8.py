@@ -15,7 +15,7 @@ def _relative_error(value: torch.Tensor, reference: torch.Tensor) -> float:
 
 
 def _cosine(a: torch.Tensor, b: torch.Tensor) -> float:
-    return float(F.cosine_similarity(a.flatten().double(), b.flatten().double(), dim=0))
+    return float(F.cosine_similarity(a.detach().flatten().double(), b.detach().flatten().double(), dim=0))
 
 
 @pytest.mark.parametrize(("deviation", "at_most"), [(0.01, 0.55), (0.04, 1.0)])
