@@ -133,7 +133,7 @@ def test_a_file_of_the_wrong_kind_is_found_before_a_model_is_loaded(tiny_models,
 
 @pytest.mark.slow
 def test_killed_at_ten_moments_every_second_run_finishes_what_is_missing(tiny_models, tmp_path, monkeypatch):
-    """The moments are spread over everything that happens after the first file appears."""
+    """Killed when so many of the twelve files are there, and a random moment later."""
     import hv_generate_video
     from utils.video_io import read_video
 
@@ -142,39 +142,27 @@ def test_killed_at_ten_moments_every_second_run_finishes_what_is_missing(tiny_mo
     models = [f"--{name}={path}" for name, path in vars(tiny_models).items()]
     small = ["--video_size", "32", "48", "--video_length=9", "--infer_steps=4", "--device=cpu", "--output_type=both"]
 
-    def argv(out: Path) -> list[str]:
-        return [str(ROOT / "hv_generate_video.py"), *models, *small, f"--from_file={prompts}", f"--save_path={out}"]
+    def finished_files(out: Path) -> dict[str, int]:
+        names = [path for path in out.iterdir() if not path.name.endswith(".partial")] if out.is_dir() else []
+        return {path.name: path.stat().st_mtime_ns for path in names}
 
-    def start(out: Path) -> subprocess.Popen:
-        command = [sys.executable, *argv(out)]
-        return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-
-    def first_file(out: Path, process: subprocess.Popen) -> None:
-        while process.poll() is None and not (out.is_dir() and any(out.iterdir())):
-            time.sleep(0.01)
-
-    process = start(tmp_path / "whole")
-    first_file(tmp_path / "whole", process)
-    begin = time.monotonic()
-    assert process.wait() == 0
-    duration = time.monotonic() - begin
-
-    rng, interrupted = random.Random(0), 0
-    for moment in range(10):
+    rng = random.Random(0)
+    for moment, files in enumerate(rng.sample(range(12), 10)):
         out = tmp_path / f"killed{moment}"
-        process = start(out)
-        first_file(out, process)
-        time.sleep(duration * (moment + rng.random()) / 10)
+        argv = [str(ROOT / "hv_generate_video.py"), *models, *small, f"--from_file={prompts}", f"--save_path={out}"]
+        process = subprocess.Popen([sys.executable, *argv], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        while len(finished_files(out)) < files or not out.is_dir():
+            assert process.poll() is None
+            time.sleep(0.002)
+        time.sleep(rng.uniform(0, 0.05))
         process.kill()
         process.wait()
-        before = {path.name: path.stat().st_mtime_ns for path in out.iterdir() if not path.name.endswith(".partial")}
-        interrupted += len(before) < 12
+        before = finished_files(out)
         for path in out.glob("*.mp4"):
             assert read_video(path)[0].shape == (3, 9, 32, 48)
-        monkeypatch.setattr(sys, "argv", argv(out))
+        monkeypatch.setattr(sys, "argv", argv)
         hv_generate_video.main()
         after = {path.name: path.stat().st_mtime_ns for path in out.iterdir()}
         assert before.items() <= after.items()
         assert sorted(name.split("_")[1] for name in after if name.endswith(".mp4")) == list("012345")
         assert len(after) == 12
-    assert interrupted >= 5

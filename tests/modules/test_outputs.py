@@ -1,0 +1,78 @@
+"""Names, keys and saved latents of generation."""
+
+import pytest
+import torch
+
+from modules.outputs import Job, OutputFolder, load_latents, run_keys, stem
+from utils.errors import UserError
+from utils.prompt_files import Request
+from utils.safetensors_utils import save_file
+
+CAT, DOG = Request(prompt="cat"), Request(prompt="dog")
+
+
+def test_keys_stay_when_other_lines_come_and_go_and_equal_lines_differ():
+    first, second, dog = run_keys([CAT, CAT, DOG], "model")
+    assert len({first, second, dog}) == 3
+    assert run_keys([DOG, CAT], "model") == [dog, first]
+    assert run_keys([CAT], "other model") != [first]
+    assert run_keys([Request(prompt="cat", seed=1)], "model") != [first]
+
+
+def test_stems():
+    assert stem("t", 0, 5) == "t_0_5"
+    assert stem("t", 3, None, "key") == "t_3_key"
+
+
+@pytest.mark.parametrize(
+    ("output_type", "needed"),
+    [
+        ("video", [".mp4"]),
+        ("images", [""]),
+        ("latent", ["_latent.safetensors"]),
+        ("both", [".mp4", "_latent.safetensors"]),
+    ],
+)
+def test_finished_is_everything_that_was_asked_for_and_whole(tmp_path, output_type, needed):
+    folder = OutputFolder(tmp_path, output_type)
+    for suffix in needed:
+        assert not folder.is_finished("abc")
+        (tmp_path / f"t_0_1_abc{suffix}.77.partial").touch()
+        assert not folder.is_finished("abc")
+        (tmp_path / f"t_0_1_abc{suffix}").touch()
+    assert folder.is_finished("abc")
+    assert not folder.is_finished("bc")
+    folder.remove_leftovers("abc")
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(f"t_0_1_abc{suffix}" for suffix in needed)
+
+
+def test_latents_come_back_bit_for_bit(tmp_path):
+    folder, latents = OutputFolder(tmp_path, "latent"), torch.randn(1, 16, 2, 4, 4)
+    job = Job(Request(seed=3), "t_0_3", {"fps": 12})
+    folder.save_latents(job, latents)
+    loaded, settings = load_latents(folder.latent_path(job))
+    assert torch.equal(loaded, latents)
+    assert settings == {"fps": 12, "seed": "3"}
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "complaint"),
+    [
+        ("a.safetensors", {"other": torch.zeros(1)}, "holds no saved latents"),
+        ("b.safetensors", {"latent": torch.zeros(4, 4)}, r"one video \(C, f, h, w\)"),
+        ("c.safetensors", {"latent": torch.zeros(2, 16, 1, 4, 4)}, "one video"),
+        ("d.safetensors", {"latent": torch.full((16, 1, 4, 4), float("nan"))}, "NaN or infinity"),
+        ("e.pt", {"state_dict": {}}, "holds no saved latents"),
+        ("f.pt", b"no pickle", "cannot be read"),
+    ],
+)
+def test_other_files_are_refused_in_one_line(tmp_path, name, content, complaint):
+    path = tmp_path / name
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    elif path.suffix == ".pt":
+        torch.save(content, path)
+    else:
+        save_file(content, path)
+    with pytest.raises(UserError, match=rf"{name}: .*{complaint}"):
+        load_latents(path)
