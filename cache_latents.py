@@ -1,4 +1,4 @@
-"""Encodes images and clips of a dataset into latent caches.
+r"""Encodes images and clips of a dataset into latent caches.
 
 Before: media files and captions, described in a dataset config (dataset/dataset_config.md). After: one
 `{item}_{width}x{height}_hv.safetensors` per image or clip in the cache directory; then run
