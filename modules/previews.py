@@ -1,10 +1,11 @@
 """Videos and images of the model in training, through the sampler that generation uses."""
 
 import dataclasses
+import io
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import Accelerator
@@ -16,7 +17,10 @@ from utils.device_utils import release_memory
 from utils.errors import one_line
 from utils.prompt_files import Request
 from utils.training_files import TrainingFiles
-from utils.video_io import save_image, save_video
+from utils.video_io import save_image, save_video, to_uint8
+
+if TYPE_CHECKING:
+    from tensorboard.compat.proto.summary_pb2 import Summary
 
 Decode = Callable[[Tensor], Tensor]
 """Scaled latents (1, C, f, h, w) -> pixels (3, F, H, W) in 0..1."""
@@ -108,14 +112,23 @@ def _track(accelerator: Accelerator, index: int, pixels: Tensor, request: Reques
     """Shows a preview (3, F, H, W) in TensorBoard and wandb."""
     for tracker in accelerator.trackers:
         if tracker.name == "tensorboard":
-            if pixels.shape[1] == 1:
-                tracker.writer.add_image(f"preview {index}", pixels[:, 0].float().cpu(), step)
-            else:
-                frames = pixels.float().cpu().transpose(0, 1).unsqueeze(0)  # 3 F H W -> 1 F 3 H W
-                tracker.writer.add_video(f"preview {index}", frames, step, fps=request.fps)
+            tracker.writer.file_writer.add_summary(image_summary(f"preview {index}", pixels, request.fps), step)
         elif tracker.name == "wandb":
             import wandb
 
-            frames = pixels.mul(255).round().byte().cpu().transpose(0, 1).numpy()
-            shown = wandb.Image(pixels[:, 0].cpu()) if len(frames) == 1 else wandb.Video(frames, fps=request.fps)
+            frames = to_uint8(pixels)
+            video = wandb.Video(frames.permute(0, 3, 1, 2).numpy(), fps=request.fps)  # F H W 3 -> F 3 H W
+            shown = video if len(frames) > 1 else wandb.Image(frames[0].numpy())
             tracker.log({f"preview {index}": shown}, step=step)
+
+
+def image_summary(tag: str, pixels: Tensor, fps: float) -> "Summary":
+    """TensorBoard's summary of pixels (3, F, H, W) in 0..1: a GIF, which moves if there is more than one frame."""
+    from PIL import Image
+    from tensorboard.compat.proto.summary_pb2 import Summary
+
+    first, *rest = [Image.fromarray(frame) for frame in to_uint8(pixels).numpy()]
+    buffer = io.BytesIO()
+    first.save(buffer, "GIF", save_all=True, append_images=rest, duration=1000 / fps, loop=0)
+    image = Summary.Image(height=first.height, width=first.width, colorspace=3, encoded_image_string=buffer.getvalue())
+    return Summary(value=[Summary.Value(tag=tag, image=image)])

@@ -5,6 +5,7 @@ import os
 import random
 import sys
 import time
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -212,6 +213,8 @@ def build_trainer(
         extra_formats: writes the other layouts of a checkpoint and returns their paths.
     """
     options, accelerator, progress = run.options, run.accelerator, run.progress
+    # A step that is skipped because it was not finite moves the schedule all the same.
+    warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step")
     run.remember_arithmetic()
     optimizer = create_optimizer(options.optimizer, trained.parameter_groups(options.optimizer.learning_rate))
     scheduler = create_scheduler(options.scheduler, optimizer, run.plan.total_steps)
