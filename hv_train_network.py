@@ -12,6 +12,8 @@ Before: cache_latents.py and cache_text_encoder_outputs.py. After: hv_generate_v
 """
 
 import contextlib
+import dataclasses
+import functools
 import io
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -41,12 +43,14 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
     from dataset.image_video_dataset import TrainingDataset
-    from hunyuan_model.models import HYVideoDiffusionTransformer
+    from hunyuan_model.models import HunyuanVideoConfig, HYVideoDiffusionTransformer
+    from modules.memory_plan import MemoryPlan, Settings
     from modules.network_module import TrainedNetwork
     from modules.previews import Decode, Previewer
     from modules.training_model import TrainingModel
     from modules.training_setup import Run
     from modules.training_state import Progress
+    from utils.memory_meter import ModelUsage
 
 
 @dataclass(frozen=True)
@@ -81,7 +85,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     requests = options.preview_requests()
 
     from modules.network_module import import_network_module
-    from modules.trainer import train
+    from modules.trainer import rehearse, train
     from modules.training_setup import build_trainer, close_run, prepare_run
 
     check_names(options)
@@ -89,7 +93,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     network_module = import_network_module(options.network.network_module)
     run = prepare_run(options, state, lambda seed: load_datasets(options, seed))
     run.check_optimizer()
-    check_model(options, network_module, run.train_set)
+    trained_count = check_model(options, network_module, run.train_set)
+    plan = plan_memory(options, network_module, run, trained_count)
+    run.options = options = with_settings(options, plan.settings)
     run.print_plan()
     if options.training.dry_run:
         print(run.settings)
@@ -107,7 +113,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         lambda path: write_extra_formats(path, options.save.save_format),
     )
     with trainer.log, trainer.requests:
-        train(trainer)
+        with plan.explained("on the largest batch, tried before training"):
+            rehearse(trainer, run.train_set.largest_batch())
+        with plan.explained("in training"):
+            train(trainer)
     close_run(trainer)
 
 
@@ -170,20 +179,16 @@ def load_datasets(options: Options, seed: int) -> "tuple[TrainingDataset, Traini
     return train_set, TrainingDataset(config, seed, subset="validation", validation_split=split)
 
 
-def check_model(options: Options, module: ModuleType, train_set: "TrainingDataset") -> None:
-    """Reads the sizes of the DiT and tries the network on a DiT without weights.
+def check_model(options: Options, module: ModuleType, train_set: "TrainingDataset") -> int:
+    """Reads the sizes of the DiT and tries the network on a DiT without weights; returns how many numbers it trains.
 
     Raises:
         UserError: not a HunyuanVideo DiT, caches of other text encoders, or a network that does not fit.
     """
-    import torch
-
     from hunyuan_model.block_swap import swapped_blocks
     from hunyuan_model.checkpoints import read_dit_config
-    from hunyuan_model.models import HYVideoDiffusionTransformer
-    from modules.network_module import create_network
 
-    config, network = read_dit_config(options.dit.dit), options.network
+    config = read_dit_config(options.dit.dit)
     channels, batch = options.dit.dit_in_channels, train_set[0]
     if channels is not None and channels != config.in_channels:
         raise UserError(f"--dit_in_channels {channels}: {options.dit.dit} has {config.in_channels}")
@@ -194,10 +199,119 @@ def check_model(options: Options, module: ModuleType, train_set: "TrainingDatase
             f"takes {config.text_dim} and {config.text_dim_2}; run cache_text_encoder_outputs.py with its encoders"
         )
     swapped_blocks(options.swap.blocks_to_swap or 0, config.depth_double, config.depth_single, training=True)
-    with torch.device("meta"), contextlib.redirect_stdout(io.StringIO()):
-        dit = HYVideoDiffusionTransformer(config)
-        dim, alpha, dropout = network.network_dim, network.network_alpha, network.network_dropout
-        create_network(module, dit, dim, alpha, dropout, network.arguments)
+    return trained_elements(options, module, config)
+
+
+def plan_memory(options: Options, module: ModuleType, run: "Run", trained: int) -> "MemoryPlan":
+    """What a step on the largest batch needs; --vram_gb chooses what the user has not.
+
+    Raises:
+        UserError: nothing fits.
+    """
+    from hunyuan_model.block_swap import max_blocks_to_swap, swapped_blocks
+    from hunyuan_model.checkpoints import read_dit_config
+    from hunyuan_model.memory import measure_dit
+    from modules import memory_plan as planner
+
+    config, batch, device = read_dit_config(options.dit.dit), run.train_set.largest_batch(), run.accelerator.device
+    depths, text_tokens = (config.depth_double, config.depth_single), int(batch.text_mask.sum(1).max())
+    shape = (len(batch.latents), config.in_channels, *batch.latents.shape[2:])
+    dtype = dtype_of(options.dit.dit_dtype, run.accelerator, on_gpu="bfloat16")
+    swap, policy = options.swap.blocks_to_swap, options.training.checkpointing_policy
+    moments = planner.MOMENTS_8BIT if "8bit" in options.optimizer.optimizer_type.lower() else planner.MOMENTS
+
+    @functools.cache
+    def measured(fp8: bool, checkpointing: str) -> "ModelUsage":
+        return measure_dit(
+            config, shape, text_tokens, dtype, fp8, True, lambda dit: prepare(options, module, dit, checkpointing)
+        )
+
+    def predicted(settings: planner.Settings) -> planner.Prediction:
+        return planner.predict(
+            measured(settings.fp8, settings.checkpointing),
+            swapped_blocks(settings.blocks_to_swap, *depths),
+            options.memory.block_swap_ring_size,
+            trained,
+            moments,
+            settings.checkpointing == "offload",
+        )
+
+    settings = planner.Settings(options.memory.fp8_base, policy or "none", swap or 0)
+    ordered = planner.candidates(max_blocks_to_swap(*depths, training=True), settings.fp8, policy, swap)
+    free, wanted = planner.free_memory(device), options.memory.vram_gb
+    if wanted == 0 and free is None:
+        raise UserError(f"--vram_gb 0: {device} does not say how much memory is free; give a number")
+    if wanted is not None:
+        settings = planner.cheapest(ordered, int(wanted * planner.GIB) or free, predicted)
+    size = "x".join(map(str, shape[2:]))
+    plan = planner.MemoryPlan(settings, ordered, predicted, f"batch of {shape[0]}, latents {size}")
+    if run.accelerator.is_main_process and (wanted is not None or options.training.dry_run):
+        plan.print()
+    elif run.accelerator.is_main_process and free is not None:
+        plan.warn_if_too_large(free)
+    return plan
+
+
+def prepare(
+    options: Options, module: ModuleType, dit: "HYVideoDiffusionTransformer", checkpointing: str
+) -> "torch.nn.Module | None":
+    """Applies to a DiT without data what `create_trained` applies to the real one."""
+    from modules.network_module import OWN_MODULES
+
+    made = new_network(options, module, dit) if module.__name__ in OWN_MODULES else None
+    if made is not None:
+        made.apply_to([], dit, False, True)
+    keep_less(options, dit, checkpointing)
+    return made
+
+
+def trained_elements(options: Options, module: ModuleType, config: "HunyuanVideoConfig") -> int:
+    """How many numbers are trained."""
+    import torch
+
+    from hunyuan_model.models import HYVideoDiffusionTransformer
+
+    with torch.device("meta"):
+        made = new_network(options, module, HYVideoDiffusionTransformer(config))
+    return sum(parameter.numel() for parameter in made.parameters())
+
+
+def new_network(options: Options, module: ModuleType, dit: "HYVideoDiffusionTransformer") -> "torch.nn.Module":
+    """A network by the options, without a word."""
+    from modules.network_module import create_network
+
+    network = options.network
+    with contextlib.redirect_stdout(io.StringIO()):
+        return create_network(
+            module, dit, network.network_dim, network.network_alpha, network.network_dropout, network.arguments
+        )
+
+
+def keep_less(options: Options, dit: "HYVideoDiffusionTransformer", checkpointing: str) -> None:
+    """Decides what the blocks keep for the backward pass; compiled blocks leave the cheap part to the compiler."""
+    from modules.activation_checkpointing import checkpoint_activations, recompute_cheap
+
+    compiled = options.compile.compile
+    if checkpointing != "none":
+        checkpoint_activations(dit.blocks, checkpointing, compiled)
+    elif not compiled and not options.swap.blocks_to_swap:
+        recompute_cheap(dit.blocks)
+
+
+def with_settings(options: Options, settings: "Settings") -> Options:
+    """The options with what --vram_gb has chosen."""
+    replace, offload = dataclasses.replace, settings.checkpointing == "offload"
+    return replace(
+        options,
+        memory=replace(options.memory, fp8_base=settings.fp8, vram_gb=None),
+        swap=replace(options.swap, blocks_to_swap=settings.blocks_to_swap or options.swap.blocks_to_swap),
+        training=replace(
+            options.training,
+            gradient_checkpointing=offload or settings.checkpointing == "full",
+            gradient_checkpointing_cpu_offload=offload,
+            selective_checkpointing=settings.checkpointing == "selective",
+        ),
+    )
 
 
 def load_model(options: Options, accelerator: "Accelerator") -> "HYVideoDiffusionTransformer":
@@ -236,7 +350,6 @@ def create_trained(
     import torch
 
     from hunyuan_model.block_swap import enable_block_swap, offload_embedders
-    from modules.activation_checkpointing import checkpoint_activations
     from modules.compilation import compile_blocks
     from modules.network_module import TrainedNetwork, create_network, create_network_from_weights
     from networks.format_table import FORMATS
@@ -260,8 +373,8 @@ def create_trained(
         enable_block_swap(dit, options.swap.blocks_to_swap, device, ring, training=True, pin=pin or None)
     if options.swap.img_in_txt_in_offloading:
         offload_embedders(dit, device)
+    keep_less(options, dit, options.training.checkpointing_policy or "none")
     if options.training.checkpointing_policy is not None:
-        checkpoint_activations(dit.blocks, options.training.checkpointing_policy, options.compile.compile)
         trained.enable_gradient_checkpointing()
     return trained
 

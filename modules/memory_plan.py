@@ -1,8 +1,13 @@
 """What fits where: predicts the peak of memory from measured parts, and chooses the cheapest settings that fit."""
 
-from collections.abc import Callable, Sequence
+import contextlib
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
+import torch
+
+from utils.cli import print_table
 from utils.errors import UserError
 from utils.memory_meter import ModelUsage
 
@@ -12,6 +17,11 @@ DEVICE_OVERHEAD = 0.7 * GIB
 FRAGMENTATION = 1.05
 # Bytes per trained element: float32 weight and gradient, and the two moments of Adam in float32 or 8 bits.
 WEIGHT_AND_GRADIENT, MOMENTS, MOMENTS_8BIT = 8, 8, 2
+
+
+def in_words(size: float) -> str:
+    """Bytes with a unit that suits them."""
+    return f"{size / GIB:.2f} GiB" if size >= GIB else f"{size / GIB * 1024:.1f} MiB"
 
 
 @dataclass(frozen=True)
@@ -41,7 +51,7 @@ class Settings:
             "none": [],
             "selective": ["--selective_checkpointing"],
             "full": ["--gradient_checkpointing"],
-            "offload": ["--gradient_checkpointing_cpu_offload"],
+            "offload": ["--gradient_checkpointing", "--gradient_checkpointing_cpu_offload"],
         }[self.checkpointing]
         words += [f"--blocks_to_swap {self.blocks_to_swap}"] if self.blocks_to_swap else []
         return " ".join(filter(None, words)) or "no option"
@@ -101,7 +111,7 @@ class Prediction:
             "GPU memory needed in all": self.device,
             "main memory for swapped blocks": self.host,
         }
-        return [(name, f"{size / GIB:.2f} GiB") for name, size in parts.items()]
+        return [(name, in_words(size)) for name, size in parts.items()]
 
 
 def predict(
@@ -160,3 +170,62 @@ def leaner(
     """The fastest settings that need at least a tenth less than the current ones: what to try after out of memory."""
     limit = 0.9 * predicted(current).device
     return next((settings for settings in ordered if predicted(settings).device <= limit), None)
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """The settings of a run, what they need, and what else there is. Nothing is measured before somebody asks.
+
+    Attributes:
+        settings: what the run uses.
+        ordered: the alternatives, the fastest first.
+        predicted: the prediction for any settings.
+        work: the largest piece of work in words, for messages.
+        training: which names the options have.
+    """
+
+    settings: Settings
+    ordered: Sequence[Settings]
+    predicted: Callable[[Settings], Prediction]
+    work: str
+    training: bool = True
+
+    def print(self) -> None:
+        """The prediction as a table."""
+        flags = ("settings", self.settings.flags(self.training))
+        print_table(f"memory plan, {self.work}", [flags, *self.predicted(self.settings).rows()])
+
+    def warn_if_too_large(self, free: int) -> None:
+        """Says before the first gigabyte is read that the prediction exceeds `free` bytes, and what would fit."""
+        needed = self.predicted(self.settings).device
+        if needed <= free:
+            return
+        try:
+            advice = f"{cheapest(self.ordered, free, self.predicted, self.training).flags(self.training)} would fit"
+        except UserError as error:
+            advice = str(error)
+        numbers = f"{in_words(needed)} of GPU memory are needed, {in_words(free)} are free"
+        print(f"warning: {self.work}: {numbers}; {advice}", file=sys.stderr)
+
+    @contextlib.contextmanager
+    def explained(self, during: str) -> Iterator[None]:
+        """Turns running out of memory into one line: where, how much work, the peak, and what to try next.
+
+        Raises:
+            UserError: out of memory inside.
+        """
+        try:
+            yield
+        except torch.OutOfMemoryError:
+            peak = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
+            lean = leaner(self.settings, self.ordered, self.predicted)
+            advice = f"try {lean.flags(self.training)}" if lean else "lower resolution, frames or batch size"
+            raise UserError(
+                f"out of GPU memory {during}: {self.work}, peak {in_words(peak)} with "
+                f"{self.settings.flags(self.training)}; {advice}"
+            ) from None
+
+
+def free_memory(device: torch.device) -> int | None:
+    """Bytes that a GPU has free; None for other devices."""
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else None

@@ -124,6 +124,17 @@ def train(trainer: Trainer) -> None:
     finish(trainer, stopped=progress.step < plan.total_steps)
 
 
+def rehearse(trainer: Trainer, batch: Any) -> None:
+    """Forward and backward on the largest batch, so that too little memory shows now and not in an hour."""
+    model = trainer.model
+    latents = model.latents(batch)
+    sigma = torch.full((len(latents),), 0.5, device=latents.device)
+    with trainer.accelerator.autocast():
+        prediction = model.velocity(latents, sigma, batch)
+    weighted_mse(prediction, latents).sum().backward()
+    trainer.optimizer.zero_grad(set_to_none=True)
+
+
 def summarize(trainer: Trainer, result: StepResult, samples: int) -> StepSummary:
     """Adds up losses and requests of all ranks, so that all decide alike."""
     accelerator, requests = trainer.accelerator, trainer.requests

@@ -102,6 +102,11 @@ class TrainingMemoryOptions:
         False, help="accepted: frozen blocks are always copied to the GPU only, never back"
     )
     block_swap_ring_size: int = option(2, help="blocks that have a place on the GPU while swapping", minimum=1)
+    vram_gb: float | None = option(
+        None,
+        help="choose --fp8_base, checkpointing and --blocks_to_swap so that training fits so many GiB; 0: what is free",
+        minimum=0,
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,7 +13,7 @@ from hunyuan_model.memory import measure_dit, measure_vae
 from hunyuan_model.models import HunyuanVideoConfig, HYVideoDiffusionTransformer
 from hunyuan_model.vae import AutoencoderKLCausal3D, VaeConfig
 from modules.activation_checkpointing import checkpoint_activations, recompute_cheap
-from modules.memory_plan import GIB, Prediction, Settings, candidates, cheapest, leaner, predict
+from modules.memory_plan import GIB, MemoryPlan, Prediction, Settings, candidates, cheapest, leaner, predict
 from networks.lora import create_arch_network
 from utils.errors import UserError
 from utils.fp8 import quantize_linears
@@ -147,3 +147,31 @@ def test_after_out_of_memory_the_next_step_is_named() -> None:
     assert leaner(Settings(True, "full", 2), list(sizes), predicted) is None
     assert Settings(True, "full", 2).flags() == "--fp8_base --gradient_checkpointing --blocks_to_swap 2"
     assert Settings(True, "none", 2).flags(training=False) == "--fp8 --blocks_to_swap 2"
+
+
+def plan_of(sizes: dict[Settings, int]) -> MemoryPlan:
+    return MemoryPlan(
+        Settings(), list(sizes), lambda settings: Prediction(sizes[settings] * GIB, 0, 0, 0, 0), "batch of 1"
+    )
+
+
+def test_running_out_of_memory_is_one_line_with_a_way_out() -> None:
+    plan = plan_of({Settings(): 30, Settings(True, "full", 2): 9})
+    advice = r"in training: batch of 1.*try --fp8_base --gradient_checkpointing --blocks_to_swap 2"
+    with pytest.raises(UserError, match=advice), plan.explained("in training"):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+    with (
+        pytest.raises(UserError, match="lower resolution, frames or batch size"),
+        plan_of({Settings(): 1}).explained("x"),
+    ):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+
+def test_a_prediction_above_the_free_memory_is_said_beforehand(capsys: pytest.CaptureFixture[str]) -> None:
+    plan = plan_of({Settings(): 30, Settings(True, "full", 2): 9})
+    plan.warn_if_too_large(40 * GIB)
+    assert capsys.readouterr().err == ""
+    plan.warn_if_too_large(20 * GIB)
+    assert "--fp8_base --gradient_checkpointing --blocks_to_swap 2 would fit" in capsys.readouterr().err
+    plan.warn_if_too_large(5 * GIB)
+    assert "nothing fits 5.0 GiB" in capsys.readouterr().err
