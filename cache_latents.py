@@ -75,7 +75,7 @@ def main() -> None:
     from dataset.report import print_intake, print_outcome
 
     rank, _ = process_share()
-    datasets = take_in(config, options.num_workers)
+    datasets = take_in(config, options.num_workers, show_progress=rank == 0)
     if rank == 0:
         print(config.effective_text())
         for note in config.notes:

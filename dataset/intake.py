@@ -92,21 +92,28 @@ def _remembered(taken: TakenSource) -> dict[str, Any]:
     return {"stamp": taken.source.stamp, **what}
 
 
-def _take_dataset(heading: str, settings: DatasetSettings, workers: int) -> TakenDataset:
+def _take_dataset(heading: str, settings: DatasetSettings, workers: int, show_progress: bool) -> TakenDataset:
     sources = list_sources(settings)
     if not sources:
         raise UserError(explain_empty(settings))
     manifest = Manifest.load(settings.cache_directory, "latents")
-    with ThreadPoolExecutor(workers) as pool:
-        taken = pool.map(lambda source: _take_source(source, settings, manifest), sources)
-        taken = tuple(
-            tqdm(taken, total=len(sources), desc=f"{heading}: looking at the media", unit="file", leave=False)
-        )
+    with (
+        ThreadPoolExecutor(workers) as pool,
+        tqdm(
+            pool.map(lambda source: _take_source(source, settings, manifest), sources),
+            desc=f"{heading}: looking at the media",
+            total=len(sources),
+            unit="file",
+            leave=False,
+            disable=not show_progress,
+        ) as progress,
+    ):
+        taken = tuple(progress)
     manifest.sources = {one.source.name: _remembered(one) for one in taken}
     return TakenDataset(heading, settings, taken, manifest)
 
 
-def take_in(config: DatasetConfig, workers: int | None = None) -> list[TakenDataset]:
+def take_in(config: DatasetConfig, workers: int | None = None, show_progress: bool = True) -> list[TakenDataset]:
     """Takes in all datasets of a config.
 
     Args:
@@ -119,7 +126,7 @@ def take_in(config: DatasetConfig, workers: int | None = None) -> list[TakenData
     taken = []
     for section, members in (("datasets", config.datasets), ("validation", config.validation)):
         for number, settings in enumerate(members, 1):
-            dataset = _take_dataset(f"[[{section}]] {number}", settings, workers)
+            dataset = _take_dataset(f"[[{section}]] {number}", settings, workers, show_progress)
             if len(dataset.problems) == len(dataset.sources):
                 raise nothing_usable(dataset, dataset.problems)
             taken.append(dataset)
