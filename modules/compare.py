@@ -5,13 +5,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-import torch
-from einops import rearrange
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from modules.outputs import Job, OutputFolder
-from utils.video_io import save_image, save_video, to_uint8
+from utils.video_io import to_uint8, write_frames, write_image
 
 LARGEST_PAGE = 3840  # pixels on the longer side; hardware decoders of browsers end at 4096
 LABEL_HEIGHT, MARGIN = 28, 8
@@ -99,13 +97,10 @@ class Page:
     def save(self, path: Path, fps: float, metadata: Mapping[str, object] | None) -> list[Path]:
         """Writes `path`.mp4 and, with the middle frame of every video, `path`.png."""
         background = self.background()
-        frames = torch.from_numpy(np.stack([self.frame(background, index) for index in range(self.frames)]))
-        pixels = rearrange(frames, "F H W C -> C F H W") / 255
-        middle = self.frames // 2
-        paths = [path.with_name(path.name + suffix) for suffix in (".mp4", ".png")]
-        save_video(pixels, paths[0], fps, metadata)
-        save_image(pixels[:, middle : middle + 1], paths[1], metadata)
-        return paths
+        video, sheet = (path.with_name(path.name + suffix) for suffix in (".mp4", ".png"))
+        write_frames((self.frame(background, index) for index in range(self.frames)), video, fps, metadata)
+        write_image(self.frame(background, self.frames // 2), sheet, metadata)
+        return [video, sheet]
 
 
 def _font() -> ImageFont.FreeTypeFont:

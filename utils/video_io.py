@@ -6,7 +6,7 @@ Pixels are tensors (3, F, H, W), float32 in 0..1.
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -20,6 +20,7 @@ from utils.files import atomic_path
 
 if TYPE_CHECKING:
     import av
+    import numpy as np
 
 # Visually lossless for H.264; the default of 23 loses the fine grain that people judge a model by.
 QUALITY = "16"
@@ -34,24 +35,31 @@ def to_uint8(pixels: Tensor) -> Tensor:
 
 
 def save_video(pixels: Tensor, path: str | Path, fps: float, metadata: Mapping[str, object] | None = None) -> None:
-    """Writes H.264 in an mp4 that browsers play (yuv420p, index in front); height and width are even.
+    """Writes pixels (3, F, H, W) in 0..1 as `write_frames` does."""
+    write_frames((to_uint8(frame)[0].numpy() for frame in pixels.split(1, dim=1)), path, fps, metadata)
+
+
+def write_frames(
+    frames: Iterable["np.ndarray"], path: str | Path, fps: float, metadata: Mapping[str, object] | None = None
+) -> None:
+    """Writes H.264 in an mp4 that browsers play (yuv420p, index in front).
 
     Args:
-        pixels: (3, F, H, W) in 0..1.
+        frames: (H, W, 3) uint8 each, at least one; H and W are even.
         fps: frames per second, exact for whole and decimal numbers.
         metadata: stored as JSON in the comment tag.
     """
     import av
 
-    frames = to_uint8(pixels)  # F H W C
     rate = Fraction(fps).limit_denominator(1001)
     with atomic_path(path) as temporary:
         container = av.open(str(temporary), "w", format="mp4", options={"movflags": "+faststart"})
         with container:
             if metadata is not None:
                 container.metadata[METADATA_KEY] = json.dumps(dict(metadata), ensure_ascii=False)
-            stream = _h264_stream(container, rate, frames.shape[2], frames.shape[1])
-            for index, array in enumerate(frames.contiguous().numpy()):
+            stream = None
+            for index, array in enumerate(frames):
+                stream = stream or _h264_stream(container, rate, array.shape[1], array.shape[0])
                 frame = av.VideoFrame.from_ndarray(array, format="rgb24")
                 frame = frame.reformat(format="yuv420p", dst_colorspace="ITU709", dst_color_range="MPEG")
                 frame.pts, frame.time_base = index, 1 / rate
@@ -100,14 +108,19 @@ def read_frames(path: str | Path, frames: int | None = None) -> tuple[Tensor, fl
 
 
 def save_image(pixels: Tensor, path: str | Path, metadata: Mapping[str, object] | None = None) -> None:
-    """Writes one frame (3, 1, H, W) in 0..1 as PNG; the metadata is JSON in the text chunk `comment`."""
+    """Writes one frame (3, 1, H, W) in 0..1 as `write_image` does."""
+    write_image(to_uint8(pixels)[0].numpy(), path, metadata)
+
+
+def write_image(array: "np.ndarray", path: str | Path, metadata: Mapping[str, object] | None = None) -> None:
+    """Writes (H, W, 3) uint8 as PNG; the metadata is JSON in the text chunk `comment`."""
     from PIL import Image, PngImagePlugin
 
     text = PngImagePlugin.PngInfo()
     if metadata is not None:
         text.add_itxt(METADATA_KEY, json.dumps(dict(metadata), ensure_ascii=False))
     with atomic_path(path) as temporary:
-        Image.fromarray(to_uint8(pixels)[0].numpy()).save(temporary, format="PNG", pnginfo=text)
+        Image.fromarray(array).save(temporary, format="PNG", pnginfo=text)
 
 
 def save_images(pixels: Tensor, folder: str | Path, metadata: Mapping[str, object] | None = None) -> None:
