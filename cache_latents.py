@@ -69,7 +69,8 @@ def main() -> None:
     from dataset.config_utils import load_dataset_config
 
     config = load_dataset_config(options.dataset_config)
-    ingredients = fingerprint(vae) if debug.debug_mode is None else {}
+    if debug.debug_mode is None:
+        ingredients, chosen = fingerprint(vae), chosen_device(device)
 
     from dataset.intake import nothing_usable, take_in
     from dataset.report import print_intake, print_outcome
@@ -88,7 +89,7 @@ def main() -> None:
 
         show(datasets, debug)
         return
-    outcomes = cache(datasets, ingredients, options, vae, device)
+    outcomes = cache(datasets, ingredients, options, vae, chosen)
     if rank == 0:
         print_outcome(datasets, outcomes, options.prune)
     for dataset in datasets:
@@ -116,6 +117,22 @@ def fingerprint(vae: VaeOptions) -> dict[str, str]:
     return {"vae": file.checkpoint.fingerprint, "dtype": dtype_word(cache_dtype(vae))}
 
 
+def chosen_device(options: DeviceOptions) -> "torch.device":
+    """The device that the user names, else the GPU of this process, else the CPU.
+
+    Raises:
+        UserError: there is no such device.
+    """
+    import torch
+
+    from utils.device_utils import resolve_device
+
+    local_rank = os.environ.get("LOCAL_RANK")
+    if options.device is None and local_rank is not None and torch.cuda.is_available():
+        return resolve_device(f"cuda:{local_rank}")
+    return resolve_device(options.device)
+
+
 def cache_dtype(vae: VaeOptions) -> "torch.dtype":
     """The dtype of the stored latents: float16 unless the user says otherwise, whatever the VAE computes in."""
     from utils.device_utils import DTYPES
@@ -134,7 +151,7 @@ def cache(
     ingredients: dict[str, str],
     options: CachingOptions,
     vae: VaeOptions,
-    device: DeviceOptions,
+    device: "torch.device",
 ) -> "dict[str, Outcome]":
     """Encodes what is new or changed and returns what was done, by the heading of the dataset."""
     from dataset.latent_caching import Outcome, begin, finish, judge, tasks_of
@@ -161,19 +178,15 @@ def encode(
     ingredients: dict[str, str],
     options: CachingOptions,
     vae: VaeOptions,
-    device_options: DeviceOptions,
+    device: "torch.device",
 ) -> None:
     """Loads the VAE and works through the tasks."""
     import torch
 
     from dataset.latent_caching import LatentWriter
     from hunyuan_model.checkpoints import load_vae
-    from utils.device_utils import DTYPES, resolve_device
+    from utils.device_utils import DTYPES
 
-    name = device_options.device
-    if name is None and torch.cuda.is_available() and "LOCAL_RANK" in os.environ:
-        name = f"cuda:{os.environ['LOCAL_RANK']}"
-    device = resolve_device(name)
     dtype = DTYPES[vae.vae_dtype or ("float32" if device.type == "cpu" else "float16")]
     if options.disable_cudnn_backend:
         torch.backends.cudnn.enabled = False

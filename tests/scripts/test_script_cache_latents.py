@@ -499,6 +499,12 @@ def test_mistakes_are_one_line_and_exit_code_2(world: World) -> None:
     assert "a VAE of HunyuanVideo is expected" in refused("--dataset_config", world.config, "--vae", dit)
 
 
+def test_an_unknown_device_is_refused_before_anything_is_done(world: World) -> None:
+    with pytest.raises(UserError, match="--device abacus"):
+        world.run("--device", "abacus")
+    assert not (world.folder / "c1").exists()
+
+
 def test_as_a_program(world: World) -> None:
     run = subprocess.run(
         world.command("--vae_chunk_size", 4, "--vae_tiling"), capture_output=True, check=True, cwd=ROOT
