@@ -102,17 +102,19 @@ def load_pickle(path: Path) -> Any:
     Raises:
         UserError: cut off, not of torch.save, older than torch 1.6, or with objects other than tensors.
     """
-    if not zipfile.is_zipfile(path):
-        raise UserError(f"{path}: not a file of torch.save, or cut off, or older than torch 1.6; download it again")
     try:
+        if not zipfile.is_zipfile(path):
+            raise UserError(f"{path}: not a file of torch.save, or cut off, or older than torch 1.6; download it again")
         return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+    except UserError:
+        raise
     except pickle.UnpicklingError as error:
         found = re.search(r"(?:GLOBAL|global) (\S+)", str(error))
         what = f"it wants to run {found[1].rstrip('.')}" if found else one_line(error).split(".")[0]
         raise UserError(
             f"{path}: holds more than tensors ({what}) and was not loaded; use a .safetensors file"
         ) from None
-    except (RuntimeError, EOFError, KeyError, ValueError, OSError) as error:
+    except Exception as error:  # a damaged pickle may fail in any way
         raise UserError(f"{path}: cannot be read, cut off or broken: {one_line(error)[:200]}") from None
 
 

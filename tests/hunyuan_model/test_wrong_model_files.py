@@ -156,6 +156,15 @@ def _zip(path: Path) -> Path:
     return path
 
 
+def _damaged_pickle(folder: Path) -> Path:
+    """A reference to a storage whose type is a number."""
+    reference = b"(X\x07\x00\x00\x00storageK\x01X\x01\x00\x00\x000X\x03\x00\x00\x00cpuK\x01tQ"
+    with zipfile.ZipFile(folder / "x.pt", "w") as archive:
+        archive.writestr("x/data.pkl", b"\x80\x02" + reference + b".")
+        archive.writestr("x/version", b"3\n")
+    return folder / "x.pt"
+
+
 def _vae_without(folder: Path, piece: str) -> Path:
     (folder / "config.json").write_text('{"norm_num_groups": 4}', encoding="utf-8")
     return _saved(folder / "vae.safetensors", {name: w for name, w in _vae().items() if piece not in name})
@@ -202,6 +211,7 @@ CASES: dict[str, tuple[Callable[[Path], Path], str]] = {
         lambda f: _bytes(f / "x.pt", b"\x80\x02cposix\nsystem\nq\x00X\x05\x00\x00\x00falseq\x01\x85q\x02Rq\x03."),
         "not a file of torch.save",
     ),
+    "damaged pickle": (_damaged_pickle, "cannot be read, cut off or broken"),
     "missing tensor": (lambda f: _changed(f / "x.safetensors", QKV, lambda _: None), f"missing, the first is {QKV}"),
     "extra tensor": (
         lambda f: _saved(f / "x.safetensors", _dit() | {"double_blocks.0.extra.weight": torch.ones(2)}),
