@@ -3,12 +3,14 @@
 import pytest
 import torch
 from diffusers import HunyuanVideoTransformer3DModel
+from diffusers.loaders.lora_pipeline import HunyuanVideoLoraLoaderMixin
 from peft import get_peft_model_state_dict
 
 from hunyuan_model.key_maps import dit_from_official
 from hunyuan_model.models import HunyuanVideoConfig, HYVideoDiffusionTransformer
+from networks.factors import LoraFactors
 from networks.format_table import FORMATS
-from networks.formats import read_lora, write_lora
+from networks.formats import Lora, read_lora, write_lora
 from networks.lora import create_arch_network
 from utils.safetensors_utils import load_file
 
@@ -87,3 +89,26 @@ def test_loads_whole_and_computes_the_same(tmp_path, use_dora, ranks):
         theirs = twin(x, timestep, text, mask, pooled, guidance).sample
     assert (ours - plain).abs().max() > 0.01 * plain.abs().max()
     assert (ours - theirs).abs().max() <= 1e-5 * theirs.abs().max()
+
+
+def test_diffusers_itself_makes_the_same_of_official_names(tmp_path):
+    """Its own conversion, written for the 13B model's widths, of our 'other' file gives our 'diffusers' file."""
+    torch.manual_seed(0)
+    shapes = {}
+    for stream in ("img", "txt"):
+        for name, shape in {"attn_qkv": (9216, 3072), "mlp.fc1": (12288, 3072), "mod.linear": (18432, 3072)}.items():
+            shapes[f"double_blocks.19.{stream}_{name}"] = shape
+    shapes |= {"single_blocks.7.linear1": (21504, 3072), "single_blocks.7.linear2": (3072, 15360)}
+    shapes |= {"vector_in.in_layer": (3072, 768), "txt_in.individual_token_refiner.blocks.1.mlp.fc2": (3072, 12288)}
+    modules = {
+        name: LoraFactors(up=torch.randn(rows, 2), down=torch.randn(2, columns), alpha=3.0)
+        for name, (rows, columns) in shapes.items()
+    }
+    for name in ("other", "diffusers"):
+        write_lora(Lora(modules), tmp_path / f"{name}.safetensors", FORMATS[name])
+    theirs = HunyuanVideoLoraLoaderMixin.lora_state_dict(tmp_path / "other.safetensors")
+    ours = load_file(tmp_path / "diffusers.safetensors")
+    assert theirs.keys() == ours.keys()
+    assert all(torch.equal(theirs[key], tensor) for key, tensor in ours.items())
+    unchanged = HunyuanVideoLoraLoaderMixin.lora_state_dict(tmp_path / "diffusers.safetensors")
+    assert unchanged.keys() == ours.keys()
