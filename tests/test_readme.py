@@ -80,8 +80,8 @@ def code_blocks(name: str) -> list[str]:
 
 
 def script_commands(text: str) -> list[str]:
-    """The lines that start one of our scripts."""
-    lines = [line.strip() for line in text.splitlines()]
+    """The lines that start one of our scripts, with their continuations."""
+    lines = [line.strip() for line in text.replace("\\\n", " ").splitlines()]
     start = re.compile(rf"(python|accelerate launch) .*\b({'|'.join(map(re.escape, SCRIPTS))}) ")
     return [line for line in lines if start.match(line)]
 
