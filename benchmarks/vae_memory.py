@@ -103,7 +103,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--frames", type=int, default=17)
     parser.add_argument("--size", type=int, default=256, help="height and width in pixels")
-    parser.add_argument("--chunk_size", type=int, default=4, help="--vae_chunk_size of the chunked runs")
+    parser.add_argument("--chunk_size", type=int, default=2, help="--vae_chunk_size of the chunked runs")
     parser.add_argument("--repeats", type=int, default=1)
     parser.add_argument("--measure", nargs=2, metavar=("WHO", "OPERATION"), help="one run (a process of its own)")
     parser.add_argument("--result", type=Path, help="with --measure: where the output goes")

@@ -50,12 +50,6 @@ def vae(small_reference) -> AutoencoderKLCausal3D:
     return with_weights_of(small_reference, {"norm_num_groups": 4})
 
 
-@pytest.fixture(scope="module")
-def full_size() -> tuple[AutoencoderKLHunyuanVideo, AutoencoderKLCausal3D]:
-    model = reference()
-    return model, with_weights_of(model)
-
-
 def random_pixels(*shape: int) -> torch.Tensor:
     return torch.rand(shape, generator=torch.Generator().manual_seed(1)) * 2 - 1
 
@@ -76,18 +70,15 @@ def test_full_size_model_has_the_official_keys_and_shapes():
     assert {key: tuple(tensor.shape) for key, tensor in vae.state_dict().items()} == key_table()
 
 
-@pytest.mark.parametrize("frames", [1, 9])
-def test_full_size_encode_matches_diffusers(full_size, frames):
-    model, vae = full_size
-    pixels = random_pixels(1, 3, frames, 48, 32)
-    expected = model.encode(pixels).latent_dist
-    posterior = vae.encode(pixels)
-    assert difference(posterior.mean, expected.mean) < 5e-5
-    assert difference(posterior.logvar, expected.logvar) < 5e-5
-
-
-def test_full_size_decode_matches_diffusers(full_size):
-    model, vae = full_size
+def test_full_size_model_matches_diffusers():
+    model = reference()
+    vae = with_weights_of(model)
+    for frames in (1, 9):
+        pixels = random_pixels(1, 3, frames, 48, 32)
+        expected = model.encode(pixels).latent_dist
+        posterior = vae.encode(pixels)
+        assert difference(posterior.mean, expected.mean) < 5e-5
+        assert difference(posterior.logvar, expected.logvar) < 5e-5
     latents = random_latents(1, 16, 3, 6, 4)
     assert difference(vae.decode(latents), model.decode(latents).sample) < 5e-5
 
