@@ -124,11 +124,10 @@ def info(argv: list[str]) -> None:
     from networks.inspection import block_table, draw_norms
 
     lora = read_lora(files.only)
-    print_table(f"{files.only}: {lora.format.title}", sorted(lora.metadata.items()) or [("metadata", "none")])
-    print_table("blocks", block_table(lora), ("block", "modules", "rank", "alpha", "norm", "largest"))
     if options.png is not None:
         draw_norms(lora, options.png)
-        print(f"\n{options.png} written")
+    print_table(f"{files.only}: {lora.format.title}", sorted(lora.metadata.items()) or [("metadata", "none")])
+    print_table("blocks", block_table(lora), ("block", "modules", "rank", "alpha", "norm", "largest"))
 
 
 def merge(argv: list[str]) -> None:

@@ -56,13 +56,15 @@ def draw_norms(lora: Lora, path: str | Path) -> None:
     kinds = list(dict.fromkeys(kind for modules in grouped.values() for kind in modules))
     norms = {(block, kind): f.norm() for block, modules in grouped.items() for kind, f in modules.items()}
     largest = max(norms.values()) or 1.0
-    image = Image.new("RGB", (MARGIN + CELL * len(grouped) + 10, CELL * (len(kinds) + 4)), "white")
+    image = Image.new("RGB", (MARGIN + CELL * (len(grouped) + 3), CELL * (len(kinds) + 4)), "white")
     draw = ImageDraw.Draw(image)
     draw.text((6, 4), f"norm of the weight update, 0 (black) to {largest:.4g} (yellow)", fill="black")
+    group = ""
     for column, block in enumerate(grouped):
         x = MARGIN + CELL * column
-        draw.text((x + 3, CELL), block[0] if block.endswith(" 0") else "", fill="black")
-        draw.text((x + 3, 2 * CELL), block.partition(" ")[2], fill="black")
+        previous, (group, _, number) = group, block.partition(" ")
+        draw.text((x + 3, CELL), group if group != previous else "", fill="black")
+        draw.text((x + 3, 2 * CELL), number, fill="black")
         for row, kind in enumerate(kinds):
             share = norms.get((block, kind))
             colour = (235, 235, 235) if share is None else _colour(share / largest)
