@@ -10,15 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from hunyuan_model.vae_layers import (
-    Activated,
-    CausalConv3d,
-    Clip,
-    DownBlock,
-    GroupNorm,
-    MidBlock,
-    UpBlock,
-)
+from hunyuan_model.vae_layers import Activated, CausalConv3d, Clip, DownBlock, GroupNorm, MidBlock, UpBlock
 from hunyuan_model.vae_tiling import SPACE_COMPRESSION, TIME_COMPRESSION, Spans, overlapping, pixel_spans, run_tiles
 from utils.errors import UserError
 
@@ -192,7 +184,8 @@ class AutoencoderKLCausal3D(nn.Module):
         Args:
             chunk_size: frames that a causal convolution computes at once; None leaves the choice to each. Exact.
             tile_size: pixels of a square tile (rounded down to a multiple of 8, at least 32), a quarter of it
-                overlapping; None takes each picture whole. Tiles change the result, since statistics are per tile.
+                overlapping; longer clips are also cut into tiles of 129 frames, so that memory is bounded. None takes
+                each clip whole. Tiles change the result, since each has its own statistics.
         """
         if tile_size is not None and tile_size < 4 * SPACE_COMPRESSION:
             raise ValueError(f"tile_size = {tile_size}: at least {4 * SPACE_COMPRESSION} pixels")
