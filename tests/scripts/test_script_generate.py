@@ -1,6 +1,5 @@
 """hv_generate_video.py on the small models: what it writes, that it repeats itself, and what it refuses."""
 
-import gc
 import json
 import re
 import subprocess
@@ -11,47 +10,9 @@ import av
 import pytest
 import torch
 
+from tests.saved_files import frames, load, only, saved_latents
+
 ROOT = Path(__file__).resolve().parents[2]
-SMALL = ["--video_size", "32", "48", "--video_length", "5", "--infer_steps", "3", "--device", "cpu"]
-
-
-@pytest.fixture
-def generate(tiny_models, tmp_path, monkeypatch, capfd):
-    """Runs the script's main in this process: options -> the folder that it wrote to."""
-    import hv_generate_video
-
-    models = [f"--{name}={path}" for name, path in vars(tiny_models).items()]
-
-    def run(*words: object, folder: str = "out", size: list[str] = SMALL) -> Path:
-        argv = ["hv_generate_video.py", *models, *size, f"--save_path={tmp_path / folder}", *map(str, words)]
-        monkeypatch.setattr(sys, "argv", argv)
-        gc.freeze()  # the script collects garbage after every model: without pytest's own objects that is quick
-        hv_generate_video.main()
-        return tmp_path / folder
-
-    yield run
-    gc.unfreeze()
-
-
-def only(folder: Path, pattern: str) -> Path:
-    (path,) = folder.glob(pattern)
-    return path
-
-
-def load(path: Path) -> torch.Tensor:
-    from utils.safetensors_utils import load_file
-
-    return load_file(path)["latent"]
-
-
-def saved_latents(folder: Path) -> torch.Tensor:
-    return load(only(folder, "*_latent.safetensors"))
-
-
-def frames(path: Path) -> torch.Tensor:
-    from utils.video_io import read_video
-
-    return read_video(path)[0]
 
 
 def test_the_command_of_the_readme_in_a_process_of_its_own(tiny_models, tmp_path):
@@ -153,160 +114,6 @@ def test_alone_in_a_batch_and_with_block_swap_the_latents_are_the_same(generate,
     assert torch.equal(saved_latents(offloaded), alone)
     swapped = generate("--prompt=cat", "--seed=3", "--output_type=latent", "--blocks_to_swap=3", folder="swapped")
     assert torch.equal(saved_latents(swapped), alone)
-
-
-@pytest.fixture(scope="module")
-def loras(tiny_models, tmp_path_factory):
-    """Two LoRAs with a visible effect."""
-    from hunyuan_model.checkpoints import load_dit
-    from networks.lora import create_arch_network
-
-    model, paths = load_dit(tiny_models.dit, dtype=torch.float32), []
-    for seed in (1, 2):
-        network = create_arch_network(1.0, 4, 4.0, None, None, model)
-        generator = torch.Generator().manual_seed(seed)
-        with torch.no_grad():
-            for parameter in network.parameters():
-                parameter.copy_(0.1 * torch.randn(parameter.shape, generator=generator))
-        paths.append(tmp_path_factory.mktemp("loras") / f"lora{seed}.safetensors")
-        network.save_weights(paths[-1], torch.float32, {})
-    return paths
-
-
-@pytest.fixture
-def load_sampling_dit(tiny_models):
-    """The DiT as the script would sample with it, for these options."""
-    import hv_generate_video
-    from utils.generation_options import parse_generation_options
-
-    def load(*words: object):
-        models = [f"--{name}={path}" for name, path in vars(tiny_models).items()]
-        options = parse_generation_options("", [*models, "--save_path=x", "--prompt=x", *map(str, words)])
-        return hv_generate_video.load_ready_dit(options, torch.device("cpu"), cache=None)
-
-    return load
-
-
-@pytest.fixture
-def dit_inputs(tiny_models):
-    from hunyuan_model.checkpoints import read_dit_config
-
-    config, generator = read_dit_config(tiny_models.dit), torch.Generator().manual_seed(0)
-    x = torch.randn(1, 16, 2, 4, 6, generator=generator)
-    text = torch.randn(1, 5, config.text_dim, generator=generator)
-    pooled = torch.randn(1, config.text_dim_2, generator=generator)
-    return x, torch.tensor([500.0]), text, torch.ones(1, 5), pooled, torch.tensor([6000.0])
-
-
-def test_multiplier_zero_is_the_base_model(load_sampling_dit, dit_inputs, loras):
-    base, zero = load_sampling_dit(), load_sampling_dit("--lora_weight", loras[0], "--lora_multiplier", 0)
-    assert torch.equal(zero(*dit_inputs), base(*dit_inputs))
-
-
-def test_two_loras_are_the_sum_of_their_deltas(load_sampling_dit, loras):
-    name = "double_blocks.1.img_mlp.fc1"
-    both = load_sampling_dit("--lora_weight", *loras, "--lora_multiplier", 0.7, -0.5)
-    models = [load_sampling_dit(), *(load_sampling_dit("--lora_weight", lora) for lora in loras), both]
-    base, first, second, both = (model.get_submodule(name).weight for model in models)
-    assert (first - base).norm() > 0.1 * base.norm()
-    torch.testing.assert_close(both, base + 0.7 * (first - base) - 0.5 * (second - base), rtol=1e-5, atol=1e-6)
-
-
-def test_a_lora_that_fits_in_part_is_a_warning_with_numbers_and_one_that_does_not_an_error(
-    load_sampling_dit, loras, tmp_path, capfd
-):
-    from utils.errors import UserError
-    from utils.safetensors_utils import load_file, save_file
-
-    tensors = load_file(loras[0])
-    unknown = {name.replace("blocks_1_", "blocks_70_"): tensor for name, tensor in tensors.items()}
-    unknown["lora_unet_something.lora_down.weight"] = torch.zeros(4, 8)
-    save_file(unknown, tmp_path / "partly.safetensors")
-    load_sampling_dit("--lora_weight", tmp_path / "partly.safetensors")
-    assert "warning: " in (said := capfd.readouterr().err)
-    assert "26 of 36 modules merged, 1 keys belong to no module" in said
-    far = {re.sub(r"blocks_(\d)_", r"blocks_7\1_", name): tensor for name, tensor in tensors.items()}
-    save_file(far, tmp_path / "far.safetensors")
-    with pytest.raises(UserError, match="none of its 36 modules is in this DiT"):
-        load_sampling_dit("--lora_weight", tmp_path / "far.safetensors")
-
-
-def test_merged_is_applied(load_sampling_dit, dit_inputs, loras):
-    from networks.live import LiveLoras
-
-    merged = load_sampling_dit("--lora_weight", *loras, "--lora_multiplier", 0.7, -0.5)
-    model = load_sampling_dit()
-    plain = model(*dit_inputs)
-    live = LiveLoras(model)
-    live.use([(loras[0], 0.7), (loras[1], -0.5)])
-    applied = model(*dit_inputs)
-    assert (applied - plain).norm() > 0.01 * plain.norm()
-    assert (merged(*dit_inputs) - applied).norm() <= 1e-5 * applied.norm()
-    live.use([])
-    assert torch.equal(model(*dit_inputs), plain)
-
-
-def test_loras_are_merged_before_the_weights_become_fp8(load_sampling_dit, loras):
-    from utils.fp8 import Fp8Linear
-
-    merged = load_sampling_dit("--lora_weight", loras[0])
-    quantized = load_sampling_dit("--lora_weight", loras[0], "--fp8")
-    layers = {name: module for name, module in quantized.named_modules() if isinstance(module, Fp8Linear)}
-    assert len(layers) == 3 * 8 + 6 * 2
-    for name, layer in layers.items():
-        weight = merged.get_submodule(name).weight
-        # e4m3 has 3 bits of mantissa: half a step is 1/16 of the value.
-        assert ((layer.dequantized(torch.float32) - weight).abs() <= weight.abs() / 16 + 1e-3).all()
-
-
-def test_a_lora_on_a_file_that_is_fp8_already_is_not_lost_in_rounding(
-    load_sampling_dit, dit_inputs, loras, tiny_models, tmp_path
-):
-    from utils.safetensors_utils import save_file
-
-    weights = torch.load(tiny_models.dit, weights_only=True)["module"]
-    small = {name: w.to(torch.float8_e4m3fn) if "blocks" in name and w.ndim == 2 else w for name, w in weights.items()}
-    save_file(small, tmp_path / "fp8.safetensors")
-    options = ["--dit", tmp_path / "fp8.safetensors", "--fp8"]
-    weak = ["--lora_weight", loras[0], "--lora_multiplier", 0.02]
-    change = [
-        load_sampling_dit(*words, *weak)(*dit_inputs) - load_sampling_dit(*words)(*dit_inputs)
-        for words in (options, ["--dit", tmp_path / "fp8.safetensors"])
-    ]
-    assert (change[0] - change[1]).norm() <= 0.02 * change[1].norm()
-
-
-def test_merged_model_is_a_model_that_samples_like_the_lora(generate, loras, tmp_path):
-    with_lora = generate("--prompt=cat", "--seed=3", "--output_type=latent", "--lora_weight", loras[0])
-    generate("--lora_weight", loras[0], "--save_merged_model", tmp_path / "merged.safetensors")
-    merged = generate(
-        "--prompt=cat", "--seed=3", "--output_type=latent", "--dit", tmp_path / "merged.safetensors", folder="m"
-    )
-    assert torch.equal(saved_latents(with_lora), saved_latents(merged))
-    plain = generate("--prompt=cat", "--seed=3", "--output_type=latent", folder="plain")
-    assert not torch.equal(saved_latents(with_lora), saved_latents(plain))
-
-
-def test_compare_writes_one_labelled_page(generate, loras, tmp_path):
-    from PIL import Image
-
-    prompts = tmp_path / "prompts.txt"
-    prompts.write_text("cat\na dog with a hat --f 9\n")
-    words = ["--from_file", prompts, "--compare", "--lora_weight", *loras, "--lora_multiplier", 0.5, 1, "--seed", 5]
-    out = generate(*words)
-    video, sheet = only(out, "*_5_compare.mp4"), only(out, "*_5_compare.png")
-    assert len(list(out.iterdir())) == 2
-    size = (8 + 3 * (48 + 8), 28 + 4 * (28 + 32 + 8))
-    pixels = frames(video)
-    assert pixels.shape == (3, 9, size[1], size[0])
-    image = Image.open(sheet).convert("RGB")
-    assert image.size == size
-    cells = [image.crop((left, top, left + 48, top + 32)) for top in (56, 124) for left in (8, 64, 120)]
-    assert cells[0].tobytes() == cells[3].tobytes()  # without LoRA, both rows of the first prompt
-    assert len({cell.tobytes() for cell in cells}) == 5
-    alone = generate("--prompt=cat", "--seed=5", "--output_type=images", folder="alone")
-    middle = Image.open(only(alone, "*") / "00004.png").convert("RGB")
-    assert middle.tobytes() == cells[0].tobytes()
 
 
 def test_what_fails_does_not_stop_the_rest_and_is_made_by_the_next_run(generate, tmp_path, monkeypatch, capfd):

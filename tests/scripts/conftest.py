@@ -1,0 +1,46 @@
+"""What several tests of scripts use: generation on the small models, in this process."""
+
+import gc
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+SMALL = ["--video_size", "32", "48", "--video_length", "5", "--infer_steps", "3", "--device", "cpu"]
+
+
+@pytest.fixture
+def generate(tiny_models, tmp_path, monkeypatch, capfd):
+    """Runs the script's main in this process: options -> the folder that it wrote to."""
+    import hv_generate_video
+
+    models = [f"--{name}={path}" for name, path in vars(tiny_models).items()]
+
+    def run(*words: object, folder: str = "out", size: list[str] = SMALL) -> Path:
+        argv = ["hv_generate_video.py", *models, *size, f"--save_path={tmp_path / folder}", *map(str, words)]
+        monkeypatch.setattr(sys, "argv", argv)
+        gc.freeze()  # the script collects garbage after every model: without pytest's own objects that is quick
+        hv_generate_video.main()
+        return tmp_path / folder
+
+    yield run
+    gc.unfreeze()
+
+
+@pytest.fixture(scope="session")
+def loras(tiny_models, tmp_path_factory):
+    """Two LoRAs with a visible effect."""
+    from hunyuan_model.checkpoints import load_dit
+    from networks.lora import create_arch_network
+
+    model, paths = load_dit(tiny_models.dit, dtype=torch.float32), []
+    for seed in (1, 2):
+        network = create_arch_network(1.0, 4, 4.0, None, None, model)
+        generator = torch.Generator().manual_seed(seed)
+        with torch.no_grad():
+            for parameter in network.parameters():
+                parameter.copy_(0.1 * torch.randn(parameter.shape, generator=generator))
+        paths.append(tmp_path_factory.mktemp("loras") / f"lora{seed}.safetensors")
+        network.save_weights(paths[-1], torch.float32, {})
+    return paths
