@@ -88,7 +88,7 @@ def test_the_logged_loss_is_the_objective_computed_by_hand(tiny_models, tmp_path
     words = ["--weighting_scheme", scheme, "--timestep_sampling", "sigmoid", "--max_train_steps", 3]
     train(world, tiny_models.dit, tmp_path / "out", *words)
     options = TimestepOptions(timestep_sampling="sigmoid", weighting_scheme=scheme)
-    for step, (batch, x_t, sigma, v) in enumerate(seen):
+    for step, (batch, x_t, sigma, v) in enumerate(seen[1:]):  # the first call tries the largest batch
         (generator,) = step_generators(7, step, [0])
         assert sample_sigmas(options, [generator], [step], 7).item() == sigma
         x0 = batch.latents.numpy().astype(np.float64) * SCALE
