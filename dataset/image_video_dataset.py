@@ -225,16 +225,19 @@ def _items_of(settings: DatasetSettings, problems: list[str], notes: list[str]) 
     listed = {source.name: source for source in list_sources(settings)}
     failed = failed_items(directory)
     latent_faults, text_faults = _Faults("cache_latents.py"), _Faults("cache_text_encoder_outputs.py")
-    by_musubi = 0
+    by_musubi, left_out = 0, []
     items: list[TrainingItem] = []
     for name in listed or manifest.sources:
         source, entry = listed.get(name), manifest.sources.get(name)
-        if source and source.problem:
+        cached_elsewhere = source is not None and source.absent and entry is not None and "probe" in entry
+        if source and source.problem and not cached_elsewhere:
+            left_out.append(source.problem)
             continue
         if entry is None or not _unchanged(source, entry):
             latent_faults.add("not cached" if entry is None else "the media file changed", name)
             continue
-        if "probe" not in entry:  # it could not be opened
+        if "probe" not in entry:
+            left_out.append(entry["problem"])
             continue
         text = text_cache_path(directory, name)
         verdict = check_text(text, source.caption if source else None, {})
@@ -247,6 +250,8 @@ def _items_of(settings: DatasetSettings, problems: list[str], notes: list[str]) 
             elif failed.get(item.name) != entry["stamp"]:
                 latent_faults.add(item_verdict.reason, item.name)
     problems += latent_faults.lines(directory) + text_faults.lines(directory)
+    if left_out:
+        notes.append(f"{directory}: {len(left_out)} listed files are left out, the first because of {left_out[0]}")
     if by_musubi:
         notes.append(f"{directory}: {by_musubi} latent caches were made by musubi-tuner and are used")
     return items
@@ -254,7 +259,7 @@ def _items_of(settings: DatasetSettings, problems: list[str], notes: list[str]) 
 
 def _unchanged(source: Source | None, entry: dict[str, Any]) -> bool:
     """Whether a media file is the one that was cached; a copy with a new modification time is told by its content."""
-    if source is None or entry["stamp"] == source.stamp:
+    if source is None or source.absent or entry["stamp"] == source.stamp:
         return True
     same_size = entry["stamp"][0] == source.size
     return same_size and ("probe" not in entry or entry["probe"]["digest"] == file_identity(source.path))

@@ -109,7 +109,8 @@ def _take_dataset(heading: str, settings: DatasetSettings, workers: int, show_pr
         ) as progress,
     ):
         taken = tuple(progress)
-    manifest.sources = {one.source.name: _remembered(one) for one in taken}
+    # A caption that is missing today may be there tomorrow; only media that cannot be opened stay what they are.
+    manifest.sources = {one.source.name: _remembered(one) for one in taken if one.source.problem is None}
     return TakenDataset(heading, settings, taken, manifest)
 
 

@@ -30,7 +30,8 @@ LONGEST_NAME = 210
 class Source:
     """One image, video file or folder of frames.
 
-    `name` begins the names of its caches and is unique in its dataset. `problem` says why it cannot be used.
+    `name` begins the names of its caches and is unique in its dataset. `problem` says why it cannot be used; a file
+    that is `absent` may still have caches, made on another machine.
     """
 
     path: Path
@@ -40,6 +41,7 @@ class Source:
     size: int = 0
     mtime_ns: int = 0
     problem: str | None = None
+    absent: bool = False
 
     @property
     def stamp(self) -> list[int]:
@@ -114,12 +116,14 @@ def _kind(path: Path, is_video: bool) -> str:
 def _checked(path: Path, is_video: bool, caption: str = "", problem: str | None = None) -> Source:
     """The source at a path, without a name yet."""
     size = mtime_ns = 0
+    absent = False
     try:
         size, mtime_ns = _stamp(path)
         problem = problem or (f"{path}: the file is empty" if size == 0 else None)
     except OSError as error:
+        absent = isinstance(error, FileNotFoundError)
         problem = problem or f"{path}: cannot be read: {error.strerror}"
-    return Source(path, "", _kind(path, is_video), caption, size, mtime_ns, problem)
+    return Source(path, "", _kind(path, is_video), caption, size, mtime_ns, problem, absent)
 
 
 def _is_frame_folder(entry: os.DirEntry, caption_extension: str) -> bool:

@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader
 from dataset.cache import Manifest, text_cache_path, write_latent_cache, write_text_cache
 from dataset.config_utils import DatasetConfig, load_dataset_config
 from dataset.image_video_dataset import TrainingDataset
+from dataset.intake import take_in
 from dataset.items import Probe, made_from, plan_items
 from dataset.sources import list_sources
 from tests.media_samples import write_caption, write_image
@@ -251,3 +252,39 @@ def test_description_and_largest_batch(config: DatasetConfig) -> None:
     assert second["buckets"]["64x64x13"] == 2
     batch = dataset.largest_batch()
     assert batch.bucket.endswith("x13") and len(batch.names) == 2
+
+
+def test_a_caption_that_came_after_the_latents_is_not_forgotten(tmp_path: Path) -> None:
+    (tmp_path / "images").mkdir()
+    for number in range(3):
+        write_image(tmp_path / "images" / f"{number}.png")
+    for number in (0, 1):
+        write_caption(tmp_path / "images" / f"{number}.png", "a caption")
+    file = tmp_path / "data.toml"
+    file.write_text(
+        f"[[datasets]]\nresolution = 64\nimage_directory = '{tmp_path.as_posix()}/images'\n"
+        f"cache_directory = '{tmp_path.as_posix()}/cache'\n"
+    )
+    for dataset in take_in(load_dataset_config(file)):
+        dataset.manifest.save()
+    write_caption(tmp_path / "images" / "2.png", "a caption")
+    with pytest.raises(UserError, match=r"not cached: 0 and 2 more\); run cache_latents\.py"):
+        TrainingDataset(load_dataset_config(file), seed=0)
+
+
+def test_a_jsonl_dataset_trains_where_only_its_caches_are(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    images = tmp_path / "images"
+    images.mkdir()
+    lines = []
+    for number in range(3):
+        write_image(images / f"{number}.png")
+        lines.append(f'{{"image_path": "{(images / f"{number}.png").as_posix()}", "caption": "caption {number}"}}')
+    (tmp_path / "list.jsonl").write_text("\n".join(lines))
+    file = tmp_path / "data.toml"
+    file.write_text(
+        f"[[datasets]]\nresolution = 64\nimage_jsonl_file = '{tmp_path.as_posix()}/list.jsonl'\n"
+        f"cache_directory = '{tmp_path.as_posix()}/cache'\n"
+    )
+    cache(load_dataset_config(file))
+    shutil.rmtree(images)
+    assert TrainingDataset(load_dataset_config(file), seed=0).num_items == 3
