@@ -81,7 +81,7 @@ class RMSNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         wide = x.float()
         normalised = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + NORM_EPS)
-        return normalised.to(x.dtype) * self.weight
+        return normalised.to(x.dtype) * self.weight.to(x.dtype)
 
 
 class MLP(nn.Module):

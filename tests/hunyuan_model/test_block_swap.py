@@ -101,9 +101,12 @@ def _inside(parameter: Tensor, swap) -> bool:
     return parameter.untyped_storage().data_ptr() in swap.storages
 
 
-def test_the_next_block_is_copied_ahead() -> None:
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["kept", "checkpointed"])
+def test_the_next_block_is_copied_ahead(checkpointing: bool) -> None:
     model = new_model()
-    swap = enable_block_swap(model, 6, "cpu", ring_size=2)
+    swap = enable_block_swap(model, 4, "cpu", ring_size=2, training=True)
+    if checkpointing:
+        checkpoint_activations(model.blocks)
     copied, original = [], swap._copy
     swap._copy = lambda index, keep: (copied.append((swap.current, index)), original(index, keep))
     output = model(**inputs(0) | {"x": inputs(0)["x"].requires_grad_()})
