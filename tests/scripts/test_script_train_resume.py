@@ -12,7 +12,7 @@ import torch
 
 from tests.conftest import ROOT
 from tests.training_world import assert_same, command, log_of, train, write_world
-from utils.safetensors_utils import load_file
+from utils.safetensors_utils import load_file, read_header
 
 WORDS = [
     "--max_train_steps", 12, "--gradient_accumulation_steps", 2, "--max_data_loader_n_workers", 2,
@@ -56,7 +56,7 @@ def run_in_two_processes(words: list[str]) -> None:
             os.killpg(process.pid, signal.SIGKILL)
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "adamw8bit"])
+@pytest.mark.parametrize("optimizer", ["adamw", pytest.param("adamw8bit", marks=pytest.mark.slow)])
 def test_killed_and_resumed_is_undisturbed(world, tiny_models, tmp_path, optimizer):
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("a red ball --w 32 --h 32 --s 2\n", encoding="utf-8")
@@ -126,3 +126,16 @@ def test_uneven_tails_over_two_processes_with_accumulation(tiny_models, tmp_path
     )
     shared = load_file(tmp_path / "shared" / "lora.safetensors")
     torch.testing.assert_close(shared, alone, rtol=0, atol=1e-5)
+
+
+def test_a_resumed_run_keeps_the_rate_of_its_optimizer_and_says_so(world, tiny_models, tmp_path, capsys):
+    train(world, tiny_models.dit, tmp_path, "--max_train_steps", 2, "--save_state_on_train_end")
+    words = ["--resume", "auto", "--max_train_steps", 3, "--learning_rate", 5e-5, "--discrete_flow_shift", 7]
+    train(world, tiny_models.dit, tmp_path, *words)
+    warned = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning: --resume")]
+    assert warned == [
+        "warning: --resume: learning_rate is 5e-05 and was 0.01: the saved value stays",
+        "warning: --resume: discrete_flow_shift is 7.0 and was 1.0: takes effect from here on",
+    ]
+    assert log_of(tmp_path)[-1]["lr"] == 0.01
+    assert read_header(tmp_path / "lora.safetensors")[1]["ss_learning_rate"] == "0.01"

@@ -1,0 +1,44 @@
+"""hv_train_network.py on a GPU: half precision, what saves memory, and exact resume.
+
+pytest tests/gpu -m gpu
+"""
+
+import pytest
+import torch
+
+from tests.training_world import assert_same, log_of, train, write_world
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")]
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    return write_world(tmp_path_factory.mktemp("world"), items=5)
+
+
+def losses(output):
+    return [line["loss"] for line in log_of(output)]
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--mixed_precision", "bf16"],
+        ["--mixed_precision", "fp16", "--dit_dtype", "float16"],
+        ["--mixed_precision", "bf16", "--fp8_base", "--blocks_to_swap", 2, "--gradient_checkpointing"],
+        ["--mixed_precision", "bf16", "--selective_checkpointing", "--optimizer_type", "AdamW8bit"],
+        ["--mixed_precision", "bf16", "--compile"],
+    ],
+    ids=lambda words: " ".join(map(str, words[1:])),
+)
+def test_losses_are_near_those_of_float32(world, tiny_models, tmp_path, words):
+    train(world, tiny_models.dit, tmp_path / "exact", "--dit_dtype", "float32", "--mixed_precision", "no")
+    train(world, tiny_models.dit, tmp_path / "half", *words)
+    assert losses(tmp_path / "half") == pytest.approx(losses(tmp_path / "exact"), rel=0.05)
+
+
+def test_resumed_is_undisturbed(world, tiny_models, tmp_path):
+    words = ["--mixed_precision", "bf16", "--max_train_steps", 6, "--save_every_n_steps", 3, "--save_state"]
+    through = train(world, tiny_models.dit, tmp_path / "through", *words)
+    state = tmp_path / "through" / "lora-step00000003-state"
+    assert_same(train(world, tiny_models.dit, tmp_path / "again", *words, "--resume", state), through)
