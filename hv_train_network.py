@@ -92,6 +92,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     check_files(options)
     network_module = import_network_module(options.network.network_module)
     run = prepare_run(options, state, lambda seed: load_datasets(options, seed))
+    options = run.options
     run.check_optimizer()
     trained_count = check_model(options, network_module, run.train_set)
     plan = plan_memory(options, network_module, run, trained_count)

@@ -19,6 +19,7 @@ from torch import nn
 from modules.checkpoint_saver import CheckpointSaver
 from modules.optimizers import create_optimizer
 from modules.previews import Previewer
+from modules.resumed_options import continued
 from modules.schedulers import create_scheduler
 from modules.step_plan import StepPlan, batch_loader
 from modules.stop_requests import StopRequests
@@ -104,6 +105,7 @@ class Run:
     Attributes:
         state: the folder it continues from.
         train_set, validation_set: `batch_of(epoch, index)`, item i is a batch, `num_items`, `description()`.
+        notes: how its options differ from those of the state.
     """
 
     options: TrainerOptions
@@ -113,6 +115,7 @@ class Run:
     state: Path | None
     train_set: Any
     validation_set: Any
+    notes: list[str]
 
     @property
     def settings(self) -> str:
@@ -138,8 +141,9 @@ class Run:
         ]
         if self.accelerator.is_main_process:
             print_table("training plan", rows)
-            for name in self.options.ignored():
-                print(f"warning: --{name} has no effect together with the other settings", file=sys.stderr)
+            ignored = [f"--{name} has no effect together with the other settings" for name in self.options.ignored()]
+            for note in (*ignored, *self.notes):
+                print(f"warning: {note}", file=sys.stderr)
 
     def remember_arithmetic(self) -> None:
         """Puts into the state what its steps mean, and says what a resumed run counts otherwise than before."""
@@ -178,11 +182,12 @@ class Run:
 
 
 def prepare_run(options: TrainerOptions, state: Path | None, load_datasets: Callable[[int], tuple[Any, Any]]) -> Run:
-    """Starts the processes and reads the datasets.
+    """Starts the processes and reads the datasets; the run's options are those that its state leaves.
 
     Args:
         load_datasets: seed -> training set, validation set or None.
     """
+    options, notes = continued(options, state)
     training = options.training
     accelerator = create_accelerator(training, options.log, options.distributed)
     silence_all_but_main(accelerator)
@@ -195,7 +200,7 @@ def prepare_run(options: TrainerOptions, state: Path | None, load_datasets: Call
         training.max_train_steps,
         training.max_train_epochs,
     )
-    return Run(options, accelerator, progress, plan, state, train_set, validation_set)
+    return Run(options, accelerator, progress, plan, state, train_set, validation_set, notes)
 
 
 def build_trainer(

@@ -19,7 +19,7 @@ from torch import Tensor
 from utils.errors import UserError
 from utils.files import TEMPORARY_SUFFIX, atomic_path, write_text
 from utils.safetensors_utils import load_file, save_file
-from utils.training_files import PROGRESS_FILE, STATE_VERSION, read_progress
+from utils.training_files import PROGRESS_FILE, SETTINGS_FILE, STATE_VERSION, read_progress
 
 TRAINED_FILE = "trained.safetensors"
 OPTIMIZER_FILE = "optimizer.pt"
@@ -107,7 +107,7 @@ def save_state(
         save_file(trained, temporary / TRAINED_FILE)
         with atomic_path(temporary / OPTIMIZER_FILE) as path:
             torch.save({name: part.state_dict() for name, part in stateful.items()}, path)
-        write_text(temporary / "settings.toml", settings)
+        write_text(temporary / SETTINGS_FILE, settings)
         content = {"version": STATE_VERSION, **dataclasses.asdict(progress)}
         write_text(temporary / PROGRESS_FILE, json.dumps(content, indent=2, allow_nan=False) + "\n")
 

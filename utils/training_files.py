@@ -14,6 +14,7 @@ from utils.errors import UserError
 from utils.files import read_text
 
 PROGRESS_FILE = "train_state.json"
+SETTINGS_FILE = "settings.toml"
 STATE_SUFFIX = "-state"
 STATE_VERSION = 1
 

@@ -73,6 +73,8 @@ WRONG = {
     "an empty state": (["--resume", "{}/empty"], "empty: no train_state.json in it"),
     "an old state": (["--resume", "{}/old-state"], "old-state: state version 0"),
     "another seed": (["--resume", "{}/good/lora-state", "--seed", "8"], "--seed 8: the run in .* has seed 7"),
+    "another optimizer": (["--resume", "{}/good/lora-state", "--optimizer_type", "sgd"], "state .* is of .*AdamW; give"),
+    "another schedule": (["--resume", "{}/good/lora-state", "--lr_scheduler", "cosine"], "is of constant; give that"),
     "dim without weights": (["--dim_from_weights"], "--dim_from_weights needs --network_weights"),
     "multipliers": (["--base_weights_multiplier", "1", "2"], "2 values for 0 --base_weights"),
     "no lora to merge": (["--base_weights", "{}/no_lora.safetensors"], "no_lora.safetensors: no HunyuanVideo LoRA"),
