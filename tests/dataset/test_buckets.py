@@ -1,4 +1,4 @@
-"""Clips, buckets, crops and resampling against the rules as written down (FORMATS.md section 3), computed by hand."""
+"""Clips, buckets, crops and resampling against the rules as written down (docs/formats.md, section 3), computed by hand."""
 
 import math
 
@@ -70,7 +70,7 @@ def test_uniform_names_no_clip_twice() -> None:
 
 
 def reference_buckets(resolution: tuple[int, int]) -> list[tuple[int, int]]:
-    """The rule in the words of FORMATS.md."""
+    """The rule in the words of docs/formats.md."""
     area = resolution[0] * resolution[1]
     side = math.floor(math.sqrt(area))
     found = set()

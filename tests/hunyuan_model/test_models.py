@@ -11,7 +11,7 @@ from utils.errors import UserError
 
 KEY_TABLE = Path(__file__).parent.parent / "data" / "hunyuanvideo_dit_keys.tsv"
 
-# FORMATS.md 2.9, written out here on its own so that the project's key map is not its own witness.
+# docs/formats.md 2.9, written out here on its own so that the project's key map is not its own witness.
 EMBEDDERS = {
     "img_in.proj": "x_embedder.proj",
     "time_in.mlp.0": "time_text_embed.timestep_embedder.linear_1",

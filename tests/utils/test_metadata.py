@@ -22,7 +22,7 @@ from utils.metadata import (
 from utils.safetensors_utils import save_file
 from utils.training_options import LogOptions, NetworkOptions, SaveOptions, TrainingMemoryOptions, TrainingOptions
 
-# FORMATS.md 2.5, but the keys that depend on tensors.
+# docs/formats.md 2.5, but the keys that depend on tensors.
 DOCUMENTED = """
 session_id training_started_at training_finished_at output_name learning_rate num_train_items
 num_batches_per_epoch num_epochs gradient_checkpointing gradient_checkpointing_cpu_offload
