@@ -1,4 +1,4 @@
-"""Clips, buckets, crops and resampling against the rules as written down (docs/formats.md, section 3), computed by hand."""
+"""Clips, buckets, crops and resampling against the rules of docs/formats.md, section 3, computed by hand."""
 
 import math
 
