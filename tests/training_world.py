@@ -29,35 +29,37 @@ class World:
 
 
 def write_world(
-    folder: Path, items: int = 5, batch_size: int = 1, sizes: Sequence[tuple[int, int]] = ((64, 48),), seed: int = 0
+    folder: Path, items: int = 5, batch_size: int = 1, size: tuple[int, int] = (64, 48), frames: int = 1
 ) -> World:
-    """Writes `items` cached images whose sizes take turns; sizes are (width, height)."""
+    """Writes `items` cached images, or clips of so many frames; size is (width, height)."""
     cache = folder / "cache"
     cache.mkdir(parents=True)
     config = folder / "dataset.toml"
+    media = "image_directory" if frames == 1 else f"target_frames = [{frames}]\nvideo_directory"
     config.write_text(
-        f"[general]\nresolution = [64, 48]\nbatch_size = {batch_size}\nenable_bucket = true\n"
-        f"bucket_no_upscale = true\n[[datasets]]\nimage_directory = '{(folder / 'absent').as_posix()}'\n"
-        f"cache_directory = '{cache.as_posix()}'\n",
+        f"[general]\nresolution = {list(size)}\nbatch_size = {batch_size}\n[[datasets]]\n"
+        f"{media} = '{(folder / 'absent').as_posix()}'\ncache_directory = '{cache.as_posix()}'\n",
         encoding="utf-8",
     )
     settings = load_dataset_config(config).datasets[0]
     manifest = Manifest(cache, "latents")
-    size = DitSize()
+    text = DitSize()
     for index in range(items):
         name = f"item{index}"
-        generator = torch.Generator().manual_seed(seed * 1000 + index)
-        probe = Probe(*sizes[index % len(sizes)])
+        generator = torch.Generator().manual_seed(index)
+        probe = Probe(*size, frames=frames)
         manifest.sources[name] = {"stamp": STAMP, "probe": probe.to_json()}
         for item in plan_items(settings, name, probe).items:
             latents = 2.1 * torch.randn(16, *item.latent_shape, generator=generator)
-            write_latent_cache(item.path, latents, item.size, None, made_from(item, settings, STAMP))
+            write_latent_cache(
+                item.path, latents, item.size, frames if frames > 1 else None, made_from(item, settings, STAMP)
+            )
         mask = (torch.arange(256) < 5 + 3 * index).long()
         write_text_cache(
             text_cache_path(cache, name),
-            torch.randn(256, size.text_dim, generator=generator),
+            torch.randn(256, text.text_dim, generator=generator),
             mask,
-            torch.randn(size.text_dim_2, generator=generator),
+            torch.randn(text.text_dim_2, generator=generator),
             torch.ones(77),
             f"caption {index}",
             {},

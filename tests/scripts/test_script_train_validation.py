@@ -1,9 +1,11 @@
 """Validation of hv_train_network.py: a curve that means something, and the checkpoints that it chooses."""
 
 import pytest
+import torch
 
 from tests.training_world import assert_same, log_of, train, write_world
 from utils.safetensors_utils import load_file, read_header
+from utils.tiny_models import DitSize, dit_shapes, random_weights
 
 
 @pytest.fixture(scope="module")
@@ -63,16 +65,22 @@ def test_the_base_line_is_the_model_without_the_network(world, tiny_models, tmp_
 
 
 @pytest.mark.slow
-def test_a_lora_of_rank_8_overfits_one_clip(tiny_models, tmp_path):
-    """300 steps on one clip: the mean loss over fixed quantiles falls below 0.35 of what the base model has."""
-    world = write_world(tmp_path / "world", items=1)
-    held_out = world.config.read_text(encoding="utf-8").replace("[[datasets]]", "[[validation]]")
-    other = write_world(tmp_path / "same", items=1)
-    section = held_out[held_out.index("[[validation]]") :].replace(world.cache.as_posix(), other.cache.as_posix())
-    world.config.write_text(world.config.read_text(encoding="utf-8") + section, encoding="utf-8")
+def test_a_lora_of_rank_8_overfits_one_clip(tmp_path):
+    """The mean loss over fixed quantiles falls below 0.35 of what the base model has, within 300 steps.
+
+    The DiT is wide enough to cancel what a random model makes of the noise; the noise itself stays: loss 1.
+    """
+    size = DitSize(hidden=256, double_blocks=1, single_blocks=2)
+    torch.save({"module": random_weights(dit_shapes(size), seed=0)}, tmp_path / "dit.pt")
+    world = write_world(tmp_path / "world", items=1, batch_size=8, size=(32, 32), frames=5)
+    same = write_world(tmp_path / "same", items=1, size=(32, 32), frames=5)
+    train_section = world.config.read_text(encoding="utf-8")
+    held_out = same.config.read_text(encoding="utf-8").replace("[[datasets]]", "[[validation]]")
+    text = train_section.replace("[[datasets]]", "[[datasets]]\nnum_repeats = 8") + held_out.partition("\n[[")[1]
+    world.config.write_text(text + held_out.partition("\n[[")[2], encoding="utf-8")
     train(
-        world, tiny_models.dit, tmp_path / "out", "--network_dim", 8, "--network_alpha", 8, "--max_train_steps", 300,
-        "--learning_rate", 1e-2, "--lr_scheduler", "cosine", "--validate_every_n_steps", 300,
+        world, tmp_path / "dit.pt", tmp_path / "out", "--network_dim", 8, "--network_alpha", 8,
+        "--max_train_steps", 300, "--validate_every_n_steps", 300, "--learning_rate", 5e-3, "--lr_scheduler", "cosine",
     )  # fmt: skip
     ((_, base),) = validations(tmp_path / "out", "base_validation_loss")
     assert validations(tmp_path / "out")[-1][1] < 0.35 * base
