@@ -354,3 +354,8 @@ def test_lora_keeps_little_for_backward():
         adapter(x)
     parameters = {p.data_ptr() for p in [*target.parameters(), *adapter.parameters(), x]}
     assert sum(t.numel() for t in kept if t.data_ptr() not in parameters) <= 512 * 4
+
+
+def test_an_alpha_of_zero_means_the_rank(dit):
+    network = create(lora, dit, dim=4, alpha=0.0)
+    assert {(adapter.alpha.item(), adapter.scale) for adapter in network.adapters} == {(4.0, 1.0)}

@@ -6,6 +6,7 @@ from lora_reference import LAYOUTS, SPLIT, random_file, updates
 
 from networks.format_table import FORMATS
 from networks.formats import from_tensors, to_tensors
+from networks.names import detect_format
 
 PAIRS = [(source, target) for source in FORMATS for target in FORMATS]
 
@@ -33,6 +34,13 @@ def identical(first, second):
 
 def test_every_format_is_tested():
     assert FORMATS.keys() == LAYOUTS.keys()
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_is_recognised(name):
+    """OneTrainer's kohya and diffusers files have the keys of two other formats."""
+    twin = {"onetrainer-kohya": "default", "onetrainer-diffusers": "diffusers"}
+    assert detect_format(list(random_file(name, seed=0))).name == twin.get(name, name)
 
 
 @pytest.mark.parametrize(("source", "target"), PAIRS)

@@ -1,5 +1,6 @@
 """convert_lora.py as a user runs it: what it writes and prints, and how it refuses what is no LoRA of ours."""
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -128,6 +129,20 @@ def test_prefix_dtype_and_partial(tmp_path, monkeypatch, capsys):
     assert {tensor.dtype for tensor in written.values()} == {torch.bfloat16}
     assert all(key.startswith("transformer.") for key in written)
     assert "1 keys" in capsys.readouterr().out
+
+
+def test_verify_finds_a_wrong_conversion(tmp_path, monkeypatch, capsys):
+    """alpha folded as the reference tool does, but into one factor only."""
+
+    def wrong(factors):
+        return dataclasses.replace(factors, alpha=None, up=factors.up * factors.scale**0.5)
+
+    save_file(random_file("default", seed=1), tmp_path / "in.safetensors")
+    monkeypatch.setattr("networks.formats.fold_alpha", wrong)
+    words = ("--input", tmp_path / "in.safetensors", "--output", tmp_path / "out.safetensors", "--target", "other")
+    assert run(monkeypatch, *words, "--verify") == 2
+    assert "differs by" in capsys.readouterr().err
+    assert not (tmp_path / "out.safetensors").exists()
 
 
 def test_rank_by_svd(tmp_path, monkeypatch):
