@@ -4,6 +4,7 @@ Noise, timesteps, dropout and data order are functions of (seed, step), so no ra
 """
 
 import dataclasses
+import glob
 import json
 import os
 import shutil
@@ -78,7 +79,7 @@ class Progress:
 def whole_folder(folder: Path) -> Iterator[Path]:
     """Yields a temporary folder beside `folder` that takes its place on success and vanishes on failure."""
     folder.parent.mkdir(parents=True, exist_ok=True)
-    for leftover in folder.parent.glob(f"{folder.name}.*{TEMPORARY_SUFFIX}"):
+    for leftover in folder.parent.glob(f"{glob.escape(folder.name)}.*{TEMPORARY_SUFFIX}"):
         shutil.rmtree(leftover, ignore_errors=True)
     temporary = folder.with_name(f"{folder.name}.{os.getpid()}{TEMPORARY_SUFFIX}")
     replaced = folder.with_name(f"{folder.name}.old{TEMPORARY_SUFFIX}")

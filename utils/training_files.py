@@ -16,6 +16,7 @@ from utils.files import read_text
 PROGRESS_FILE = "train_state.json"
 SETTINGS_FILE = "settings.toml"
 STATE_SUFFIX = "-state"
+COMPANIONS = r"(\.[\w-]+)?\.safetensors|\.toml"  # endings of what is written for one checkpoint
 STATE_VERSION = 1
 
 
@@ -57,7 +58,7 @@ class TrainingFiles:
 
     def remove_checkpoints(self, kind: str, oldest_kept: int) -> None:
         """Removes checkpoints and their companions with a number below `oldest_kept`; kind: "epoch" or "step"."""
-        for path, number in self._numbered(kind, r"(?:[._].*)"):
+        for path, number in self._numbered(kind, COMPANIONS):
             if number < oldest_kept:
                 path.unlink(missing_ok=True)
 
@@ -69,12 +70,14 @@ class TrainingFiles:
 
     def remove_best(self, step: int) -> None:
         """Removes the checkpoint that was among the best until now."""
-        for path in self.folder.glob(f"{self.best_of_step(step)}[._]*"):
-            path.unlink(missing_ok=True)
+        pattern = re.compile(f"{re.escape(self.best_of_step(step))}({COMPANIONS})")
+        for path in self.folder.iterdir():
+            if pattern.fullmatch(path.name):
+                path.unlink(missing_ok=True)
 
     def _numbered(self, kind: str, ending: str) -> list[tuple[Path, int]]:
         number = {"epoch": r"-(\d{6})", "step": r"-step(\d{8})"}[kind]
-        pattern = re.compile(re.escape(self.name) + number + ending)
+        pattern = re.compile(f"{re.escape(self.name)}{number}({ending})")
         matches = [(path, pattern.fullmatch(path.name)) for path in self.folder.iterdir()]
         return [(path, int(match[1])) for path, match in matches if match]
 

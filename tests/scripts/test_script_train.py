@@ -87,12 +87,14 @@ def test_dry_run_prints_the_plan_and_the_settings_and_writes_nothing(world, dit,
 def test_rotation_keeps_the_last_checkpoints_and_other_files(world, dit, tmp_path):
     (tmp_path / "other-000001.safetensors").write_bytes(b"mine")
     (tmp_path / "lora-notes.txt").write_bytes(b"mine")
+    (tmp_path / "lora-000001_comfyui.safetensors").write_bytes(b"mine")
     train(
         world, dit, tmp_path, "--max_train_epochs", 5, "--gradient_accumulation_steps", 5, "--save_every_n_epochs", 1,
         "--save_last_n_epochs", 2, "--save_state", "--save_last_n_epochs_state", 1,
     )  # fmt: skip
     assert sorted(path.name for path in tmp_path.glob("*.safetensors")) == [
-        "lora-000003.safetensors", "lora-000004.safetensors", "lora.safetensors", "other-000001.safetensors",
+        "lora-000001_comfyui.safetensors", "lora-000003.safetensors", "lora-000004.safetensors", "lora.safetensors",
+        "other-000001.safetensors",
     ]  # fmt: skip
     assert sorted(path.name for path in tmp_path.glob("*-state")) == ["lora-000004-state", "lora-state"]
     assert (tmp_path / "lora-notes.txt").exists()
