@@ -281,7 +281,8 @@ def build_network(
         UserError: an unknown or unreadable argument, or no target.
     """
     arguments = read_arguments(network_args, known_arguments)
-    rank, alpha = network_dim or DEFAULT_RANK, 1.0 if network_alpha is None else network_alpha
+    rank = network_dim or DEFAULT_RANK
+    alpha = 1.0 if network_alpha is None else network_alpha or rank
     targets = find_targets(unet, arguments.pop("exclude_patterns", None), arguments.pop("include_patterns", None))
     loraplus_lr_ratio, verbose = arguments.pop("loraplus_lr_ratio", None), arguments.pop("verbose", False)
     arguments = {name: value for name, value in arguments.items() if not name.startswith("conv_")}

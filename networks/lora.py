@@ -101,7 +101,7 @@ def create_arch_network(
     Args:
         multiplier: strength of the updates.
         network_dim: rank, 4 if None.
-        network_alpha: alpha, 1 if None.
+        network_alpha: alpha; 1 if None, the rank if 0.
         vae, text_encoders: never adapted.
         neuron_dropout: dropout of the inner values.
         network_args: values of --network_args as strings (docs/options.md 1.9).
