@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from utils.errors import UserError, did_you_mean, one_line
+from utils.plugins import refuse_taken
 
 OWN_MODULES = ["networks.lora", "networks.loha", "networks.lokr"]
 
@@ -25,9 +26,11 @@ def import_network_module(name: str) -> ModuleType:
     Raises:
         UserError: it cannot be imported, or is no network module.
     """
+    if not all(part.isidentifier() for part in name.split(".")):
+        raise UserError(f"--network_module '{name}': a dotted path such as networks.lora is expected")
     try:
         module = importlib.import_module(name)
-    except ImportError as error:
+    except Exception as error:  # what another's module does while it is imported is not ours to know
         package = name.split(".")[0]
         hint = did_you_mean(name, OWN_MODULES) or f"; is the package {package} installed?"
         raise UserError(f"--network_module {name}: cannot be imported: {one_line(error)}{hint}") from None
@@ -49,8 +52,17 @@ def create_network(
     dropout: float | None,
     arguments: Mapping[str, str],
 ) -> nn.Module:
-    """A new network for the DiT."""
-    return _creator(module)(1.0, dim, alpha, None, [], dit, neuron_dropout=dropout, **arguments)
+    """A new network for the DiT.
+
+    Raises:
+        UserError: an argument is one that the trainer gives.
+    """
+    creator = _creator(module)
+    ours = list(inspect.signature(creator).parameters)[:6]
+    options = {"network_dim": "--network_dim", "network_alpha": "--network_alpha"}
+    taken = dict.fromkeys(ours, "the trainer") | options | {"neuron_dropout": "--network_dropout"}
+    refuse_taken(arguments, "--network_args", taken)
+    return creator(1.0, dim, alpha, None, [], dit, neuron_dropout=dropout, **arguments)
 
 
 def create_network_from_weights(module: ModuleType, dit: nn.Module, weights: Mapping[str, Tensor]) -> nn.Module:

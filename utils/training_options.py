@@ -126,7 +126,7 @@ class NetworkOptions:
 
     network_module: str | None = option(None, help="networks.lora, networks.loha, networks.lokr, lycoris.kohya, ...")
     network_dim: int | None = option(None, help="rank; 4 if unset", minimum=1)
-    network_alpha: float = option(1.0, help="the weights are scaled by alpha / rank", minimum=0)
+    network_alpha: float = option(1.0, help="the weights are scaled by alpha / rank; 0: rank", minimum=0)
     network_dropout: float | None = option(
         None, help="probability with which a neuron is dropped", minimum=0, maximum=1
     )
@@ -142,6 +142,11 @@ class NetworkOptions:
             raise UserError("--dim_from_weights needs --network_weights, the file to read the rank from")
         if self.dim_from_weights and self.network_dim is not None:
             raise UserError("--dim_from_weights and --network_dim contradict each other; give one of them")
+        for name in ("network_args", "network_dropout") if self.dim_from_weights else ():
+            if getattr(self, name):
+                raise UserError(
+                    f"--dim_from_weights: takes no --{name}; give --network_dim and --network_alpha instead"
+                )
         given, files = len(self.base_weights_multiplier), len(self.base_weights)
         if given not in (0, 1, files) or given > files:
             raise UserError(f"--base_weights_multiplier: {given} values for {files} --base_weights; give one for each")
