@@ -16,6 +16,7 @@ class StopRequests:
         self.folder = folder
         self.quit = False
         self.save = False
+        self._interrupted = False
         self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> "StopRequests":
@@ -28,10 +29,13 @@ class StopRequests:
             signal.signal(number, handler)
 
     def _on_signal(self, number: int, _frame: FrameType | None) -> None:
-        if self.quit:
+        # A launcher that is interrupted sends SIGTERM after the terminal's SIGINT: only Ctrl+C twice means at once.
+        if number == signal.SIGINT and self._interrupted:
             raise KeyboardInterrupt
+        self._interrupted |= number == signal.SIGINT
+        if not self.quit:
+            print(f"\n{signal.Signals(number).name}: saving after this step; Ctrl+C stops at once", file=sys.stderr)
         self.quit = True
-        print(f"\n{signal.Signals(number).name}: saving after this step; once more stops at once", file=sys.stderr)
 
     def poll_files(self) -> None:
         """Takes notice of the request files and removes them; for the process that writes."""

@@ -153,7 +153,7 @@ class Run:
             "items": self.train_set.num_items,
         }
         step = self.progress.step
-        for difference in self.progress.differences(arithmetic):
+        for difference in self.progress.differences(arithmetic) if self.accelerator.is_main_process else []:
             print(f"warning: --resume: {difference}; epochs are counted anew from step {step}", file=sys.stderr)
         self.progress.arithmetic = arithmetic
 
