@@ -1,6 +1,7 @@
 """hv_train_network.py: what a run leaves on disk, and what it does not depend on."""
 
 import os
+import shutil
 import signal
 
 import pytest
@@ -160,3 +161,42 @@ def test_extra_formats_and_precision(world, dit, tmp_path):
     others, _ = read_header(tmp_path / "lora.other.safetensors")
     assert {info.dtype for info in infos.values()} == {torch.bfloat16}
     assert all(name.startswith("diffusion_model.") for name in others)
+
+
+@pytest.fixture(scope="module")
+def state(world, dit, tmp_path_factory):
+    """The state of a run after its second of four steps."""
+    output = tmp_path_factory.mktemp("state")
+    train(world, dit, output, "--save_every_n_steps", 2, "--save_state")
+    return output / "lora-step00000002-state"
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--network_dim", 8], r"saved from another network: .*lora_down.weight is \(4, 64\) in the state"),
+        (["--network_module", "networks.loha"], "saved from another network: .* is absent"),
+        (["--optimizer_type", "SGD"], r"--optimizer_type .*: the state .* is of torch\.optim\.AdamW"),
+        (["--optimizer_type", "AdamW8bit"], r"--optimizer_type .*: the state .* is of torch\.optim\.AdamW"),
+    ],
+)
+def test_a_state_of_another_run_is_refused(world, dit, state, tmp_path, words, message):
+    with pytest.raises(UserError, match=message):
+        train(world, dit, tmp_path, "--resume", state, *words)
+
+
+def test_a_resumed_run_that_counts_otherwise_says_so_and_goes_on(world, dit, state, tmp_path, capsys):
+    train(world, dit, tmp_path, "--resume", state, "--gradient_accumulation_steps", 2)
+    assert "warning: --resume: batches per step was 1, is 2" in capsys.readouterr().err
+    assert [line["step"] for line in log_of(tmp_path)] == [3, 4]
+
+
+def test_a_damaged_state_is_one_line(world, dit, state, tmp_path):
+    damaged = tmp_path / "lora-state"
+    shutil.copytree(state, damaged)
+    (damaged / "optimizer.pt").write_bytes((damaged / "optimizer.pt").read_bytes()[:1000])
+    with pytest.raises(UserError, match="lora-state: its optimizer state does not fit"):
+        train(world, dit, tmp_path / "out", "--resume", damaged)
+    (damaged / "train_state.json").write_text("{", encoding="utf-8")
+    with pytest.raises(UserError, match=r"train_state\.json: is damaged"):
+        train(world, dit, tmp_path / "out", "--resume", damaged)
