@@ -15,6 +15,7 @@ import contextlib
 import dataclasses
 import functools
 import io
+import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -94,7 +95,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     run = prepare_run(options, state, lambda seed: load_datasets(options, seed))
     options = run.options
     run.check_optimizer()
-    trained_count = check_model(options, network_module, run.train_set)
+    trained_count = check_model(options, network_module, run)
     plan = plan_memory(options, network_module, run, trained_count)
     run.options = options = with_settings(options, plan.settings)
     run.print_plan()
@@ -102,6 +103,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(run.settings)
         return
 
+    run.open_outputs()
     previewer = create_previewer(options, requests, run)
     dit = load_model(options, run.accelerator)
     trained = create_trained(options, network_module, dit, run)
@@ -180,17 +182,19 @@ def load_datasets(options: Options, seed: int) -> "tuple[TrainingDataset, Traini
     return train_set, TrainingDataset(config, seed, subset="validation", validation_split=split)
 
 
-def check_model(options: Options, module: ModuleType, train_set: "TrainingDataset") -> int:
+def check_model(options: Options, module: ModuleType, run: "Run") -> int:
     """Reads the sizes of the DiT and tries the network on a DiT without weights; returns how many numbers it trains.
 
     Raises:
-        UserError: not a HunyuanVideo DiT, caches of other text encoders, or a network that does not fit.
+        UserError: not a HunyuanVideo DiT, caches of other text encoders, or a network or state that does not fit.
     """
     from hunyuan_model.block_swap import swapped_blocks
     from hunyuan_model.checkpoints import read_dit_config
+    from modules.network_module import OWN_MODULES
+    from modules.training_state import check_network
 
     config = read_dit_config(options.dit.dit)
-    channels, batch = options.dit.dit_in_channels, train_set[0]
+    channels, batch = options.dit.dit_in_channels, run.train_set[0]
     if channels is not None and channels != config.in_channels:
         raise UserError(f"--dit_in_channels {channels}: {options.dit.dit} has {config.in_channels}")
     dims = (batch.text_states.shape[-1], batch.text_states_2.shape[-1])
@@ -200,7 +204,10 @@ def check_model(options: Options, module: ModuleType, train_set: "TrainingDatase
             f"takes {config.text_dim} and {config.text_dim_2}; run cache_text_encoder_outputs.py with its encoders"
         )
     swapped_blocks(options.swap.blocks_to_swap or 0, config.depth_double, config.depth_single, training=True)
-    return trained_elements(options, module, config)
+    shapes = trained_shapes(options, module, config)
+    if run.state is not None and module.__name__ in OWN_MODULES:
+        check_network(run.state, shapes)
+    return sum(map(math.prod, shapes.values()))
 
 
 def plan_memory(options: Options, module: ModuleType, run: "Run", trained: int) -> "MemoryPlan":
@@ -266,15 +273,19 @@ def prepare(
     return made
 
 
-def trained_elements(options: Options, module: ModuleType, config: "HunyuanVideoConfig") -> int:
-    """How many numbers are trained."""
+def trained_shapes(options: Options, module: ModuleType, config: "HunyuanVideoConfig") -> dict[str, Sequence[int]]:
+    """What is trained; of other people's modules only what they show before they are applied."""
     import torch
 
     from hunyuan_model.models import HYVideoDiffusionTransformer
+    from networks.lora_files import load_native
 
+    if options.network.dim_from_weights:
+        tensors = load_native(options.network.network_weights)
+        return {name: tensor.shape for name, tensor in tensors.items() if not name.endswith(".alpha")}
     with torch.device("meta"):
         made = new_network(options, module, HYVideoDiffusionTransformer(config))
-    return sum(parameter.numel() for parameter in made.parameters())
+    return {name: parameter.shape for name, parameter in made.named_parameters()}
 
 
 def new_network(options: Options, module: ModuleType, dit: "HYVideoDiffusionTransformer") -> "torch.nn.Module":

@@ -7,7 +7,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,7 @@ from modules.training_model import Trained, TrainingModel
 from modules.training_state import Progress, load_state
 from utils.cli import print_table
 from utils.errors import UserError, one_line
-from utils.files import read_toml
+from utils.files import read_toml, require_writable
 from utils.huggingface_utils import HuggingFaceOptions, Uploader
 from utils.metadata import RunFacts
 from utils.training_options import DistributedOptions, LogOptions, TrainingOptions
@@ -69,7 +69,11 @@ def silence_all_but_main(accelerator: Accelerator) -> None:
 
 
 def start_trackers(accelerator: Accelerator, options: LogOptions, settings: str) -> None:
-    """Opens TensorBoard and wandb as asked for; `settings` are the run's, as TOML."""
+    """Opens TensorBoard and wandb as asked for; `settings` are the run's, as TOML.
+
+    Raises:
+        UserError: their config names others, or they refuse it.
+    """
     if not options.trackers:
         return
     if options.wandb_api_key is not None:
@@ -77,10 +81,17 @@ def start_trackers(accelerator: Accelerator, options: LogOptions, settings: str)
     arguments: dict[str, Any] = {}
     if options.log_tracker_config is not None:
         arguments = read_toml(options.log_tracker_config, "tracker config")
+        for name, table in arguments.items():
+            if name not in options.trackers or not isinstance(table, dict):
+                tables = " or ".join(f"[{tracker}]" for tracker in options.trackers)
+                raise UserError(f"{options.log_tracker_config}: '{name}': only the tables {tables} are expected")
     if options.wandb_run_name is not None:
         arguments.setdefault("wandb", {})["name"] = options.wandb_run_name
     config = {"settings": settings} if options.log_config else None
-    accelerator.init_trackers(options.log_tracker_name or "network_train", config, init_kwargs=arguments)
+    try:
+        accelerator.init_trackers(options.log_tracker_name or "network_train", config, init_kwargs=arguments)
+    except Exception as error:  # what the trackers' libraries raise is theirs
+        raise UserError(f"--log_with {' '.join(options.trackers)}: cannot start: {one_line(error)}") from error
 
 
 def first_progress(accelerator: Accelerator, training: TrainingOptions, state: Path | None) -> Progress:
@@ -106,6 +117,7 @@ class Run:
         state: the folder it continues from.
         train_set, validation_set: `batch_of(epoch, index)`, item i is a batch, `num_items`, `description()`.
         notes: how its options differ from those of the state.
+        uploader: after `open_outputs`.
     """
 
     options: TrainerOptions
@@ -116,6 +128,7 @@ class Run:
     train_set: Any
     validation_set: Any
     notes: list[str]
+    uploader: Uploader = field(init=False)
 
     @property
     def settings(self) -> str:
@@ -125,6 +138,18 @@ class Run:
         """Tries optimizer and schedule on a parameter, so that what they refuse is known before a model is loaded."""
         optimizer = create_optimizer(self.options.optimizer, [{"params": [nn.Parameter(torch.zeros(2, 2))]}])
         create_scheduler(self.options.scheduler, optimizer, self.plan.total_steps)
+
+    def open_outputs(self) -> None:
+        """Opens folder, repository and trackers, so that what they refuse is known before a model is loaded.
+
+        Raises:
+            UserError: one of them cannot be written to.
+        """
+        options, main = self.options, self.accelerator.is_main_process
+        self.uploader = Uploader(options.hub if main else HuggingFaceOptions())
+        if main:
+            require_writable(options.save.output_dir, "--output_dir")
+        start_trackers(self.accelerator, options.log, self.settings)
 
     def print_plan(self) -> None:
         """The arithmetic of the run, and which settings have no effect."""
@@ -228,8 +253,6 @@ def build_trainer(
         stateful["scaler"] = accelerator.scaler
     if run.state is not None:
         load_state(run.state, trained.tensors, stateful)
-    uploader = Uploader(options.hub if accelerator.is_main_process else HuggingFaceOptions())
-    start_trackers(accelerator, options.log, run.settings)
     return Trainer(
         options,
         accelerator,
@@ -257,7 +280,7 @@ def build_trainer(
             options.validation.keep_best,
             metadata,
             extra_formats,
-            uploader,
+            run.uploader,
         ),
         requests=StopRequests(options.save.output_dir),
         validation=run.validation_set,

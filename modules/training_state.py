@@ -7,8 +7,9 @@ import dataclasses
 import glob
 import json
 import os
+import pickle
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,10 +18,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from utils.errors import UserError
+from utils.errors import UserError, one_line
 from utils.files import TEMPORARY_SUFFIX, atomic_path, write_text
-from utils.safetensors_utils import load_file, save_file
-from utils.training_files import PROGRESS_FILE, SETTINGS_FILE, STATE_VERSION, read_progress
+from utils.safetensors_utils import load_file, read_header, save_file
+from utils.training_files import PROGRESS_FILE, SETTINGS_FILE, STATE_VERSION, damaged, read_progress
 
 TRAINED_FILE = "trained.safetensors"
 OPTIMIZER_FILE = "optimizer.pt"
@@ -52,7 +53,10 @@ class Progress:
         values = read_progress(folder)
         names = {known.name for known in dataclasses.fields(cls)}
         progress = cls(**{name: value for name, value in values.items() if name in names})
-        progress.best = [tuple(entry) for entry in progress.best]
+        try:
+            progress.best = [(loss, step) for loss, step in progress.best]
+        except (TypeError, ValueError):
+            raise damaged(folder / PROGRESS_FILE) from None
         return progress
 
     def validation_facts(self) -> dict[str, float]:
@@ -113,30 +117,42 @@ def save_state(
         write_text(temporary / PROGRESS_FILE, json.dumps(content, indent=2, allow_nan=False) + "\n")
 
 
+def check_network(folder: Path, shapes: Mapping[str, Sequence[int]]) -> None:
+    """Compares the trained tensors of a state, by their header, with those of this run.
+
+    Raises:
+        UserError: they are of another network.
+    """
+    shapes = {name: tuple(shape) for name, shape in shapes.items()}
+    found = {name: tuple(info.shape) for name, info in read_header(folder / TRAINED_FILE)[0].items()}
+    if shapes != found:
+        different = min(name for name in shapes.keys() | found.keys() if shapes.get(name) != found.get(name))
+        raise UserError(
+            f"{folder}: saved from another network: {different} is {found.get(different, 'absent')} in the state "
+            f"and {shapes.get(different, 'absent')} here; use the --network_* options of the saved run"
+        )
+
+
 def load_state(folder: Path, trained: Mapping[str, Tensor], stateful: Mapping[str, Any]) -> None:
     """Puts the tensors of a state folder back, in place.
 
     Raises:
         UserError: the state belongs to another network or optimizer, or is damaged.
     """
+    check_network(folder, {name: tensor.shape for name, tensor in trained.items()})
     saved = load_file(folder / TRAINED_FILE)
-    shapes = {name: tuple(tensor.shape) for name, tensor in trained.items()}
-    found = {name: tuple(tensor.shape) for name, tensor in saved.items()}
-    if shapes != found:
-        different = sorted(name for name in shapes.keys() | found.keys() if shapes.get(name) != found.get(name))
-        raise UserError(
-            f"{folder}: saved from another network: {different[0]} is {found.get(different[0], 'absent')} in the state "
-            f"and {shapes.get(different[0], 'absent')} here; use the --network_* options of the saved run"
-        )
     with torch.no_grad():
         for name, tensor in trained.items():
             tensor.copy_(saved[name])
     try:
         states = torch.load(folder / OPTIMIZER_FILE, map_location="cpu", weights_only=True)
+    except (RuntimeError, OSError, EOFError, ValueError, pickle.UnpicklingError):
+        raise damaged(folder / OPTIMIZER_FILE) from None
+    try:
         for name, part in stateful.items():
             part.load_state_dict(states[name])
-    except (KeyError, ValueError, RuntimeError, OSError) as error:
-        reason = str(error).splitlines()[0]
+    except (KeyError, ValueError, RuntimeError, TypeError) as error:
         raise UserError(
-            f"{folder}: its optimizer state does not fit: {reason}; use --optimizer_type of the saved run"
+            f"{folder}: its optimizer state does not fit: {one_line(error)}; use --optimizer_type and the --network_* "
+            "options of the saved run"
         ) from None

@@ -30,8 +30,9 @@ from utils.files import clean_path, read_toml
 
 T = TypeVar("T")
 _UNSET = object()
-# A full, broken, read-only or foreign disk is not our bug.
+# A full, broken, read-only or foreign disk is not our bug, nor is a path that cannot be.
 _DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.EACCES, errno.EPERM)
+_PATH_ERRORS = (errno.ENOTDIR, errno.ENAMETOOLONG)
 
 
 def option(
@@ -306,7 +307,7 @@ def run_script(main: Callable[[], None]) -> NoReturn:
     except BrokenPipeError:
         os._exit(1)
     except OSError as error:
-        if error.errno not in _DISK_ERRORS:
+        if error.errno not in (*_DISK_ERRORS, *_PATH_ERRORS):
             raise
         print(f"error: {error.filename or 'writing a file'}: {error.strerror}", file=sys.stderr)
         sys.exit(2)

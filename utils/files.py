@@ -45,6 +45,21 @@ def write_text(path: str | os.PathLike, text: str) -> None:
         temporary.write_text(text, encoding="utf-8", newline="\n")
 
 
+def require_writable(folder: Path, option: str) -> None:
+    """Makes the folder and tries to write into it.
+
+    Raises:
+        UserError: either fails; `option` names the folder.
+    """
+    trial = folder / f".{os.getpid()}{TEMPORARY_SUFFIX}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        trial.touch()
+        trial.unlink()
+    except OSError as error:
+        raise UserError(f"{option} {folder}: cannot be written to: {error.strerror}") from None
+
+
 def clean_path(text: str) -> str:
     """A path as the user meant it: without invisible characters and surrounding white space."""
     return text.translate(INVISIBLE_CHARACTERS).strip()

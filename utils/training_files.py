@@ -99,10 +99,17 @@ def read_progress(state: Path) -> dict:
         progress = json.loads(read_text(state / PROGRESS_FILE, "training state"))
         version = progress["version"]
     except (json.JSONDecodeError, KeyError, TypeError):
-        raise UserError(f"{state / PROGRESS_FILE}: is damaged; resume from another state") from None
+        raise damaged(state / PROGRESS_FILE) from None
     if version != STATE_VERSION:
         raise UserError(f"{state}: state version {version}, this trainer reads version {STATE_VERSION}")
+    if not all(isinstance(progress.get(name), int) for name in ("step", "seed")):
+        raise damaged(state / PROGRESS_FILE)
     return progress
+
+
+def damaged(file: Path) -> UserError:
+    """The error for a file of a state that cannot be read."""
+    return UserError(f"{file}: is damaged; resume from another state")
 
 
 def find_state(resume: str | None, files: TrainingFiles) -> Path | None:

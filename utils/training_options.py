@@ -3,6 +3,8 @@
 Groups of single parts (timesteps, optimizer, scheduler, metadata, upload) are declared with those parts.
 """
 
+import importlib.util
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -192,8 +194,9 @@ class SaveOptions:
     def __post_init__(self) -> None:
         if self.output_name is not None and Path(self.output_name).name != self.output_name:
             raise UserError(f"--output_name {self.output_name}: a file name without folders is expected")
-        if self.output_dir is not None and self.output_dir.exists() and not self.output_dir.is_dir():
-            raise UserError(f"--output_dir {self.output_dir}: is a file, a folder is expected")
+        for folder in (self.output_dir, *self.output_dir.parents) if self.output_dir is not None else ():
+            if os.path.isfile(folder):  # where Path.is_file raises, because a name is too long, this is false
+                raise UserError(f"--output_dir {self.output_dir}: {folder} is a file, a folder is expected")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -216,6 +219,10 @@ class LogOptions:
     def __post_init__(self) -> None:
         if self.log_with in ("tensorboard", "all") and self.logging_dir is None:
             raise UserError(f"--log_with {self.log_with} needs --logging_dir")
+        for name in self.trackers:
+            if importlib.util.find_spec(name) is None:
+                option = f"--log_with {name}" if self.log_with else "--logging_dir"
+                raise UserError(f"{option}: the package {name} is not installed; pip install {name}")
 
     @property
     def trackers(self) -> list[str]:

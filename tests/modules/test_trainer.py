@@ -13,7 +13,9 @@ from modules.step_noise import draw_noise, generator_for, seed_for, step_generat
 from modules.step_plan import StepPlan, batch_loader
 from modules.timestep_sampling import TimestepOptions, sample_sigmas
 from modules.training_model import TrainingModel
+from modules.training_state import Progress, load_state, save_state
 from tests.training_world import log_of, train, write_world
+from utils.errors import UserError
 
 SCALE = 0.476986
 
@@ -152,3 +154,12 @@ def test_the_arithmetic_of_steps_and_epochs():
     assert (plan.batches_per_step, plan.steps_per_epoch, plan.total_steps, plan.total_epochs) == (4, 2, 6, 3)
     assert [plan.epoch_of(step) for step in range(6)] == [0, 0, 1, 1, 2, 2]
     assert [plan.ends_epoch(step) for step in range(4)] == [False, True, False, True]
+
+
+@pytest.mark.parametrize("content", [b"", b"PK\x03\x04 cut off", b"no zip file"])
+def test_a_damaged_optimizer_state_is_one_line(tmp_path, content):
+    folder, weight = tmp_path / "lora-state", {"weight": torch.zeros(2)}
+    save_state(folder, Progress(seed=1), weight, {}, "")
+    (folder / "optimizer.pt").write_bytes(content)
+    with pytest.raises(UserError, match=r"optimizer.pt: is damaged; resume from another state$"):
+        load_state(folder, weight, {})

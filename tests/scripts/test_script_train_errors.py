@@ -40,6 +40,8 @@ def place(tiny_models, tmp_path_factory):
         partial = write_world(folder / name, items=2)
         next(partial.cache.glob(pattern)).unlink()
     shutil.copytree(folder / "good" / "lora-state", folder / "old-state")
+    shutil.copytree(folder / "good" / "lora-state", folder / "damaged-state")
+    (folder / "damaged-state" / "train_state.json").write_text('{"version": 1, "step": 2}', encoding="utf-8")
     (folder / "old-state" / "train_state.json").write_text('{"version": 0}', encoding="utf-8")
     return folder, world
 
@@ -77,7 +79,7 @@ WRONG = {
     "an empty state": (["--resume", "{}/empty"], "empty: no train_state.json in it"),
     "an old state": (["--resume", "{}/old-state"], "old-state: state version 0"),
     "another seed": (["--resume", "{}/good/lora-state", "--seed", "8"], "--seed 8: the run in .* has seed 7"),
-    "another optimizer": (["--resume", "{}/good/lora-state", "--optimizer_type", "sgd"], "is of torch.optim.AdamW; give"),
+    "another optimizer": (["--resume", "{}/good/lora-state", "--optimizer_type", "sgd"], "is of torch.optim.AdamW"),
     "another schedule": (["--resume", "{}/good/lora-state", "--lr_scheduler", "cosine"], "is of constant; give that"),
     "dim without weights": (["--dim_from_weights"], "--dim_from_weights needs --network_weights"),
     "dim from weights and arguments": (
@@ -106,7 +108,10 @@ WRONG = {
     "tensorboard nowhere": (["--log_with", "tensorboard"], "--log_with tensorboard needs --logging_dir"),
     "no steps": (["--max_train_steps", "0"], "0 is too small: the minimum is 1"),
     "a name with folders": (["--output_name", "a/b"], "--output_name a/b: a file name without folders"),
-    "a file as folder": (["--output_dir", "{}/typo.toml"], "typo.toml: is a file, a folder is expected"),
+    "a file as folder": (["--output_dir", "{}/typo.toml"], "typo.toml is a file, a folder is expected"),
+    "a folder in a file": (["--output_dir", "{}/typo.toml/x"], "typo.toml is a file, a folder is expected"),
+    "state of another rank": (["--resume", "{}/good/lora-state", "--network_dim", "8"], "saved from another network"),
+    "a damaged state": (["--resume", "{}/damaged-state"], "damaged-state/train_state.json: is damaged"),
     "unknown format": (["--save_format", "diffuser"], "--save_format diffuser: unknown .*did you mean 'diffusers'"),
     "too many blocks": (["--blocks_to_swap", "36"], "--blocks_to_swap 36: the maximum for this model"),
     "float16 on a CPU": (["--mixed_precision", "fp16"], "--mixed_precision fp16: a CPU"),
@@ -143,3 +148,23 @@ def test_the_script_itself_ends_with_2_and_one_line(words):
     done = subprocess.run(script, capture_output=True, text=True, encoding="utf-8")
     assert done.returncode == 2 and done.stdout == ""
     assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (
+            ["--log_tracker_config", "{}/tracker.toml", "--logging_dir", "{}/logs"],
+            "tensorboard: cannot start: .*colour",
+        ),
+        (["--log_tracker_config", "{}/wrong.toml", "--logging_dir", "{}/logs"], r"only the tables \[tensorboard\] are"),
+        (["--output_dir", "{}/" + "x" * 300], "x: cannot be written to: File name too long"),
+    ],
+)
+def test_what_cannot_be_written_to_is_known_before_a_model_is_loaded(place, tiny_models, monkeypatch, words, message):
+    folder, world = place
+    (folder / "tracker.toml").write_text("[tensorboard]\ncolour = 3\n", encoding="utf-8")
+    (folder / "wrong.toml").write_text("[tensorbord]\nx = 3\n", encoding="utf-8")
+    monkeypatch.setattr("hunyuan_model.checkpoints.load_dit", lambda *_: pytest.fail("a model was loaded"))
+    with pytest.raises(UserError, match=message):
+        run_training(command(world, tiny_models.dit, folder / "outputs", *[word.format(folder) for word in words]))
