@@ -15,7 +15,7 @@ Models are loaded one after the other: text encoders, DiT, VAE. Latents are on d
 import dataclasses
 import functools
 import itertools
-import os
+import math
 import shlex
 import sys
 from collections.abc import Callable, Sequence
@@ -44,10 +44,16 @@ if TYPE_CHECKING:
     from modules.generation import Generator
     from modules.outputs import Job
     from modules.step_cache import StepCache
+    from utils.memory_meter import ModelUsage
 
 
 def main() -> None:
     options = parse_generation_options(__doc__)
+    if options.dit.dit is not None and (options.speed.vram_gb is not None or options.speed.dry_run):
+        check_model_files(options)
+        options = plan_memory(options)
+    if options.speed.dry_run:
+        return
     if options.lora.save_merged_model is not None:
         save_merged_model(options)
     elif options.output.latent_path:
@@ -72,9 +78,10 @@ def generate_one(options: GenerationOptions, request: Request) -> None:
 def generate_file(options: GenerationOptions, requests: Sequence[Request]) -> None:
     """The lines of a prompt file that are not finished; under `accelerate launch` every process takes its share."""
     from modules.outputs import OutputFolder, run_keys
+    from utils.processes import process_share
 
     outputs = OutputFolder(options.output.save_path, options.output.output_type)
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    rank, world = process_share()
     keyed = list(enumerate(zip(requests, run_keys(requests, surroundings(options)), strict=True)))[rank::world]
     pending = [(index, request, key) for index, (request, key) in keyed if not outputs.is_finished(key)]
     if len(pending) < len(keyed):
@@ -173,6 +180,7 @@ def save_merged_model(options: GenerationOptions) -> None:
     """--save_merged_model: the DiT's file with the LoRAs in its weights, tensor by tensor, and no video."""
     from networks.merged_files import merge_files
     from utils.device_utils import DTYPES
+    from utils.processes import own_device
 
     lora, dtype = options.lora, options.dit.dit_dtype
     reports = merge_files(
@@ -181,7 +189,7 @@ def save_merged_model(options: GenerationOptions) -> None:
         lora.save_merged_model,
         dtype=None if dtype is None else DTYPES[dtype],
         fp8=options.speed.fp8,
-        device=own_device(options),
+        device=own_device(options.device.device),
         exclude_single_blocks=lora.exclude_single_blocks,
     )
     for report in reports:
@@ -196,9 +204,10 @@ def build_generator(options: GenerationOptions, keep_loaded: bool = False) -> "G
     from modules.generation import Generator, LazyModel
     from modules.outputs import OutputFolder
     from modules.step_cache import StepCache
+    from utils.processes import own_device
 
     check_model_files(options)
-    device = own_device(options)
+    device = own_device(options.device.device)
     text, vae_dtype = options.text, default_dtype(options.vae.vae_dtype, device)
     text_dtype = default_dtype(text.text_encoder_dtype, device)
     cache = None if options.speed.step_cache is None else StepCache(options.speed.step_cache)
@@ -243,6 +252,62 @@ def check_model_files(options: GenerationOptions) -> None:
     for path in options.lora.lora_weight:
         if detect_format(list(read_header(path)[0])) is None:
             raise UserError(f"{path}: no LoRA for HunyuanVideo: none of its keys is known")
+
+
+def plan_memory(options: GenerationOptions) -> GenerationOptions:
+    """Prints what the largest request needs; --vram_gb chooses what the user has not.
+
+    Raises:
+        UserError: nothing fits.
+    """
+    from hunyuan_model.block_swap import max_blocks_to_swap, swapped_blocks
+    from hunyuan_model.checkpoints import read_dit_config, read_vae_config
+    from hunyuan_model.memory import estimate_decoding, measure_dit
+    from hunyuan_model.tokenizers import LLM_TOKENS
+    from modules import memory_plan as planner
+    from modules.sampler import latent_shape
+    from utils.processes import own_device
+
+    config, device = read_dit_config(options.dit.dit), own_device(options.device.device)
+    depths, requests = (config.depth_double, config.depth_single), options.prompt.requests()
+    _, channels, f, h, w = max((latent_shape(request, config.out_channels) for request in requests), key=math.prod)
+    in_two = any(request.cfg_scale != 1 for request in requests) and not options.speed.split_uncond
+    dtype = default_dtype(options.dit.dit_dtype, device, on_gpu="bfloat16")
+    vae_dtype = default_dtype(options.vae.vae_dtype, device)
+
+    @functools.cache
+    def measured(fp8: bool) -> "ModelUsage":
+        return measure_dit(config, (1 + in_two, config.in_channels, f, h, w), LLM_TOKENS, dtype, fp8)
+
+    def predicted(settings: planner.Settings) -> planner.Prediction:
+        return planner.predict(measured(settings.fp8), swapped_blocks(settings.blocks_to_swap, *depths))
+
+    def decoding(tile: int | None) -> int:
+        if options.vae.vae is None:
+            return 0
+        vae = read_vae_config(options.vae.vae)
+        return estimate_decoding(vae, (1, channels, f, h, w), vae_dtype, options.vae.vae_chunk_size, tile)
+
+    settings = planner.Settings(options.speed.fp8, "none", options.swap.blocks_to_swap or 0)
+    tile, wanted = options.vae.tile_size, options.speed.vram_gb
+    if wanted is not None:
+        limit = int(wanted * planner.GIB) or planner.free_memory(device)
+        if limit is None:
+            raise UserError(f"--vram_gb 0: {device} does not say how much memory is free; give a number")
+        swap = options.swap.blocks_to_swap
+        ordered = planner.candidates(max_blocks_to_swap(*depths, training=False), settings.fp8, "none", swap)
+        settings = planner.cheapest(ordered, limit, predicted, training=False)
+        tiles = [tile] if tile else [None, 256, 128, 64]
+        tile = next((size for size in tiles if planner.with_overhead(decoding(size)) <= limit), tiles[-1])
+    rows = [("settings", settings.flags(training=False)), *predicted(settings).rows(training=False)]
+    rows += [("VAE tiles", tile or "none"), ("GPU memory of decoding", planner.in_words(decoding(tile)))]
+    print_table(f"memory plan, latents {f}x{h}x{w}", rows)
+    return dataclasses.replace(
+        options,
+        speed=dataclasses.replace(options.speed, fp8=settings.fp8),
+        swap=dataclasses.replace(options.swap, blocks_to_swap=settings.blocks_to_swap or options.swap.blocks_to_swap),
+        vae=dataclasses.replace(options.vae, vae_spatial_tile_sample_min_size=tile),
+    )
 
 
 def conditioned(request: Request, dit: DitOptions) -> Request:
@@ -303,17 +368,6 @@ def source_pixels(request: Request) -> tuple["torch.Tensor | None", "torch.Tenso
         except MediaError as error:
             raise UserError(f"{request.image_path}: {error}") from None
     return video, image
-
-
-def own_device(options: GenerationOptions) -> "torch.device":
-    """--device, or under `accelerate launch` the GPU of this process."""
-    from utils.device_utils import resolve_device
-
-    device = resolve_device(options.device.device)
-    local_rank = os.environ.get("LOCAL_RANK")
-    if options.device.device is None and device.type == "cuda" and local_rank is not None:
-        return resolve_device(f"cuda:{local_rank}")
-    return device
 
 
 def default_dtype(word: str | None, device: "torch.device", on_gpu: str = "float16") -> "torch.dtype":

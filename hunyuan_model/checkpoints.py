@@ -38,6 +38,7 @@ from utils.fp8 import FP8, Fp8Linear, dequantize, quantize_linears
 
 if TYPE_CHECKING:
     from hunyuan_model.text_encoder import ClipTextEncoder, LlmTextEncoder  # imports transformers
+    from hunyuan_model.vae import VaeConfig
 
 Device = torch.device | str
 Shapes = Mapping[str, Sequence[int]]
@@ -145,16 +146,12 @@ def load_vae(path: str | Path, device: Device = "cpu", dtype: torch.dtype = torc
     Raises:
         UserError: not the HunyuanVideo VAE, or a broken or incomplete one.
     """
-    from hunyuan_model.vae import AutoencoderKLCausal3D, VaeConfig
+    from hunyuan_model.vae import AutoencoderKLCausal3D
 
     file = identify(path)
-    infos = file.tensors(VAE)
-    names = {vae_official_name(name): name for name in infos}
-    shapes = {official: _matrix_shape(official, infos[name].shape) for official, name in names.items()}
-    with _about(path):
-        config = VaeConfig.from_shapes(shapes, file.checkpoint.config)
-        with torch.device("meta"):
-            model = AutoencoderKLCausal3D(config)
+    names, shapes = _vae_names_and_shapes(file)
+    with _about(path), torch.device("meta"):
+        model = AutoencoderKLCausal3D(_vae_config(file, shapes))
     _check_names(path, model, shapes)
     weights = _Weights(
         file,
@@ -162,6 +159,30 @@ def load_vae(path: str | Path, device: Device = "cpu", dtype: torch.dtype = torc
         join=lambda name, parts: parts[0].reshape(shapes[name]),
     )
     return weights.fill(model, device, dtype)
+
+
+def read_vae_config(path: str | Path) -> "VaeConfig":
+    """The sizes of a VAE, from headers only.
+
+    Raises:
+        UserError: not the HunyuanVideo VAE.
+    """
+    file = identify(path)
+    with _about(path):
+        return _vae_config(file, _vae_names_and_shapes(file)[1])
+
+
+def _vae_names_and_shapes(file: ModelFile) -> tuple[dict[str, str], Shapes]:
+    """The names in a file by official name, and the shapes under official names."""
+    infos = file.tensors(VAE)
+    names = {vae_official_name(name): name for name in infos}
+    return names, {official: _matrix_shape(official, infos[name].shape) for official, name in names.items()}
+
+
+def _vae_config(file: ModelFile, shapes: Shapes) -> "VaeConfig":
+    from hunyuan_model.vae import VaeConfig
+
+    return VaeConfig.from_shapes(shapes, file.checkpoint.config)
 
 
 def _matrix_shape(name: str, shape: Sequence[int]) -> tuple[int, ...]:

@@ -74,3 +74,18 @@ def measure_vae(
             given = torch.empty(shape)
             vae.encode(given) if shape[1] == config.pixel_channels else vae.decode(given)
         return meter.peak + sum(map(nbytes, vae.parameters()))
+
+
+def estimate_decoding(
+    config: VaeConfig, shape: tuple[int, int, int, int, int], dtype: torch.dtype, chunk: int | None, tile: int | None
+) -> int:
+    """Peak bytes of decoding latents (B, 16, f, h, w), the weights included, from the largest tile alone.
+
+    All tiles of a long video would take minutes to measure; beside the largest, the finished pixels are kept twice.
+    """
+    if tile is None:
+        return measure_vae(config, shape, dtype, chunk, None)
+    B, C, f, h, w = shape
+    largest = (B, C, f, min(h, tile // 8), min(w, tile // 8))
+    pixels = B * 3 * (4 * f - 3) * h * w * 64 * dtype.itemsize
+    return measure_vae(config, largest, dtype, chunk, None) + 2 * pixels

@@ -19,6 +19,11 @@ FRAGMENTATION = 1.05
 WEIGHT_AND_GRADIENT, MOMENTS, MOMENTS_8BIT = 8, 8, 2
 
 
+def with_overhead(tensors: int) -> int:
+    """What a device must have free for so many bytes of tensors."""
+    return int(tensors * FRAGMENTATION + DEVICE_OVERHEAD)
+
+
 def in_words(size: float) -> str:
     """Bytes with a unit that suits them."""
     return f"{size / GIB:.2f} GiB" if size >= GIB else f"{size / GIB * 1024:.1f} MiB"
@@ -99,14 +104,14 @@ class Prediction:
     @property
     def device(self) -> int:
         """What the device must have free, overheads included."""
-        return int(self.tensors * FRAGMENTATION + DEVICE_OVERHEAD)
+        return with_overhead(self.tensors)
 
-    def rows(self) -> list[tuple[str, str]]:
+    def rows(self, training: bool = True) -> list[tuple[str, str]]:
         """Lines of a table."""
-        parts = {
-            "weights on the GPU": self.weights,
-            "trained weights, gradients, optimizer": self.trained,
-            "kept for the backward pass": self.kept,
+        parts = {"weights on the GPU": self.weights}
+        if training:
+            parts |= {"trained weights, gradients, optimizer": self.trained, "kept for the backward pass": self.kept}
+        parts |= {
             "working memory of a block": self.working,
             "GPU memory needed in all": self.device,
             "main memory for swapped blocks": self.host,
@@ -157,10 +162,9 @@ def cheapest(
         if predicted(settings).device <= limit:
             return settings
     leanest = min(ordered, key=lambda settings: predicted(settings).device)
-    need = predicted(leanest).device / GIB
     raise UserError(
-        f"nothing fits {limit / GIB:.1f} GiB of GPU memory: even with {leanest.flags(training)} {need:.1f} GiB are "
-        "needed; lower the resolution, the frames or the batch size"
+        f"nothing fits {in_words(limit)} of GPU memory: even with {leanest.flags(training)} "
+        f"{in_words(predicted(leanest).device)} are needed; lower the resolution, the frames or the batch size"
     )
 
 

@@ -146,10 +146,15 @@ class SpeedOptions:
         help="leave out the blocks of steps that change less than this, e.g. 0.1; faster, slightly different videos",
         minimum=0,
     )
+    vram_gb: float | None = option(
+        None,
+        help="choose --fp8, --blocks_to_swap and the VAE's tiles so that it fits so many GiB; 0: what is free",
+        minimum=0,
+    )
+    dry_run: bool = option(False, help="print the memory that is needed, and end")
     compile_args: list[str] = option([], help="deprecated: backend, mode, dynamic, fullgraph of --compile in one")
 
     def __post_init__(self) -> None:
-        require_attention(self.attn_mode)
         require_attention(self.attn_mode)
         if self.fp8_fast and not self.fp8:
             raise UserError("--fp8_fast needs --fp8")

@@ -6,6 +6,7 @@ import signal
 
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from tests.training_world import assert_same, log_of, run_training, train, write_world
 from utils.errors import UserError
@@ -57,7 +58,13 @@ def test_the_saved_settings_make_the_same_lora(plain, tmp_path):
 def test_neither_workers_nor_checkpointing_nor_logs_change_the_lora(world, dit, plain, tmp_path):
     words = ["--max_data_loader_n_workers", 2, "--gradient_checkpointing", "--logging_dir", tmp_path / "logs"]
     assert_same(train(world, dit, tmp_path, *words, "--log_config"), plain[1])
-    assert list((tmp_path / "logs").rglob("events.out.tfevents.*"))
+    (name,) = {path.parent for path in (tmp_path / "logs").glob("*/network_train/events.out.tfevents.*")}
+    logged = EventAccumulator(str(name)).Reload()
+    wanted = {"loss", "loss/smoothed", "gradient_norm", "seconds_per_step", "memory/peak_gib", "lr/0"}
+    assert wanted < set(logged.Tags()["scalars"])
+    assert [round(event.value, 4) for event in logged.Scalars("loss")] == [
+        round(line["loss"], 4) for line in log_of(tmp_path)
+    ]
 
 
 def test_items_of_a_batch_one_by_one_give_the_same_lora(dit, tmp_path):

@@ -27,7 +27,7 @@ def test_vram_gb_chooses_what_fits_and_saves_it(world, tiny_models, tmp_path, mo
 
 def test_what_does_not_fit_ends_before_the_model_is_loaded(world, tiny_models, tmp_path, monkeypatch):
     monkeypatch.setattr("hunyuan_model.checkpoints.load_dit", lambda *_: pytest.fail("loaded"))
-    with pytest.raises(UserError, match=r"nothing fits 0\.1 GiB of GPU memory: even with --fp8_base"):
+    with pytest.raises(UserError, match=r"nothing fits 102\.4 MiB of GPU memory: even with --fp8_base"):
         train(world, tiny_models.dit, tmp_path, "--vram_gb", 0.1)
 
 
