@@ -127,9 +127,10 @@ def check_names(options: Options) -> None:
     """What is chosen by name exists.
 
     Raises:
-        UserError: optimizer, schedule, attention backend or file format does not.
+        UserError: optimizer, schedule, attention or compile backend or file format does not.
     """
     from hunyuan_model.attention import attention_backend
+    from modules.compilation import require_backend
     from modules.optimizers import optimizer_class
     from modules.schedulers import scheduler_class
     from networks.format_table import FORMATS
@@ -137,6 +138,8 @@ def check_names(options: Options) -> None:
     optimizer_class(options.optimizer)
     scheduler_class(options.scheduler)
     attention_backend(options.attention.mode)
+    if options.compile.compile:
+        require_backend(options.compile.compile_backend)
     for name in options.save.save_format:
         if name not in FORMATS:
             raise UserError(f"--save_format {name}: unknown{did_you_mean(name, list(FORMATS))}; {', '.join(FORMATS)}")

@@ -9,10 +9,17 @@ from torch import nn
 from torch._dynamo.exc import TorchDynamoException
 from torch._inductor.exc import InductorError
 
-from utils.errors import one_line
+from utils.errors import UserError, did_you_mean, one_line
 from utils.option_groups import CompileOptions
 
 DYNAMIC = {None: None, "auto": None, "true": True, "false": False}
+
+
+def require_backend(name: str) -> None:
+    """Refuses a --compile_backend that torch does not have."""
+    known = torch._dynamo.list_backends(None)
+    if name not in known:
+        raise UserError(f"--compile_backend {name}: unknown{did_you_mean(name, known)}; torch has {', '.join(known)}")
 
 
 def compile_blocks(blocks: Iterable[nn.Module], options: CompileOptions) -> None:
