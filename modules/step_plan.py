@@ -5,11 +5,14 @@ epoch. Rank r takes batch `micro x processes + r` of the step for each micro ste
 """
 
 import math
+import signal
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 from torch.utils.data import DataLoader, Dataset, Sampler
+
+from utils.errors import UserError
 
 BatchKey = tuple[int, int] | None
 
@@ -75,13 +78,19 @@ class _KeySampler(Sampler[BatchKey]):
 
 
 class _KeyedDataset(Dataset):
-    """Batches by (epoch, batch): workers that live through all epochs learn the epoch with every request."""
+    """Batches by (epoch, batch): workers that live through all epochs learn the epoch with every request.
+
+    A user's mistake is delivered as a batch: torch would fold the traceback of an exception into its message.
+    """
 
     def __init__(self, dataset: Any) -> None:
         self.dataset = dataset
 
     def __getitem__(self, key: BatchKey) -> Any:
-        return None if key is None else self.dataset.batch_of(*key)
+        try:
+            return None if key is None else self.dataset.batch_of(*key)
+        except UserError as error:
+            return error
 
 
 def as_it_is(batch: Any) -> Any:
@@ -89,8 +98,26 @@ def as_it_is(batch: Any) -> Any:
     return batch
 
 
+def ignore_interrupts(_worker: int) -> None:
+    """Ctrl+C reaches every process of a terminal; the main one decides when the workers end."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def delivered(loader: DataLoader) -> Iterator[Any]:
+    """The batches of a `batch_loader`.
+
+    Raises:
+        UserError: the dataset raised it.
+    """
+    for batch in loader:
+        if isinstance(batch, UserError):
+            raise batch
+        yield batch
+
+
 def batch_loader(dataset: Any, plan: StepPlan, rank: int, first_step: int, workers: int) -> DataLoader:
-    """One loader for the whole run of a rank, from `first_step` on: `plan.accumulation` items for each step.
+    """One loader for the whole run of a rank, from `first_step` on: `plan.accumulation` items for each step; read it
+    through `delivered`.
 
     Args:
         dataset: `batch_of(epoch, index)`; can be pickled.
@@ -102,5 +129,6 @@ def batch_loader(dataset: Any, plan: StepPlan, rank: int, first_step: int, worke
         sampler=_KeySampler(plan, rank, first_step),
         num_workers=workers,
         collate_fn=as_it_is,
+        worker_init_fn=ignore_interrupts,
         persistent_workers=workers > 0,
     )

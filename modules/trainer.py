@@ -20,7 +20,7 @@ from modules.flow_matching import interpolate, velocity_target, weighted_mse
 from modules.optimizers import averaged_weights
 from modules.previews import Previewer
 from modules.step_noise import draw_noise, seed_dropout, step_generators
-from modules.step_plan import StepPlan
+from modules.step_plan import StepPlan, delivered
 from modules.stop_requests import StopRequests
 from modules.timestep_sampling import loss_weight, sample_sigmas, sigma_at
 from modules.trainer_options import TrainerOptions
@@ -93,7 +93,7 @@ def train(trainer: Trainer) -> None:
     """
     options, accelerator, plan = trainer.options, trainer.accelerator, trainer.plan
     progress, model = trainer.progress, trainer.model
-    seed, batches = progress.seed, iter(trainer.loader)
+    seed, batches = progress.seed, delivered(trainer.loader)
     begin(trainer)
     summary = None
     while progress.step < plan.total_steps and not (summary and summary.quit):

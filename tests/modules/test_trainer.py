@@ -1,6 +1,7 @@
 """The training loop and its parts, against formulas."""
 
 import inspect
+import signal
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 
@@ -10,7 +11,7 @@ import torch
 
 from modules import trainer
 from modules.step_noise import draw_noise, generator_for, seed_for, step_generators
-from modules.step_plan import StepPlan, batch_loader
+from modules.step_plan import StepPlan, batch_loader, delivered
 from modules.timestep_sampling import TimestepOptions, sample_sigmas
 from modules.training_model import TrainingModel
 from modules.training_state import Progress, load_state, save_state
@@ -163,3 +164,19 @@ def test_a_damaged_optimizer_state_is_one_line(tmp_path, content):
     (folder / "optimizer.pt").write_bytes(content)
     with pytest.raises(UserError, match=r"optimizer.pt: is damaged; resume from another state$"):
         load_state(folder, weight, {})
+
+
+class Interrupted:
+    """A dataset whose first batch is what a worker does with Ctrl+C, and whose second is a mistake of the user."""
+
+    def batch_of(self, epoch: int, index: int) -> signal.Handlers:
+        if index:
+            raise UserError("item1: its cache is gone")
+        return signal.getsignal(signal.SIGINT)
+
+
+def test_workers_ignore_ctrl_c_and_hand_a_mistake_over_in_one_line():
+    batches = delivered(batch_loader(Interrupted(), StepPlan(2, 1, 1, 2), rank=0, first_step=0, workers=1))
+    assert next(batches) == signal.SIG_IGN
+    with pytest.raises(UserError, match=r"^item1: its cache is gone$"):
+        next(batches)
