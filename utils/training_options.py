@@ -4,7 +4,6 @@ Groups of single parts (timesteps, optimizer, scheduler, metadata, upload) are d
 """
 
 import importlib.util
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -58,7 +57,9 @@ class TrainingOptions:
 
     max_train_steps: int = option(1600, help="optimizer steps", minimum=1)
     max_train_epochs: int | None = option(None, help="epochs; wins over --max_train_steps", minimum=1)
-    seed: int | None = option(None, help="seed of data order, noise, timesteps and dropout; random if unset", minimum=0)
+    seed: int | None = option(
+        None, help="seed of data order, noise, timesteps and dropout; random if unset", minimum=0, maximum=2**63 - 1
+    )
     gradient_accumulation_steps: int = option(1, help="batches of each process in one optimizer step", minimum=1)
     gradient_checkpointing: bool = option(False, help="recompute activations in the backward pass to save memory")
     gradient_checkpointing_cpu_offload: bool = option(
@@ -195,7 +196,7 @@ class SaveOptions:
         if self.output_name is not None and Path(self.output_name).name != self.output_name:
             raise UserError(f"--output_name {self.output_name}: a file name without folders is expected")
         for folder in (self.output_dir, *self.output_dir.parents) if self.output_dir is not None else ():
-            if os.path.isfile(folder):  # where Path.is_file raises, because a name is too long, this is false
+            if folder.is_file():
                 raise UserError(f"--output_dir {self.output_dir}: {folder} is a file, a folder is expected")
 
 

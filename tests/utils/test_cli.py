@@ -251,6 +251,8 @@ def exit_of(main, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
             "error: out/a.mp4: No space left on device\n",
         ),
         (PermissionError(errno.EACCES, "Permission denied", "out"), 2, "error: out: Permission denied\n"),
+        (NotADirectoryError(errno.ENOTDIR, "Not a directory", "a/b"), 2, "error: a/b: Not a directory\n"),
+        (OSError(errno.ENAMETOOLONG, "File name too long", "xxx"), 2, "error: xxx: File name too long\n"),
     ],
 )
 def test_script_ends_in_one_line(error, code: int, line: str, capsys, monkeypatch) -> None:
