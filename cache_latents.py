@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING
 from utils.cli import option, parse_options, run_script
 from utils.errors import UserError
 from utils.option_groups import DeviceOptions, VaeOptions, require
+from utils.processes import own_device, process_share
 
 if TYPE_CHECKING:
     import torch
@@ -70,12 +71,12 @@ def main() -> None:
 
     config = load_dataset_config(options.dataset_config)
     if debug.debug_mode is None:
-        ingredients, chosen = fingerprint(vae), chosen_device(device)
+        ingredients, chosen = fingerprint(vae), own_device(device.device)
 
     from dataset.intake import nothing_usable, take_in
     from dataset.report import print_intake, print_outcome
 
-    rank, _ = process_share()
+    rank, processes = process_share()
     datasets = take_in(config, options.num_workers, show_progress=rank == 0)
     if rank == 0:
         print(config.effective_text())
@@ -92,15 +93,10 @@ def main() -> None:
     outcomes = cache(datasets, ingredients, options, vae, chosen)
     if rank == 0:
         print_outcome(datasets, outcomes, options.prune)
-    for dataset in datasets:
+    for dataset in datasets if processes == 1 else []:  # a share that fails says nothing of the others
         outcome = outcomes[dataset.heading]
         if len(outcome.failures) == len(outcome.verdicts) > 0:
             raise nothing_usable(dataset, list(outcome.failures.values()))
-
-
-def process_share() -> tuple[int, int]:
-    """(rank, number of processes) under `accelerate launch`, else (0, 1)."""
-    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
 
 def fingerprint(vae: VaeOptions) -> dict[str, str]:
@@ -115,22 +111,6 @@ def fingerprint(vae: VaeOptions) -> dict[str, str]:
     file = identify(vae.vae)
     file.tensors(VAE)
     return {"vae": file.checkpoint.fingerprint, "dtype": dtype_word(cache_dtype(vae))}
-
-
-def chosen_device(options: DeviceOptions) -> "torch.device":
-    """The device that the user names, else the GPU of this process, else the CPU.
-
-    Raises:
-        UserError: there is no such device.
-    """
-    import torch
-
-    from utils.device_utils import resolve_device
-
-    local_rank = os.environ.get("LOCAL_RANK")
-    if options.device is None and local_rank is not None and torch.cuda.is_available():
-        return resolve_device(f"cuda:{local_rank}")
-    return resolve_device(options.device)
 
 
 def cache_dtype(vae: VaeOptions) -> "torch.dtype":

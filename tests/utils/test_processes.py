@@ -22,7 +22,7 @@ def test_its_number_and_its_gpu_come_from_the_launcher(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert own_device(None) == torch.device("cpu")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr("utils.processes.resolve_device", torch.device)
+    monkeypatch.setattr("utils.device_utils.resolve_device", torch.device)
     assert own_device(None) == torch.device("cuda:1")
 
 
