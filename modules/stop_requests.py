@@ -10,10 +10,15 @@ SAVE_FILE, SAVE_AND_QUIT_FILE = "save", "save_quit"
 
 
 class StopRequests:
-    """Context in which signals ask for a clean stop; a second Ctrl+C interrupts at once."""
+    """Context in which signals ask for a clean stop; a second Ctrl+C interrupts at once.
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    Args:
+        folder: where the request files are expected.
+        speaks: say what a signal does; one process of a run is enough.
+    """
+
+    def __init__(self, folder: Path, speaks: bool = True) -> None:
+        self.folder, self.speaks = folder, speaks
         self.quit = False
         self.save = False
         self._interrupted = False
@@ -33,7 +38,7 @@ class StopRequests:
         if number == signal.SIGINT and self._interrupted:
             raise KeyboardInterrupt
         self._interrupted |= number == signal.SIGINT
-        if not self.quit:
+        if not self.quit and self.speaks:
             print(f"\n{signal.Signals(number).name}: saving after this step; Ctrl+C stops at once", file=sys.stderr)
         self.quit = True
 
