@@ -4,7 +4,6 @@ import dataclasses
 import io
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -80,9 +79,9 @@ class Previewer:
         """Makes every preview; `moment` is `e{epoch:06d}` or the step as `{step:06d}`, for the names."""
         for index, prompt in enumerate(self.prompts):
             try:
-                path, pixels = self._make(index, moment, *prompt)
+                pixels = self._make(index, moment, *prompt)
                 _track(self.accelerator, index, pixels, prompt[0], log.progress.step)
-                log.record(log.progress.step, preview=path.name)
+                log.record(log.progress.step, preview=f"{self.files.name}_{moment}_{index:02d}")
             except Exception as error:
                 log.record(log.progress.step, preview_failed=index, reason=one_line(error))
                 log.say(f"preview {index + 1} failed, training goes on: {type(error).__name__}: {one_line(error)}")
@@ -90,7 +89,7 @@ class Previewer:
 
     def _make(
         self, index: int, moment: str, request: Request, positive: Conditioning, negative: Conditioning | None
-    ) -> tuple[Path, Tensor]:
+    ) -> Tensor:
         device = self.accelerator.device
         seeded = dataclasses.replace(request, seed=self.seed if request.seed is None else request.seed)
         with self.accelerator.autocast():
@@ -105,7 +104,7 @@ class Previewer:
         else:
             path = self.files.previews / f"{stem}.mp4"
             save_video(pixels, path, request.fps)
-        return path, pixels
+        return pixels
 
 
 def _track(accelerator: Accelerator, index: int, pixels: Tensor, request: Request, step: int) -> None:

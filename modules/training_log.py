@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from modules.training_state import Progress
 from utils.files import read_text, write_text
+from utils.training_files import TrainingFiles
 
 BANDS = 5  # equal shares of sigma 0..1, for the loss per timestep band
 SMOOTHING = 0.98
@@ -40,17 +41,17 @@ def smoothed(past: float | None, value: float) -> float:
 
 
 class TrainingLog:
-    """The log of the process that writes; silent in the others."""
+    """The log of the process that writes; silent in the others. Runs of other names keep their lines in the file."""
 
-    def __init__(self, path: Path, accelerator: Accelerator, progress: Progress, total_steps: int) -> None:
-        self.path, self.accelerator, self.progress = path, accelerator, progress
+    def __init__(self, files: TrainingFiles, accelerator: Accelerator, progress: Progress, total_steps: int) -> None:
+        self.path, self.run, self.accelerator, self.progress = files.log, files.name, accelerator, progress
         self.active = accelerator.is_main_process
         self.seconds: deque[float] = deque(maxlen=MEDIAN_OF_STEPS)
         self.losses: deque[float] = deque(maxlen=FIRST_STEPS)
         self.step_started = time.perf_counter()
         if self.active:
-            _cut_after(path, progress.step)
-            self.file = open(path, "a", encoding="utf-8", newline="\n")  # noqa: SIM115 - closed by __exit__
+            _cut_after(self.path, self.run, progress.step)
+            self.file = open(self.path, "a", encoding="utf-8", newline="\n")  # noqa: SIM115 - closed by __exit__
         self.bar = tqdm(
             total=total_steps,
             initial=progress.step,
@@ -80,7 +81,7 @@ class TrainingLog:
     def record(self, step: int, **values: Any) -> None:
         """One line of the file; steps count from 1."""
         if self.active:
-            line = {"step": step, **values}
+            line = {"run": self.run, "step": step, **values}
             self.file.write(json.dumps(line, ensure_ascii=False, allow_nan=False) + "\n")
             self.file.flush()
 
@@ -176,14 +177,17 @@ def peak_memory(device: torch.device) -> int:
     return psutil.Process().memory_info().rss
 
 
-def _cut_after(path: Path, step: int) -> None:
-    """Keeps the lines up to `step`: a run that is resumed writes the later ones again."""
-    lines = read_text(path, "training log").splitlines() if step and path.exists() else []
-    write_text(path, "".join(f"{line}\n" for line in lines if _step_of(line) <= step))
+def _cut_after(path: Path, run: str, step: int) -> None:
+    """Keeps of a run the lines up to `step`, for if it is resumed it writes the later ones again; 0 starts anew."""
+    lines = read_text(path, "training log").splitlines() if path.exists() else []
+    kept = [line for line in lines if _is_kept(line, run, step)]
+    if kept != lines:
+        write_text(path, "".join(f"{line}\n" for line in kept))
 
 
-def _step_of(line: str) -> float:
+def _is_kept(line: str, run: str, step: int) -> bool:
     try:
-        return json.loads(line)["step"]
+        values = json.loads(line)
+        return values["run"] != run or (step > 0 and values["step"] <= step)
     except (json.JSONDecodeError, KeyError, TypeError):  # a line cut off when the run was killed
-        return float("inf")
+        return False

@@ -269,7 +269,7 @@ def build_trainer(
             progress.step,
             loader_workers(options.dataset.max_data_loader_n_workers),
         ),
-        log=TrainingLog(options.files.log, accelerator, progress, run.plan.total_steps),
+        log=TrainingLog(options.files, accelerator, progress, run.plan.total_steps),
         saver=CheckpointSaver(
             options.files,
             options.save,
@@ -282,7 +282,7 @@ def build_trainer(
             extra_formats,
             run.uploader,
         ),
-        requests=StopRequests(options.save.output_dir),
+        requests=StopRequests(options.save.output_dir, accelerator.is_main_process),
         validation=run.validation_set,
         previewer=previewer,
     )
