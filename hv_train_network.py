@@ -171,7 +171,11 @@ def check_files(options: Options) -> None:
 
 
 def load_datasets(options: Options, seed: int) -> "tuple[TrainingDataset, TrainingDataset | None]":
-    """The training set, and the validation set if anything is held out."""
+    """The training set, and the validation set if one is asked for.
+
+    Raises:
+        UserError: either is empty, or lacks caches.
+    """
     from dataset.config_utils import load_dataset_config
     from dataset.image_video_dataset import TrainingDataset
 
@@ -182,7 +186,13 @@ def load_datasets(options: Options, seed: int) -> "tuple[TrainingDataset, Traini
         print(f"note: {note}", file=sys.stderr)
     if not split and not config.validation:
         return train_set, None
-    return train_set, TrainingDataset(config, seed, subset="validation", validation_split=split)
+    validation_set = TrainingDataset(config, seed, subset="validation", validation_split=split)
+    if not len(validation_set):
+        raise UserError(
+            f"{config.path}: nothing is held out for validation (--validation_split {split:g}), for a source is never "
+            "cut in two; give more sources, or a [[validation]] set with items"
+        )
+    return train_set, validation_set
 
 
 def check_model(options: Options, module: ModuleType, run: "Run") -> int:
@@ -330,25 +340,29 @@ def with_settings(options: Options, settings: "Settings") -> Options:
 
 
 def load_model(options: Options, accelerator: "Accelerator") -> "HYVideoDiffusionTransformer":
-    """The frozen DiT with --base_weights merged; on the CPU where block swap will place it."""
+    """The frozen DiT with --base_weights merged; on the CPU where block swap will place it.
+
+    What is merged and then made fp8 passes through the CPU, so that the GPU never holds the larger weights.
+    """
     from hunyuan_model.attention import verify_attention
     from hunyuan_model.checkpoints import is_quantized_in_dit, load_dit, read_dit_config
 
-    device = "cpu" if options.swap.blocks_to_swap else accelerator.device
-    fp8 = options.memory.fp8_base
+    fp8, place = options.memory.fp8_base, "cpu" if options.swap.blocks_to_swap else accelerator.device
     merges = list(zip(options.network.base_weights, options.network.base_multipliers, strict=True))
     dtype = dtype_of(options.dit.dit_dtype, accelerator, on_gpu="bfloat16")
     head_dim = read_dit_config(options.dit.dit).head_dim
     verify_attention(options.attention.mode, accelerator.device, dtype, head_dim)
-    dit = load_dit(options.dit.dit, device, dtype, fp8 and not merges, options.attention.mode)
+    quantize_later = fp8 and bool(merges)
+    first = "cpu" if quantize_later else place
+    dit = load_dit(options.dit.dit, first, dtype, fp8 and not quantize_later, options.attention.mode)
     if merges:
         from networks.merging import merge_lora_into
         from utils.fp8 import quantize_linears
 
         merge_lora_into(dit, merges)
-        if fp8:
+        if quantize_later:
             quantize_linears(dit, is_quantized_in_dit)
-    return dit
+    return dit.to(place)
 
 
 def dtype_of(word: str | None, accelerator: "Accelerator", on_gpu: str) -> "torch.dtype":

@@ -253,7 +253,7 @@ class ValidationOptions:
     """validation"""
 
     validation_split: float = option(
-        0.0, help="share of the items that is held out, if no [[validation]] set is given", minimum=0, maximum=0.9
+        0.0, help="share of the sources that is held out, beside any [[validation]] set", minimum=0, maximum=0.9
     )
     validate_every_n_steps: int | None = option(None, help="validate every N steps; every epoch if unset", minimum=1)
     keep_best: int = option(0, help="keep the checkpoints of the N best validation losses", minimum=0)

@@ -21,6 +21,7 @@ def place(tiny_models, tmp_path_factory):
     train(world, tiny_models.dit, folder / "good", "--max_train_steps", 1, "--save_state_on_train_end")
     (folder / "good" / "lora.safetensors").rename(folder / "lora.safetensors")
     (folder / "empty").mkdir()
+    write_world(folder / "one", items=1)
     save_file({"x": torch.zeros(1)}, folder / "no_lora.safetensors")
     texts = {
         "typo.toml": "learning_rte = 1e-4\n",
@@ -119,6 +120,9 @@ WRONG = {
     "too many blocks": (["--blocks_to_swap", "36"], "--blocks_to_swap 36: the maximum for this model"),
     "float16 on a CPU": (["--mixed_precision", "fp16"], "--mixed_precision fp16: a CPU"),
     "too much held out": (["--validation_split", "1"], "1 is too large: the maximum is 0.9"),
+    "nothing to hold out": (
+        ["--dataset_config", "{}/one/dataset.toml", "--validation_split", "0.5"], "nothing is held out for validation",
+    ),
     "timesteps": (["--min_timestep", "900", "--max_timestep", "100"], "--min_timestep 900 is not below"),
 }  # fmt: skip
 
