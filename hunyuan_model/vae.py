@@ -140,7 +140,8 @@ class Encoder(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = self.conv_in(Clip(x))
         for block in [*self.down_blocks, self.mid_block]:
-            x = block(x)
+            for layer in block.layers():
+                x = layer(x)
         return self.conv_out(Activated(x, self.conv_norm_out))
 
 
@@ -162,7 +163,8 @@ class Decoder(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = self.conv_in(Clip(x))
         for block in [self.mid_block, *self.up_blocks]:
-            x = block(x)
+            for layer in block.layers():
+                x = layer(x)
         return self.conv_out(Activated(x, self.conv_norm_out))
 
 

@@ -2,7 +2,8 @@
 
 A convolution never sees its whole input padded, normalised or upsampled: it reads a few frames at a time from a
 `Clip`, which computes them on the way. Its frames come last to first, so that a layer may overwrite its own input:
-causal convolutions only look back. Activations are B C F H W.
+causal convolutions only look back. Activations are B C F H W. Blocks have no forward but `layers()`, which the network
+runs itself: the caller of a block would keep the block's input until its end.
 
 The layers have no backward pass: activations are overwritten, and the VAE is never trained here.
 """
@@ -196,8 +197,8 @@ class MidBlock(nn.Module):
         self.resnets = nn.ModuleList([ResnetBlock(channels, channels, groups) for _ in range(2)])
         self.attentions = nn.ModuleList([FrameCausalAttention(channels, groups)])
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.resnets[1](self.attentions[0](self.resnets[0](x)))
+    def layers(self) -> list[nn.Module]:
+        return [self.resnets[0], self.attentions[0], self.resnets[1]]
 
 
 class Downsample(nn.Module):
@@ -240,10 +241,8 @@ class DownBlock(nn.Module):
         self.resnets = resnets(in_channels, out_channels, depth, groups)
         self.downsamplers = nn.ModuleList([Downsample(out_channels, factors)] if max(factors) > 1 else [])
 
-    def forward(self, x: Tensor) -> Tensor:
-        for layer in [*self.resnets, *self.downsamplers]:
-            x = layer(x)
-        return x
+    def layers(self) -> list[nn.Module]:
+        return [*self.resnets, *self.downsamplers]
 
 
 class UpBlock(nn.Module):
@@ -256,7 +255,5 @@ class UpBlock(nn.Module):
         self.resnets = resnets(in_channels, out_channels, depth, groups)
         self.upsamplers = nn.ModuleList([Upsample(out_channels, factors)] if max(factors) > 1 else [])
 
-    def forward(self, x: Tensor) -> Tensor:
-        for layer in [*self.resnets, *self.upsamplers]:
-            x = layer(x)
-        return x
+    def layers(self) -> list[nn.Module]:
+        return [*self.resnets, *self.upsamplers]
