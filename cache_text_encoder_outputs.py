@@ -79,13 +79,23 @@ class Work:
     skipped: list["Source"]
     orphaned: list[Path]
 
-    def batches(self, limit: int | None) -> Iterator[list[Entry]]:
-        """The captions that this process encodes, at most `limit` at once."""
+    @property
+    def share(self) -> list[Entry]:
+        """This process's part, cut from the whole list, which all see alike; what is left to do changes meanwhile."""
         from utils.processes import process_share
 
-        # Shares are cut from the whole list, which all processes see alike; what is left to do changes meanwhile.
         rank, processes = process_share()
-        pending = [entry for entry in self.entries[rank::processes] if not entry.verdict.kept]
+        return self.entries[rank::processes]
+
+    def remove_leftovers(self) -> None:
+        """Removes what killed runs left of this process's files; others may be writing theirs."""
+        from dataset.cache import remove_leftovers
+
+        remove_leftovers(self.settings.cache_directory, [entry.cache for entry in self.share])
+
+    def batches(self, limit: int | None) -> Iterator[list[Entry]]:
+        """The captions that this process encodes, at most `limit` at once."""
+        pending = [entry for entry in self.share if not entry.verdict.kept]
         size = min(self.settings.batch_size, limit or self.settings.batch_size)
         for start in range(0, len(pending), size):
             yield pending[start : start + size]
@@ -101,7 +111,9 @@ def main() -> None:
     is_first = is_first_process()
     works = [survey(settings, options, made_from) for settings in config.every_dataset]
     if is_first:
-        prepare(works, options.strict)
+        name_skipped(works, options.strict)
+    for work in works:
+        work.remove_leftovers()
     batches = [batch for work in works for batch in work.batches(options.batch_size)]
     if batches:
         encode(batches, encoders, device.device, made_from)
@@ -178,20 +190,16 @@ def survey(settings: "DatasetSettings", options: CachingOptions, made_from: Mapp
     return Work(settings, manifest, entries, skipped, orphans(settings.cache_directory, TEXT_SUFFIX, caches.values()))
 
 
-def prepare(works: Sequence[Work], strict: bool) -> None:
-    """Names what is skipped, and removes what killed runs left.
+def name_skipped(works: Sequence[Work], strict: bool) -> None:
+    """Names what is skipped.
 
     Raises:
         UserError: with `strict`, a file of a dataset cannot be used.
     """
-    from dataset.cache import remove_leftovers
-
     for source in [source for work in works for source in work.skipped]:
         if strict:
             raise UserError(f"{source.problem} (--strict)")
         print(f"warning: skipped: {source.problem}", file=sys.stderr)
-    for work in works:
-        remove_leftovers(work.settings.cache_directory, [entry.cache for entry in work.entries])
 
 
 def encode(

@@ -10,6 +10,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
 from dataset.config_utils import SIZE_STEP, DatasetSettings, valid_frames
 
 Size = tuple[int, int]
@@ -83,9 +85,9 @@ def clips_of_target(target: int, frames: int, settings: DatasetSettings) -> list
         case "slide":
             starts = range(0, last + 1, settings.frame_stride)
         case "uniform":
-            count = settings.frame_sample
-            # Truncated positions of an even spacing; equal ones would be the same clip twice.
-            starts = sorted({int(index * last / max(1, count - 1)) for index in range(count)})
+            # Truncated positions of an even spacing; equal ones would be the same clip twice. numpy rounds the spacing
+            # as the reference tool does, so that caches of that tool are found.
+            starts = np.unique(np.linspace(0, last, settings.frame_sample, dtype=int)).tolist()
         case _:
             starts = range(1)
     return [Clip(start, target) for start in starts]

@@ -175,7 +175,7 @@ def encode(
     # A long clip is 200 MB as bytes and 800 MB as floats: keep no second copy of the bytes meanwhile.
     pixels.clear()
     batch = batch.to(device).permute(0, 4, 1, 2, 3)  # B F H W 3 -> B 3 F H W
-    batch = batch.to(dtype, memory_format=torch.contiguous_format).div_(127.5).sub_(1)
+    batch = batch.to(torch.float32, memory_format=torch.contiguous_format).div_(127.5).sub_(1).to(dtype)
     posterior = vae.encode(batch)
     mean, deviation = posterior.mean.float(), (0.5 * posterior.logvar.float()).exp()
     noise = torch.stack([noise_for(name, mean.shape[1:]) for name in names])
