@@ -112,7 +112,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         training_model(options, dit, run.accelerator),
         trained,
         previewer and previewer(dit),
-        lambda progress, title: metadata(options, run, trained, progress, title),
+        lambda progress: metadata(options, run, trained, progress),
         lambda path: write_extra_formats(path, options.save.save_format),
     )
     with trainer.log, trainer.requests:
@@ -459,9 +459,7 @@ def load_decoder(options: Options, accelerator: "Accelerator") -> "Decode":
     return decode
 
 
-def metadata(
-    options: Options, run: "Run", trained: "TrainedNetwork", progress: "Progress", title: str
-) -> Mapping[str, str]:
+def metadata(options: Options, run: "Run", trained: "TrainedNetwork", progress: "Progress") -> Mapping[str, str]:
     """The metadata of a checkpoint."""
     network = options.network
     dim, alpha = trained.sizes() or (network.network_dim, network.network_alpha)
@@ -473,7 +471,7 @@ def metadata(
         sd_model_name=str(options.dit.dit),
         vae_name=options.vae.vae and str(options.vae.vae),
     )
-    return checkpoint_metadata(facts, options.metadata, *vars(options).values(), title=title)
+    return checkpoint_metadata(facts, options.metadata, *vars(options).values(), title=options.save.output_name)
 
 
 def write_extra_formats(path: Path, formats: Sequence[str]) -> list[Path]:

@@ -25,7 +25,7 @@ def writing(path: Path) -> Iterator[None]:
     """Turns the failure of a write into one line; what was there before is still there."""
     try:
         yield
-    except (OSError, SafetensorError, RuntimeError) as error:
+    except (OSError, SafetensorError) as error:
         raise UserError(
             f"{path}: cannot be written: {one_line(error)}; the files before it are intact: "
             "make room and continue with --resume auto"
@@ -39,7 +39,7 @@ class CheckpointSaver:
         stateful: optimizer, scheduler, ... by name: objects with `state_dict()`.
         settings: the run's resolved settings, as TOML.
         keep_best: how many checkpoints of the best validation losses are kept.
-        metadata: of a checkpoint, by progress and title.
+        metadata: of a checkpoint.
         extra_formats: writes the other layouts of a saved file and returns their paths.
         uploader: is given each written path (a file, or a state's folder).
     """
@@ -53,7 +53,7 @@ class CheckpointSaver:
         stateful: Mapping[str, Any],
         settings: str,
         keep_best: int,
-        metadata: Callable[[Progress, str], Mapping[str, str]],
+        metadata: Callable[[Progress], Mapping[str, str]],
         extra_formats: Callable[[Path], Sequence[Path]],
         uploader: Uploader,
     ) -> None:
@@ -117,8 +117,8 @@ class CheckpointSaver:
                 raise UserError(f"step {progress.step}: {name} is not finite, so nothing was written; lower the rate")
         path = self.files.folder / f"{stem}.safetensors"
         with writing(path):
-            self.trained.save(path, self.dtype, self.metadata(progress, stem))
-            write_text(path.with_suffix(".toml"), self.settings)
+            self.trained.save(path, self.dtype, self.metadata(progress))
+            write_text(self.files.settings(stem), self.settings)
             paths = [path, *self.extra_formats(path)]
         self.written += [written for written in paths if written not in self.written]
         for written in paths:

@@ -233,13 +233,13 @@ def build_trainer(
     model: TrainingModel,
     trained: Trained,
     previewer: Previewer | None,
-    metadata: Callable[[Progress, str], Mapping[str, str]],
+    metadata: Callable[[Progress], Mapping[str, str]],
     extra_formats: Callable[[Path], Sequence[Path]],
 ) -> Trainer:
     """Everything that the loop needs, continued from the run's state where there is one.
 
     Args:
-        metadata: of a checkpoint, by progress and title.
+        metadata: of a checkpoint.
         extra_formats: writes the other layouts of a checkpoint and returns their paths.
     """
     options, accelerator, progress = run.options, run.accelerator, run.progress

@@ -4,6 +4,7 @@ Noise, timesteps, dropout and data order are functions of (seed, step), so no ra
 """
 
 import dataclasses
+import errno
 import glob
 import json
 import os
@@ -111,7 +112,11 @@ def save_state(
     with whole_folder(folder) as temporary:
         save_file(trained, temporary / TRAINED_FILE)
         with atomic_path(temporary / OPTIMIZER_FILE) as path:
-            torch.save({name: part.state_dict() for name, part in stateful.items()}, path)
+            states = {name: part.state_dict() for name, part in stateful.items()}
+            try:
+                torch.save(states, path)
+            except RuntimeError as error:  # what torch makes of a full disk
+                raise OSError(errno.EIO, one_line(error), str(path)) from error
         write_text(temporary / SETTINGS_FILE, settings)
         content = {"version": STATE_VERSION, **dataclasses.asdict(progress)}
         write_text(temporary / PROGRESS_FILE, json.dumps(content, indent=2, allow_nan=False) + "\n")

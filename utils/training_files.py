@@ -16,7 +16,7 @@ from utils.files import read_text
 PROGRESS_FILE = "train_state.json"
 SETTINGS_FILE = "settings.toml"
 STATE_SUFFIX = "-state"
-COMPANIONS = r"(\.[\w-]+)?\.safetensors|\.toml"  # endings of what is written for one checkpoint
+COMPANIONS = r"(\.[\w-]+)?\.safetensors|\.settings\.toml"  # endings of what is written for one checkpoint
 STATE_VERSION = 1
 
 
@@ -41,6 +41,10 @@ class TrainingFiles:
 
     def state(self, stem: str) -> Path:
         return self.folder / f"{stem}{STATE_SUFFIX}"
+
+    def settings(self, stem: str) -> Path:
+        """Not {stem}.toml, which may be the config file that a user keeps beside the results."""
+        return self.folder / f"{stem}.{SETTINGS_FILE}"
 
     @property
     def log(self) -> Path:

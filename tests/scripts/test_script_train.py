@@ -36,8 +36,9 @@ def test_names_of_checkpoints_states_and_settings(world, dit, tmp_path):
         "--save_state",
     )  # fmt: skip
     stems = ["lora", "lora-000001", "lora-step00000004", "lora-step00000008"]
-    expected = {f"{stem}{ending}" for stem in stems for ending in (".safetensors", ".toml", "-state")}
+    expected = {f"{stem}{ending}" for stem in stems for ending in (".safetensors", ".settings.toml", "-state")}
     assert {path.name for path in tmp_path.iterdir()} == expected | {"train_log.jsonl"}
+    assert read_header(tmp_path / "lora-000001.safetensors")[1]["modelspec.title"] == "lora"
 
 
 def test_metadata_and_tensors_of_the_lora(plain):
@@ -51,7 +52,7 @@ def test_metadata_and_tensors_of_the_lora(plain):
 
 def test_the_saved_settings_make_the_same_lora(plain, tmp_path):
     output, lora = plain
-    run_training(["--config_file", output / "lora.toml", "--output_dir", tmp_path])
+    run_training(["--config_file", output / "lora.settings.toml", "--output_dir", tmp_path])
     assert_same(load_file(tmp_path / "lora.safetensors"), lora)
 
 
@@ -158,7 +159,7 @@ def test_a_full_disk_ends_in_one_line_with_the_last_checkpoint_whole(world, dit,
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     monkeypatch.undo()
     good = {path.name for path in tmp_path.iterdir()} - {"train_log.jsonl"}
-    assert good == {f"lora-step00000002{ending}" for ending in (".safetensors", ".toml", "-state")}
+    assert good == {f"lora-step00000002{ending}" for ending in (".safetensors", ".settings.toml", "-state")}
     assert train(world, dit, tmp_path, "--resume", "auto")
 
 

@@ -20,7 +20,7 @@ def test_vram_gb_chooses_what_fits_and_saves_it(world, tiny_models, tmp_path, mo
     assert "settings                               no option" in capsys.readouterr().out
     tight = 4.2 / 1024  # GiB: the weights alone are 4.2 MB in float32
     train(world, tiny_models.dit, tmp_path / "tight", *words, "--vram_gb", tight)
-    saved = (tmp_path / "tight" / "lora.toml").read_text(encoding="utf-8")
+    saved = (tmp_path / "tight" / "lora.settings.toml").read_text(encoding="utf-8")
     assert "fp8_base = true" in saved
     assert "vram_gb =" not in saved
 
