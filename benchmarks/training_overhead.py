@@ -1,9 +1,9 @@
 """What the training loop costs beside the model: wall time of a step of hv_train_network.py against the bare step.
 
-The bare step is forward, backward, clipping and optimizer of the same batches on the same small model, in the same
-process, with the noise drawn beforehand. Both run alternately, so that a busy machine slows both.
+The bare step is forward, backward, clipping and optimizer of a batch of the same small model, with the noise drawn
+beforehand. One of each is run in turn, so that a busy machine slows both.
 
-    python -m benchmarks.training_overhead [--steps 60] [--rounds 5]
+    python -m benchmarks.training_overhead [--steps 100]
 """
 
 import argparse
@@ -13,54 +13,68 @@ import statistics
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
-from tqdm import tqdm
 
 LIMIT = 1.25
+FIRST = 5  # steps that warm up
 
 
-def bare_steps(trainer, steps: int) -> float:
-    """Median seconds of a step that does nothing but learn."""
-    from modules.flow_matching import interpolate, velocity_target, weighted_mse
+class Alternation:
+    """Runs a bare step after each step of the loop and takes the time of both."""
 
-    data = trainer.loader.dataset.dataset
-    batches = [data.batch_of(0, index % len(data)) for index in range(steps)]
-    parameters = list(trainer.trained.tensors.values())
-    optimizer = torch.optim.AdamW(parameters, lr=0.0)
-    seconds = []
-    for batch in batches:
-        latents = trainer.model.latents(batch)
+    def __init__(self) -> None:
+        self.whole: list[float] = []
+        self.bare: list[float] = []
+        self.optimizer: torch.optim.Optimizer | None = None
+        self.started = time.perf_counter()
+
+    def after(self, trainer: Any) -> None:
+        self.whole.append(time.perf_counter() - self.started)
+        data = trainer.loader.dataset.dataset
+        latents = trainer.model.latents(batch := data.batch_of(0, trainer.progress.step % len(data)))
+        parameters = list(trainer.trained.tensors.values())
+        self.optimizer = self.optimizer or torch.optim.AdamW(parameters, lr=0.0)
         noise, sigma = torch.randn_like(latents), torch.rand(len(latents))
         started = time.perf_counter()
-        velocity = trainer.model.velocity(interpolate(latents, noise, sigma), sigma, batch)
+        self.step(trainer.model, batch, latents, noise, sigma, parameters)
+        self.bare.append(time.perf_counter() - started)
+        self.started = time.perf_counter()
+
+    def step(self, model: Any, batch: Any, latents: Any, noise: Any, sigma: Any, parameters: list) -> None:
+        from modules.flow_matching import interpolate, velocity_target, weighted_mse
+
+        velocity = model.velocity(interpolate(latents, noise, sigma), sigma, batch)
         weighted_mse(velocity, velocity_target(latents, noise)).mean().backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        seconds.append(time.perf_counter() - started)
-    return statistics.median(seconds)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
 
 
-def whole_steps(words: list[str]) -> tuple[float, object]:
-    """Median seconds of a step of the script, and its trainer."""
+def measure(words: list[str]) -> Alternation:
+    """Runs the script with a bare step between its steps."""
     import hv_train_network
     from modules import trainer as loop
 
-    kept, train = [], loop.train
-    loop.train = lambda trainer: (kept.append(trainer), train(trainer))
+    alternation, after_step = Alternation(), loop.after_step
+
+    def after(trainer: Any, summary: Any) -> None:
+        after_step(trainer, summary)
+        alternation.after(trainer)
+
+    loop.after_step = after
     try:
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
             hv_train_network.main(words)
     finally:
-        loop.train = train
-    return statistics.median(kept[0].log.seconds), kept[0]
+        loop.after_step = after_step
+    return alternation
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=60, help="steps of each round (default: 60)")
-    parser.add_argument("--rounds", type=int, default=5, help="rounds; the median counts (default: 5)")
+    parser.add_argument("--steps", type=int, default=100, help="steps that are measured (default: 100)")
     options = parser.parse_args()
 
     from tests.training_world import command, write_world
@@ -69,15 +83,10 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         world = write_world(folder / "world", items=8)
-        words = ["--max_train_steps", options.steps, "--learning_rate", 1e-4, "--logging_dir", folder / "logs"]
-        words = command(world, write_tiny_models(folder / "models").dit, folder / "out", *words)
-        ratios = []
-        for _ in tqdm(range(options.rounds), desc="rounds"):
-            whole, trainer = whole_steps(words)
-            bare = bare_steps(trainer, options.steps)
-            ratios.append(whole / bare)
-            print(f"step {1000 * whole:.1f} ms, bare {1000 * bare:.1f} ms, ratio {ratios[-1]:.3f}")
-    print(f"median ratio {statistics.median(ratios):.3f} (at most {LIMIT} is wanted)")
+        words = ["--max_train_steps", options.steps + FIRST, "--learning_rate", 1e-4, "--logging_dir", folder / "logs"]
+        times = measure(command(world, write_tiny_models(folder / "models").dit, folder / "out", *words))
+    whole, bare = (1000 * statistics.median(seconds[FIRST:]) for seconds in (times.whole, times.bare))
+    print(f"step {whole:.1f} ms, bare {bare:.1f} ms, ratio {whole / bare:.3f} (at most {LIMIT} is wanted)")
 
 
 if __name__ == "__main__":
