@@ -6,6 +6,7 @@ forward pass, in reverse during the backward pass. Nothing in the model knows of
 `forward` of the swapped blocks from outside. Apply it before activation checkpointing.
 """
 
+import contextlib
 import math
 import sys
 import weakref
@@ -101,7 +102,11 @@ class _HostBlock:
 
 def _pin(flat: Tensor) -> bool:
     """Pins memory in place. torch's own pinning would round every block up to a power of two."""
-    return int(torch.cuda.cudart().cudaHostRegister(flat.data_ptr(), flat.numel(), 0)) == 0
+    if int(torch.cuda.cudart().cudaHostRegister(flat.data_ptr(), flat.numel(), 0)) == 0:
+        return True
+    with contextlib.suppress(RuntimeError):  # the failure waits in CUDA as an error that the next kernel would raise
+        torch.zeros(1, device="cuda")
+    return False
 
 
 def _unpin(flat: Tensor) -> None:

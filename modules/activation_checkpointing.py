@@ -73,7 +73,7 @@ def _selective_policy(ctx: object, op: Callable, *args: Any, **kwargs: Any) -> C
     if op in MATRIX_PRODUCTS:
         keep = args[MATRIX_PRODUCTS[op]].shape[-1] >= SMALLEST_KEPT_INNER_SIZE
     else:
-        keep = "attention" in str(op) or "attn" in str(op)
+        keep = any(word in str(op) for word in ("attention", "attn", "flash"))
     return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE
 
 
@@ -110,7 +110,11 @@ class _RunAgain(torch.autograd.Function):
         ]
         with torch.enable_grad(), torch.autocast(**ctx.autocast), _with_random_state(ctx.random_state, ctx.device):
             outputs = ctx.run(*inputs)
-        torch.autograd.backward(outputs, gradients)
+        pairs = zip(outputs if isinstance(outputs, tuple) else (outputs,), gradients, strict=True)
+        # Where nothing in the block is trained, an output may depend on nothing that needs a gradient.
+        needed = [(output, gradient) for output, gradient in pairs if output.requires_grad]
+        if needed:
+            torch.autograd.backward(*zip(*needed, strict=True))
         return (
             None,
             None,

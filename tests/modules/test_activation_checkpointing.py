@@ -20,7 +20,11 @@ WAYS: dict[str, Callable[[list[nn.Module]], None]] = {
 
 
 def gradients(
-    way: Callable[[list[nn.Module]], None] | None, dtype: torch.dtype, dropout: float | None, autocast: bool = False
+    way: Callable[[list[nn.Module]], None] | None,
+    dtype: torch.dtype,
+    dropout: float | None,
+    autocast: bool = False,
+    **arguments: str,
 ) -> list[Tensor]:
     torch.manual_seed(0)
     config = HunyuanVideoConfig(
@@ -38,7 +42,7 @@ def gradients(
     for parameter in model.parameters():
         parameter.normal_(std=0.3)
     model.to(dtype)
-    network = create_arch_network(1.0, 4, 4.0, None, None, model, neuron_dropout=dropout)
+    network = create_arch_network(1.0, 4, 4.0, None, None, model, neuron_dropout=dropout, **arguments)
     network.apply_to(None, model, False, True)
     for parameter in network.parameters():
         nn.init.normal_(parameter, std=0.1)
@@ -67,6 +71,16 @@ def test_gradients_are_those_of_plain_autograd(way: str, dtype: torch.dtype, dro
 def test_the_second_run_is_autocast_like_the_first(way: str) -> None:
     expected = gradients(None, torch.float32, None, autocast=True)
     for ours, plain in zip(gradients(WAYS[way], torch.float32, None, autocast=True), expected, strict=True):
+        assert torch.equal(ours, plain)
+
+
+@pytest.mark.parametrize(
+    "patterns", ["['double_blocks.*']", "['(?!.*img_mlp).*']"], ids=["single only", "img_mlp only"]
+)
+@pytest.mark.parametrize("way", WAYS)
+def test_blocks_without_trained_weights(way: str, patterns: str) -> None:
+    expected = gradients(None, torch.float32, None, exclude_patterns=patterns)
+    for ours, plain in zip(gradients(WAYS[way], torch.float32, None, exclude_patterns=patterns), expected, strict=True):
         assert torch.equal(ours, plain)
 
 
