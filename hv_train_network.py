@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING
 
 from modules.timestep_plot import show_timesteps
 from modules.trainer_options import TrainerOptions
-from utils.cli import run_script
+from utils.cli import run_script, unused_options
 from utils.errors import UserError, did_you_mean
 from utils.metadata import checkpoint_metadata
 from utils.option_groups import (
@@ -75,6 +75,16 @@ class Options(TrainerOptions):
             require(self.text, "text_encoder1", "text_encoder2")
             require(self.vae, "vae")
 
+    def ignored(self, validates: bool) -> list[str]:
+        compiled, swapped = self.compile.compile, bool(self.swap.blocks_to_swap)
+        details = [field.name for field in dataclasses.fields(self.compile) if field.name != "compile"]
+        return [
+            *super().ignored(validates),
+            *unused_options(self.compile, dict.fromkeys(details, compiled)),
+            *unused_options(self.swap, {"use_pinned_memory_for_block_swap": swapped}),
+            *unused_options(self.memory, {"block_swap_ring_size": swapped}),
+        ]
+
 
 def main(argv: Sequence[str] | None = None) -> None:
     options = Options.parse(__doc__, argv)
@@ -88,6 +98,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     from modules.network_module import import_network_module
     from modules.trainer import rehearse, train
     from modules.training_setup import build_trainer, close_run, prepare_run
+    from networks.lora_files import write_formats
 
     check_names(options)
     check_files(options)
@@ -113,7 +124,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         trained,
         previewer and previewer(dit),
         lambda progress: metadata(options, run, trained, progress),
-        lambda path: write_extra_formats(path, options.save.save_format),
+        lambda path: write_formats(path, options.save.save_format),
     )
     with trainer.log, trainer.requests:
         with plan.explained("on the largest batch, tried before training"):
@@ -205,6 +216,7 @@ def check_model(options: Options, module: ModuleType, run: "Run") -> int:
     from hunyuan_model.checkpoints import read_dit_config
     from modules.network_module import OWN_MODULES
     from modules.training_state import check_network
+    from networks.lora_files import require_formats
 
     config = read_dit_config(options.dit.dit)
     channels, batch = options.dit.dit_in_channels, run.train_set[0]
@@ -218,8 +230,10 @@ def check_model(options: Options, module: ModuleType, run: "Run") -> int:
         )
     swapped_blocks(options.swap.blocks_to_swap or 0, config.depth_double, config.depth_single, training=True)
     shapes = trained_shapes(options, module, config)
-    if run.state is not None and module.__name__ in OWN_MODULES:
-        check_network(run.state, shapes)
+    if module.__name__ in OWN_MODULES:
+        require_formats(shapes, options.save.save_format)
+        if run.state is not None:
+            check_network(run.state, shapes)
     return sum(map(math.prod, shapes.values()))
 
 
@@ -472,19 +486,6 @@ def metadata(options: Options, run: "Run", trained: "TrainedNetwork", progress: 
         vae_name=options.vae.vae and str(options.vae.vae),
     )
     return checkpoint_metadata(facts, options.metadata, *vars(options).values(), title=options.save.output_name)
-
-
-def write_extra_formats(path: Path, formats: Sequence[str]) -> list[Path]:
-    """Writes the layouts beside `default` as {stem}.{format}.safetensors."""
-    from networks.format_table import FORMATS
-    from networks.formats import read_lora, write_lora
-
-    written = []
-    for name in formats:
-        if name != "default":
-            written.append(path.with_name(f"{path.stem}.{name}.safetensors"))
-            write_lora(read_lora(path), written[-1], FORMATS[name])
-    return written
 
 
 if __name__ == "__main__":

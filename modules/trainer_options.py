@@ -1,6 +1,7 @@
 """The options that every training script has, whatever it trains. Importing this module does not import torch."""
 
 import dataclasses
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,11 +10,12 @@ from typing import Self
 from modules.optimizers import OptimizerOptions
 from modules.schedulers import SchedulerOptions
 from modules.timestep_sampling import TimestepOptions
-from utils.cli import parse_options, settings_toml
+from utils.cli import parse_options, settings_toml, unused_options
 from utils.errors import UserError
 from utils.huggingface_utils import HuggingFaceOptions, download_state
 from utils.metadata import MetadataOptions
 from utils.option_groups import require
+from utils.processes import process_share
 from utils.prompt_files import PREVIEW_DEFAULTS, Request, read_prompt_file, with_valid_size
 from utils.training_files import TrainingFiles, find_state
 from utils.training_options import (
@@ -70,15 +72,31 @@ class TrainerOptions:
         return find_state(str(download_state(self.save.resume, self.hub)), self.files)
 
     def preview_requests(self) -> list[Request]:
-        """The prompts of --sample_prompts, with sizes that the model has."""
-        if self.previews.sample_prompts is None:
-            return []
-        return [with_valid_size(r)[0] for r in read_prompt_file(self.previews.sample_prompts, PREVIEW_DEFAULTS)]
+        """The prompts of --sample_prompts, with sizes that the model has.
 
-    def ignored(self) -> list[str]:
-        """Names of the options that were changed but have no effect."""
-        own_rate = self.optimizer.adapts_own_rate
-        return [*self.timesteps.ignored(), *self.optimizer.ignored(), *self.scheduler.ignored(own_rate)]
+        Raises:
+            UserError: the file is wrong, or asks for what previews cannot do.
+        """
+        path = self.previews.sample_prompts
+        requests = []
+        for number, asked in enumerate(read_prompt_file(path, PREVIEW_DEFAULTS) if path is not None else [], start=1):
+            if asked.image_path is not None or asked.video_path is not None:
+                raise UserError(f"{path}: prompt {number}: previews start from no image or video; take that out")
+            request, warnings = with_valid_size(asked)
+            for warning in warnings if process_share()[0] == 0 else []:
+                print(f"warning: {path}: prompt {number}: {warning}", file=sys.stderr)
+            requests.append(request)
+        return requests
+
+    def ignored(self, validates: bool) -> list[str]:
+        """Names of the options that were changed but have no effect; `validates`: there is a validation set."""
+        return [
+            *self.timesteps.ignored(),
+            *self.optimizer.ignored(),
+            *self.scheduler.ignored(self.optimizer.adapts_own_rate),
+            *self.save.ignored(),
+            *unused_options(self.validation, {"validate_every_n_steps": validates, "keep_best": validates}),
+        ]
 
     def settings(self, seed: int) -> str:
         """All settings as TOML that --config_file takes, with the seed that was drawn; secrets are left out."""

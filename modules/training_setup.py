@@ -166,8 +166,9 @@ class Run:
         ]
         if self.accelerator.is_main_process:
             print_table("training plan", rows)
-            ignored = [f"--{name} has no effect together with the other settings" for name in self.options.ignored()]
-            for note in (*ignored, *self.notes):
+            ignored = self.options.ignored(validates=self.validation_set is not None)
+            unused = [f"--{name} has no effect together with the other settings" for name in ignored]
+            for note in (*unused, *self.notes):
                 print(f"warning: {note}", file=sys.stderr)
 
     def remember_arithmetic(self) -> None:

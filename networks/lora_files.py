@@ -1,13 +1,16 @@
 """LoRA files of the trainer: written in the native format, read from any."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from networks.format_table import NATIVE
-from networks.formats import from_tensors, read_lora, save_lora_file, to_tensors
+from networks.format_table import FORMATS, NATIVE
+from networks.formats import from_tensors, read_lora, save_lora_file, to_tensors, write_lora
+from networks.names import block_template
+from utils.errors import UserError
 
 
 def save_native(
@@ -29,3 +32,33 @@ def load_native(path: str | os.PathLike) -> dict[str, Tensor]:
 def native_tensors(tensors: Mapping[str, Tensor], source: str = "weights") -> dict[str, Tensor]:
     """Tensors with the keys of any format under native keys."""
     return to_tensors(from_tensors(tensors, {}, source), NATIVE)
+
+
+def require_formats(shapes: Mapping[str, Sequence[int]], formats: Sequence[str]) -> None:
+    """Tries to write a network in formats, on one module of each kind.
+
+    Args:
+        shapes: of the network's tensors, by native key.
+
+    Raises:
+        UserError: a format cannot hold it.
+    """
+    modules = {block_template(key.split(".")[0]): key.split(".")[0] for key in reversed(shapes)}.values()
+    tensors = {key: torch.ones(tuple(shape)) for key, shape in shapes.items() if key.split(".")[0] in modules}
+    tensors |= {f"{module}.alpha": torch.ones(()) for module in modules}
+    lora = from_tensors(tensors, {}, "--network_module")
+    for name in formats:
+        try:
+            to_tensors(lora, FORMATS[name])
+        except UserError as error:
+            raise UserError(f"--save_format {name}: {error}") from None
+
+
+def write_formats(path: Path, formats: Sequence[str]) -> list[Path]:
+    """Writes a native file in other formats beside it, as {stem}.{format}.safetensors; returns their paths."""
+    written = []
+    for name in formats:
+        if FORMATS[name] is not NATIVE:
+            written.append(path.with_name(f"{path.stem}.{name}.safetensors"))
+            write_lora(read_lora(path), written[-1], FORMATS[name])
+    return written

@@ -99,7 +99,7 @@ class BlockSwapOptions:
         None, help="blocks of the DiT that wait in host memory and are streamed to the GPU", minimum=0
     )
     use_pinned_memory_for_block_swap: bool = option(
-        False, help="pin the host memory of the swapped blocks: faster, counts as shared GPU memory on Windows"
+        False, help="pin host memory of swapped blocks also on Windows, where it counts as GPU memory; elsewhere always"
     )
     img_in_txt_in_offloading: bool = option(False, help="keep the embedders of image and text in host memory as well")
 

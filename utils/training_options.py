@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from utils.attention_modes import require_attention
-from utils.cli import option
+from utils.cli import option, unused_options
 from utils.errors import UserError
 
 
@@ -199,6 +199,14 @@ class SaveOptions:
             if folder.is_file():
                 raise UserError(f"--output_dir {self.output_dir}: {folder} is a file, a folder is expected")
 
+    def ignored(self) -> list[str]:
+        """The options that were changed but have no effect."""
+        used = {}
+        for unit, every in (("epochs", self.save_every_n_epochs), ("steps", self.save_every_n_steps)):
+            used[f"save_last_n_{unit}"] = every is not None
+            used[f"save_last_n_{unit}_state"] = every is not None and self.save_state
+        return unused_options(self, used)
+
 
 @dataclass(frozen=True, kw_only=True)
 class LogOptions:
@@ -246,6 +254,10 @@ class PreviewOptions:
         wanted = self.sample_every_n_steps or self.sample_every_n_epochs or self.sample_at_first
         if wanted and self.sample_prompts is None:
             raise UserError("--sample_every_n_steps, --sample_every_n_epochs, --sample_at_first: need --sample_prompts")
+        if self.sample_prompts is not None and not wanted:
+            raise UserError(
+                "--sample_prompts: needs --sample_every_n_steps, --sample_every_n_epochs, --sample_at_first"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

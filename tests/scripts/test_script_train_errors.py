@@ -32,6 +32,7 @@ def place(tiny_models, tmp_path_factory):
         "prompts.txt": "a cat --q 3\n",
         "good_prompts.txt": "a cat\n",
         "prompts.md": "a cat\n",
+        "image.txt": f"a cat --i {folder / 'typo.toml'}\n",
         "dataset_typo.toml": "[[datasets]]\nimage_directry = 'x'\n",
         "dataset_uncached.toml": "[[datasets]]\nresolution = [64, 48]\nimage_directory = 'x'\ncache_directory = 'y'\n",
     }
@@ -47,6 +48,7 @@ def place(tiny_models, tmp_path_factory):
     return folder, world
 
 
+MODELS = ["--sample_at_first", "--vae", "{vae}", "--text_encoder1", "{te}", "--text_encoder2", "{te2}"]
 WRONG = {
     "no dit": (["--dit"], "--dit: expected one argument"),
     "missing dit": (["--dit", "{}/absent.pt"], "absent.pt: no such file"),
@@ -104,10 +106,18 @@ WRONG = {
     "two backends": (["--sdpa", "--xformers"], "choose one attention backend"),
     "a backend that is absent": (["--flash_attn"], "flash_attn is not installed; pip install flash-attn"),
     "previews without prompts": (["--sample_at_first"], "need --sample_prompts"),
-    "prompts without models": (["--sample_prompts", "{}/good_prompts.txt"], "not given: --text_encoder1"),
+    "prompts without models": (
+        ["--sample_at_first", "--sample_prompts", "{}/good_prompts.txt"], "not given: --text_encoder1",
+    ),
+    "prompts without a time": (["--sample_prompts", "{}/good_prompts.txt"], "--sample_prompts: needs --sample_every"),
     "bad prompts": (
-        ["--sample_prompts", "{}/prompts.txt", "--vae", "{vae}", "--text_encoder1", "{te}", "--text_encoder2", "{te2}"],
-        "prompts.txt: line 1: unknown option --q",
+        ["--sample_prompts", "{}/prompts.txt", *MODELS], "prompts.txt: line 1: unknown option --q",
+    ),
+    "a preview from an image": (
+        ["--sample_prompts", "{}/image.txt", *MODELS], "image.txt: prompt 1: previews start from no image",
+    ),
+    "a kind that a format has not": (
+        ["--network_module", "networks.lokr", "--save_format", "diffusers"], "diffusers: .* is no plain LoRA",
     ),
     "tensorboard nowhere": (["--log_with", "tensorboard"], "--log_with tensorboard needs --logging_dir"),
     "no steps": (["--max_train_steps", "0"], "0 is too small: the minimum is 1"),

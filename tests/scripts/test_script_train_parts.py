@@ -67,9 +67,13 @@ def test_mistakes_are_found_before_a_model_is_loaded(world, tiny_models, tmp_pat
 
 def test_settings_without_effect_are_named(world, tiny_models, tmp_path, no_model, capsys) -> None:
     words = ["--dry_run", "--timestep_sampling", "uniform", "--discrete_flow_shift", 7, "--lr_warmup_steps", 2]
+    words += ["--keep_best", 2, "--save_last_n_steps", 3, "--compile_mode", "max-autotune", "--block_swap_ring_size", 3]
     train(world, tiny_models.dit, tmp_path, *words, "--optimizer_type", "adafactor", "--lr_scheduler", "cosine")
     warned = [line.split()[1] for line in capsys.readouterr().err.splitlines() if line.startswith("warning: ")]
-    assert warned == ["--discrete_flow_shift", "--learning_rate", "--lr_scheduler", "--lr_warmup_steps"]
+    assert warned == [
+        "--discrete_flow_shift", "--learning_rate", "--lr_scheduler", "--lr_warmup_steps", "--save_last_n_steps",
+        "--keep_best", "--compile_mode", "--block_swap_ring_size",
+    ]  # fmt: skip
 
 
 def test_show_timesteps_needs_nothing_else(capsys) -> None:
