@@ -203,7 +203,7 @@ def test_a_damaged_state_is_one_line(world, dit, state, tmp_path):
     damaged = tmp_path / "lora-state"
     shutil.copytree(state, damaged)
     (damaged / "optimizer.pt").write_bytes((damaged / "optimizer.pt").read_bytes()[:1000])
-    with pytest.raises(UserError, match="lora-state: its optimizer state does not fit"):
+    with pytest.raises(UserError, match=r"optimizer\.pt: is damaged"):
         train(world, dit, tmp_path / "out", "--resume", damaged)
     (damaged / "train_state.json").write_text("{", encoding="utf-8")
     with pytest.raises(UserError, match=r"train_state\.json: is damaged"):
