@@ -10,6 +10,7 @@ from pathlib import Path
 
 from utils.cli import option, parse_options, print_table, run_script
 from utils.errors import UserError
+from utils.files import refuse_overwriting
 
 DTYPE_WORDS = ("float32", "fp32", "float", "float16", "fp16", "bfloat16", "bf16")
 
@@ -35,8 +36,7 @@ class MergeOptions:
         output = self.save_merged_model
         if output.suffix != ".safetensors":
             raise UserError(f"--save_merged_model {output}: a name that ends in .safetensors is expected")
-        if output.exists() and any(output.samefile(path) for path in [self.dit, *self.lora_weight]):
-            raise UserError(f"--save_merged_model {output}: is one of the inputs; give another name")
+        refuse_overwriting("--save_merged_model", output, [self.dit, *self.lora_weight])
 
     @property
     def loras(self) -> list[tuple[Path, float]]:

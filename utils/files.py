@@ -3,7 +3,7 @@
 import contextlib
 import os
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from utils.errors import UserError, one_line
@@ -58,6 +58,18 @@ def require_writable(folder: Path, option: str) -> None:
         trial.unlink()
     except OSError as error:
         raise UserError(f"{option} {folder}: cannot be written to: {error.strerror}") from None
+
+
+def refuse_overwriting(option: str, output: Path, inputs: Iterable[Path]) -> None:
+    """Refuses an output that is one of the inputs, or a file in an input folder.
+
+    Raises:
+        UserError: names the option and the file.
+    """
+    if not output.exists():
+        return
+    if any(output.samefile(path) or path.resolve() in output.resolve().parents for path in inputs):
+        raise UserError(f"{option} {output}: is one of the inputs; give another name")
 
 
 def clean_path(text: str) -> str:

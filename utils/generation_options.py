@@ -10,6 +10,7 @@ from pathlib import Path
 from utils.attention_modes import ATTENTION_MODES, require_attention
 from utils.cli import option, parse_options
 from utils.errors import UserError
+from utils.files import refuse_overwriting
 from utils.option_groups import (
     BlockSwapOptions,
     CompileOptions,
@@ -199,7 +200,7 @@ class GenerationOptions:
 
     def __post_init__(self) -> None:
         if self.lora.save_merged_model is not None:
-            require(self.dit, "dit")
+            self._check_merging()
             return
         require(self.output, "save_path")
         if self.output.save_path.exists() and not self.output.save_path.is_dir():
@@ -214,6 +215,14 @@ class GenerationOptions:
         self._check_sources()
         if self.output.output_type != "latent" or self.prompt.video_path or self.prompt.image_path:
             require(self.vae, "vae")
+
+    def _check_merging(self) -> None:
+        require(self.dit, "dit")
+        output, speed = self.lora.save_merged_model, self.speed
+        refuse_overwriting("--save_merged_model", output, [self.dit.dit, *self.lora.lora_weight])
+        others = {"compare": self.lora.compare, "dry_run": speed.dry_run, "vram_gb": speed.vram_gb is not None}
+        for name in (name for name, given in others.items() if given):
+            raise UserError(f"--save_merged_model writes a model and stops; leave --{name} out")
 
     def _check_sources(self) -> None:
         if not (self.prompt.prompt or self.prompt.from_file or self.prompt.interactive):
@@ -256,19 +265,20 @@ def _plain(value: object) -> object:
     return str(value) if isinstance(value, Path) else value
 
 
-# Options that say where to look and what to write, not what the video is.
-_WHERE = ("device", "save_path", "output_type", "latent_path", "no_metadata")
-_SOURCES = ("prompt", "from_file", "interactive")
+# Options that say where and how to run and what to write, not what the video is.
+_WHERE = ("device", "save_path", "output_type", "latent_path", "no_metadata", "save_merged_model", "interactive")
+_PLAN = ("vram_gb", "dry_run")
+_SOURCES = ("prompt", "from_file", "compare")
 
 
 def page_settings(options: GenerationOptions, seed: int) -> dict[str, object]:
     """What it takes to make a page of --compare again."""
-    return {name: value for name, value in options.settings().items() if name not in _WHERE} | {"seed": seed}
+    return {name: value for name, value in options.settings().items() if name not in _WHERE + _PLAN} | {"seed": seed}
 
 
 def video_settings(options: GenerationOptions, request: Request) -> dict[str, object]:
     """What it takes to make this video again: the options that made it, with the request's own values on top."""
-    settings = {name: value for name, value in options.settings().items() if name not in _WHERE + _SOURCES}
+    settings = {name: value for name, value in options.settings().items() if name not in _WHERE + _PLAN + _SOURCES}
     own = {
         "prompt": request.prompt,
         "negative_prompt": request.negative_prompt,
@@ -299,7 +309,9 @@ def parse_generation_options(description: str, argv: Sequence[str] | None = None
 
     if not path.is_file():
         raise UserError(f"--from_file {path}: no such file")
-    return GenerationOptions(*parse_options(description, *groups, argv=[*_words(read_metadata(path), argv), *argv]))
+    made_by = {field.name for group in groups for field in dataclasses.fields(group)}.difference(_WHERE, _PLAN)
+    settings = {name: value for name, value in read_metadata(path).items() if name in made_by}
+    return GenerationOptions(*parse_options(description, *groups, argv=[*_words(path, settings, argv), *argv]))
 
 
 def _media_source(argv: list[str]) -> Path | None:
@@ -314,8 +326,12 @@ def _media_source(argv: list[str]) -> Path | None:
     return None
 
 
-def _words(settings: Mapping[str, object], argv: Sequence[str]) -> list[str]:
-    """Settings as command-line words, without those that the command line itself gives."""
+def _words(path: Path, settings: Mapping[str, object], argv: Sequence[str]) -> list[str]:
+    """Settings as command-line words, without those that the command line itself gives.
+
+    Raises:
+        UserError: a value would be read as another option.
+    """
     typed = {word.partition("=")[0] for word in argv}
     words: list[str] = []
     for name, value in settings.items():
@@ -324,6 +340,8 @@ def _words(settings: Mapping[str, object], argv: Sequence[str]) -> list[str]:
         if value is True:
             words.append(f"--{name}")
         elif isinstance(value, list):
+            if any(isinstance(item, str) and item.startswith("-") for item in value):
+                raise UserError(f"{path}: its setting {name} = {value} is not what hv_generate_video.py writes")
             words += [f"--{name}", *map(str, value)]
         else:
             words.append(f"--{name}={value}")

@@ -39,7 +39,7 @@ def invocations(tmp_path: Path, models: dict[str, str]) -> list[tuple[list[str],
     file, lora = str(tmp_path / "file"), str(tmp_path / "lora.safetensors")
     paths = [word for name, path in models.items() for word in (f"--{name}", str(path))]
     base = [*paths, "--save_path", str(tmp_path / "out")]
-    cat = [*base, "--prompt", "cat"]
+    cat, merge = [*base, "--prompt", "cat"], ["--save_merged_model", str(tmp_path / "out" / "merged.safetensors")]
     return [
         ([], "--save_path"),
         (base, "nothing to make"),
@@ -82,6 +82,11 @@ def invocations(tmp_path: Path, models: dict[str, str]) -> list[tuple[list[str],
         (["--latent_path", lora, "--save_path", "x"], "required and not given: --vae"),
         ([*base, "--save_merged_model", "merged.pt"], "a name that ends in .safetensors is expected"),
         (["--save_merged_model", "merged.safetensors"], "required and not given: --dit"),
+        (["--dit", lora, "--save_merged_model", lora], "lora.safetensors: is one of the inputs"),
+        (["--dit", str(tmp_path), "--save_merged_model", lora], "lora.safetensors: is one of the inputs"),
+        ([*paths, "--lora_weight", lora, "--save_merged_model", lora], "lora.safetensors: is one of the inputs"),
+        ([*paths, *merge, "--lora_weight", lora, "--compare"], "--save_merged_model writes a model and stops"),
+        ([*paths, *merge, "--vram_gb", "8"], "leave --vram_gb out"),
     ]
 
 
@@ -102,6 +107,35 @@ def test_wrong_invocations_are_one_line_before_anything_is_loaded(tiny_models, t
         assert stderr.count("\n") == 1, stderr
         assert complaint in stderr, (argv, stderr)
     assert not (tmp_path / "out").exists()
+
+
+def test_the_settings_of_a_strangers_file_say_what_to_make_and_nothing_else(tiny_models, tmp_path):
+    import torch
+
+    from utils.errors import UserError
+    from utils.generation_options import parse_generation_options
+    from utils.safetensors_utils import save_file
+
+    dit = str(tiny_models.dit)
+
+    def parsed(settings: dict[str, object]):
+        path = tmp_path / "strange.safetensors"
+        save_file({"latent": torch.zeros(1)}, path, {"settings": json.dumps(settings)})
+        models = [f"--{name}={each}" for name, each in vars(tiny_models).items()]
+        return parse_generation_options("", [*models, "--from_file", str(path), f"--save_path={tmp_path / 'out'}"])
+
+    written = {"prompt": "cat", "video_size": [32, 48], "lora_multiplier": [-0.5], "lora_weight": [dit]}
+    harmful = {
+        "save_merged_model": "x.safetensors",
+        "config_file": "x",
+        "device": "meta",
+        "save_path": "x",
+        "help": True,
+    }
+    assert parsed(written | harmful) == parsed(written)
+    assert parsed(written).lora.lora_multiplier == [-0.5]
+    with pytest.raises(UserError, match=r"strange\.safetensors: its setting lora_weight"):
+        parsed({"prompt": "cat", "lora_weight": [dit, "--save_path=x"]})
 
 
 @pytest.mark.parametrize("option", ["--dit", "--vae", "--text_encoder1", "--lora_weight"])
