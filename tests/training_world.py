@@ -12,7 +12,7 @@ from dataset.cache import Manifest, text_cache_path, write_latent_cache, write_t
 from dataset.config_utils import load_dataset_config
 from dataset.items import Probe, made_from, plan_items
 from utils.safetensors_utils import load_file
-from utils.tiny_models import DitSize
+from utils.tiny_models import DitSize, dit_shapes, random_weights
 
 STAMP = [1000, 0]
 
@@ -68,6 +68,13 @@ def write_world(
     return World(config, cache)
 
 
+def write_small_dit(folder: Path) -> Path:
+    """A DiT with one block of each kind, for tests that only need some DiT."""
+    path = folder / "dit.pt"
+    torch.save({"module": random_weights(dit_shapes(DitSize(double_blocks=1, single_blocks=1)), seed=0)}, path)
+    return path
+
+
 def run_training(words: Sequence[object]) -> None:
     """Runs hv_train_network.py in this process, with one thread as in the subprocesses that it is compared with."""
     import hv_train_network
@@ -114,6 +121,12 @@ def command(world: World, dit: Path, output: Path, *words: object) -> list[str]:
 def log_of(output: Path) -> list[dict]:
     """The lines of train_log.jsonl."""
     return [json.loads(line) for line in (output / "train_log.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+def assert_same_course(first: Path, second: Path) -> None:
+    """Losses and gradients of two runs agree: Adam itself would hide a gradient of another scale."""
+    courses = [[(line["loss"], line["gradient_norm"]) for line in log_of(output)] for output in (first, second)]
+    torch.testing.assert_close(torch.tensor(courses[0]), torch.tensor(courses[1]), rtol=1e-4, atol=0)
 
 
 def assert_same(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> None:

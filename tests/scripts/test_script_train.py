@@ -8,7 +8,15 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from tests.training_world import assert_same, log_of, run_training, train, write_world
+from tests.training_world import (
+    assert_same,
+    assert_same_course,
+    log_of,
+    run_training,
+    train,
+    write_small_dit,
+    write_world,
+)
 from utils.errors import UserError
 from utils.safetensors_utils import load_file, read_header
 
@@ -19,8 +27,8 @@ def world(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def dit(tiny_models):
-    return tiny_models.dit
+def dit(tmp_path_factory):
+    return write_small_dit(tmp_path_factory.mktemp("dit"))
 
 
 @pytest.fixture(scope="module")
@@ -78,10 +86,11 @@ def test_items_of_a_batch_one_by_one_give_the_same_lora(dit, tmp_path):
 def test_accumulated_batches_count_as_one_batch(dit, tmp_path):
     world = write_world(tmp_path / "two", items=2, batch_size=2)
     same = write_world(tmp_path / "one", items=2, batch_size=1)
-    words = ["--max_train_steps", 5, "--learning_rate", 1e-3]
+    words = ["--max_train_steps", 5, "--learning_rate", 1e-4]
     together = train(world, dit, tmp_path / "a", *words)
     apart = train(same, dit, tmp_path / "b", *words, "--gradient_accumulation_steps", 2)
     torch.testing.assert_close(apart, together, rtol=0, atol=1e-5)
+    assert_same_course(tmp_path / "a", tmp_path / "b")
 
 
 def test_dry_run_prints_the_plan_and_the_settings_and_writes_nothing(world, dit, tmp_path, capsys):
@@ -151,7 +160,7 @@ def test_a_full_disk_ends_in_one_line_with_the_last_checkpoint_whole(world, dit,
     import resource
 
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    ask(monkeypatch, {3: lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))})
+    ask(monkeypatch, {3: lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, limits[1]))})
     try:
         with pytest.raises(UserError, match=r"lora-step00000004.safetensors: cannot be written.*--resume auto"):
             train(world, dit, tmp_path, "--save_every_n_steps", 2, "--save_state")

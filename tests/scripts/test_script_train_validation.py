@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tests.training_world import assert_same, log_of, train, write_world
+from tests.training_world import assert_same, log_of, train, write_small_dit, write_world
 from utils.safetensors_utils import load_file, read_header
 from utils.tiny_models import DitSize, dit_shapes, random_weights
 
@@ -13,31 +13,36 @@ def world(tmp_path_factory):
     return write_world(tmp_path_factory.mktemp("world"), items=6)
 
 
+@pytest.fixture(scope="module")
+def dit(tmp_path_factory):
+    return write_small_dit(tmp_path_factory.mktemp("dit"))
+
+
 def validations(output, name="validation_loss"):
     return [(line["step"], line[name]) for line in log_of(output) if name in line]
 
 
-def test_nothing_changes_where_nothing_is_learned(world, tiny_models, tmp_path):
+def test_nothing_changes_where_nothing_is_learned(world, dit, tmp_path):
     words = ["--validation_split", 0.3, "--validate_every_n_steps", 1, "--learning_rate", 0]
-    train(world, tiny_models.dit, tmp_path, *words)
+    train(world, dit, tmp_path, *words)
     ((step, base),) = validations(tmp_path, "base_validation_loss")
     assert step == 0 and validations(tmp_path) == [(number, base) for number in (1, 2, 3, 4)]
 
 
-def test_held_out_items_are_not_trained_and_validation_changes_nothing(world, tiny_models, tmp_path):
+def test_held_out_items_are_not_trained_and_validation_changes_nothing(world, dit, tmp_path):
     words = ["--validation_split", 0.3, "--max_train_epochs", 2, "--network_dropout", 0.2]
-    often = train(world, tiny_models.dit, tmp_path / "often", *words, "--validate_every_n_steps", 1)
-    seldom = train(world, tiny_models.dit, tmp_path / "seldom", *words)
+    often = train(world, dit, tmp_path / "often", *words, "--validate_every_n_steps", 1)
+    seldom = train(world, dit, tmp_path / "seldom", *words)
     assert_same(often, seldom)
     assert [step for step, _ in validations(tmp_path / "seldom")] == [4, 8]
     assert log_of(tmp_path / "often")[-2]["step"] == 8
 
 
-def test_best_checkpoints_are_kept_also_over_a_resume(world, tiny_models, tmp_path):
+def test_best_checkpoints_are_kept_also_over_a_resume(world, dit, tmp_path):
     """The learning rate is so high that early steps are the best."""
     words = ["--validation_split", 0.3, "--validate_every_n_steps", 1, "--keep_best", 2, "--learning_rate", 0.05]
     words += ["--save_every_n_steps", 3, "--save_state", "--max_train_steps", 6]
-    train(world, tiny_models.dit, tmp_path / "a", *words)
+    train(world, dit, tmp_path / "a", *words)
     ranked = sorted(validations(tmp_path / "a"), key=lambda entry: entry[1])[:2]
     best = {path.name for path in (tmp_path / "a").glob("lora-best-*.safetensors")}
     assert best == {f"lora-best-step{step:08d}.safetensors" for step, _ in ranked}
@@ -49,17 +54,17 @@ def test_best_checkpoints_are_kept_also_over_a_resume(world, tiny_models, tmp_pa
     assert metadata["ss_validation_step"] == "6" and int(metadata["ss_validation_best_step"]) == ranked[0][0]
 
     state = tmp_path / "a" / "lora-step00000003-state"
-    train(world, tiny_models.dit, tmp_path / "b", *words, "--resume", state)
+    train(world, dit, tmp_path / "b", *words, "--resume", state)
     assert validations(tmp_path / "b") == [entry for entry in validations(tmp_path / "a") if entry[0] > 3]
 
 
-def test_the_base_line_is_the_model_without_the_network(world, tiny_models, tmp_path):
+def test_the_base_line_is_the_model_without_the_network(world, dit, tmp_path):
     """Also where training starts from weights."""
     words = ["--validation_split", 0.3, "--max_train_steps", 1]
-    train(world, tiny_models.dit, tmp_path / "a", *words, "--learning_rate", 0.05)
+    train(world, dit, tmp_path / "a", *words, "--learning_rate", 0.05)
     weights = tmp_path / "a" / "lora.safetensors"
     assert any(tensor.any() for name, tensor in load_file(weights).items() if "lora_up" in name)
-    train(world, tiny_models.dit, tmp_path / "b", *words, "--network_weights", weights)
+    train(world, dit, tmp_path / "b", *words, "--network_weights", weights)
     assert validations(tmp_path / "b", "base_validation_loss") == validations(tmp_path / "a", "base_validation_loss")
     assert validations(tmp_path / "b") != validations(tmp_path / "b", "base_validation_loss")
 
