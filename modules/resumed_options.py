@@ -70,7 +70,8 @@ def _settings(options: TrainerOptions) -> dict[str, Any]:
 
 def _flat(sections: Mapping[str, Any]) -> dict[str, Any]:
     """Settings by name; sections are only headings."""
-    return {name: value for section in sections.values() for name, value in section.items()}
+    tables = [section for section in sections.values() if isinstance(section, dict)]
+    return {name: value for table in tables for name, value in table.items()}
 
 
 def _names(options: TrainerOptions) -> list[str]:
