@@ -14,7 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-# A convolution's window, 512 MB in float32, where no chunk size is set; also keeps every index below 2**31.
+# A convolution's window and its piece of the output, each 512 MB in float32, where no chunk size is set; also keeps
+# every index below 2**31.
 WINDOW_ELEMENTS = 2**27
 
 
@@ -118,7 +119,8 @@ class CausalConv3d(nn.Module):
         _, C, f, h, w = clip.shape
         stride, past = self.conv.stride[0], self.conv.kernel_size[0] - 1
         total = (f - 1) // stride + 1
-        step = self.chunk_size or max(1, WINDOW_ELEMENTS // (C * h * w * stride))
+        widest = max(C, self.conv.out_channels)
+        step = self.chunk_size or max(1, WINDOW_ELEMENTS // (widest * h * w * stride))
         for start in reversed(range(0, total, step)):
             stop = min(start + step, total)
             yield slice(start, stop), self.conv(padded(clip, start * stride - past, (stop - 1) * stride + 1))

@@ -7,6 +7,7 @@ import torch
 from diffusers import AutoencoderKLHunyuanVideo
 
 from hunyuan_model.vae import AutoencoderKLCausal3D, VaeConfig
+from hunyuan_model.vae_layers import WINDOW_ELEMENTS, CausalConv3d, Clip
 from hunyuan_model.vae_tiling import blend_weights, overlapping, pixel_spans, run_tiles
 from utils.errors import UserError
 
@@ -123,6 +124,13 @@ def test_chunks_are_exact(vae, chunk_size):
     vae.configure_memory(chunk_size=chunk_size)
     assert difference(vae.encode(pixels).mean, mean) < 1e-5
     assert difference(vae.decode(latents), decoded) < 1e-5
+
+
+@pytest.mark.parametrize("channels", [(3, 128), (128, 3)])
+def test_no_piece_of_a_large_clip_is_larger_than_a_window(channels):
+    with torch.device("meta"):
+        pieces = CausalConv3d(*channels).windows(Clip(torch.empty(1, channels[0], 33, 544, 960)))
+        assert max(piece.numel() for _, piece in pieces) <= WINDOW_ELEMENTS
 
 
 def test_inputs_are_left_as_they_were(vae):
