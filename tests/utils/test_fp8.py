@@ -150,6 +150,26 @@ def test_fast_matmul_is_close_and_differentiable() -> None:
     assert _cosine(x.grad, linear.weight.sum(0).expand(2, 24, 256)) > 0.995
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_fast_matmul_rounds_activations_as_weights_are(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    x = (torch.randn(70, 32) * torch.logspace(-6, 4, 70)[:, None]).to(dtype)
+    x[3] = 0
+    given = {}
+
+    def multiply(tokens: torch.Tensor, weight: torch.Tensor, scale_a: torch.Tensor, **named: object) -> torch.Tensor:
+        given.update(tokens=tokens, scale=scale_a)
+        return torch.zeros(len(tokens), weight.shape[1])
+
+    layer = Fp8Linear.from_linear(nn.Linear(32, 16))
+    layer.fast = True
+    monkeypatch.setattr(torch, "_scaled_mm", multiply)
+    layer(x)
+    tokens, scale = quantize(x)
+    assert torch.equal(given["scale"], scale)
+    assert torch.equal(given["tokens"].float(), tokens.float())
+
+
 def test_fast_matmul_without_support_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     def unsupported(*arguments: object, **named: object) -> None:
         raise RuntimeError("not on this device")
