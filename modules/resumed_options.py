@@ -34,7 +34,7 @@ def continued(options: Options, state: Path | None) -> tuple[Options, list[str]]
     kept = {"optimizer": ["learning_rate", "optimizer_args"]}
     if options.scheduler.lr_scheduler_type:
         kept["scheduler"] = ["lr_scheduler_args"]
-    effects = {name: _KEPT for names in kept.values() for name in names}
+    effects = {name: _KEPT for names in (*kept.values(), ["network_weights", "dim_from_weights"]) for name in names}
     effects["network_args"] = f"{_TAKES_EFFECT}, but for learning rates"
     notes = [
         f"--resume: {name} is {now.get(name, 'unset')} and was {saved.get(name, 'unset')}: "
