@@ -215,6 +215,7 @@ def check_model(options: Options, module: ModuleType, run: "Run") -> int:
     from hunyuan_model.block_swap import swapped_blocks
     from hunyuan_model.checkpoints import read_dit_config
     from modules.network_module import OWN_MODULES
+    from modules.training_model import check_input_channels
     from modules.training_state import check_network
     from networks.lora_files import require_formats
 
@@ -222,6 +223,8 @@ def check_model(options: Options, module: ModuleType, run: "Run") -> int:
     channels, batch = options.dit.dit_in_channels, run.train_set[0]
     if channels is not None and channels != config.in_channels:
         raise UserError(f"--dit_in_channels {channels}: {options.dit.dit} has {config.in_channels}")
+    previews = options.previews.sample_prompts is not None
+    check_input_channels(options.dit.dit, config.in_channels, batch.latents.shape[1], previews)
     dims = (batch.text_states.shape[-1], batch.text_states_2.shape[-1])
     if dims != (config.text_dim, config.text_dim_2):
         raise UserError(

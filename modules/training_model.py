@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from modules.sampler import GUIDANCE_SCALE, TIMESTEP_SCALE
+from utils.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,24 @@ class TrainingModel:
         image = torch.zeros_like(x_t)
         image[:, :, :1] = self.latents(batch)[:, :, :1]
         return torch.cat((x_t, image), dim=1)  # B 2C f h w
+
+
+def check_input_channels(path: Path, channels: int, latent_channels: int, previews: bool) -> None:
+    """Whether a DiT takes what `TrainingModel` gives it: latents, alone or beside those of an image.
+
+    Raises:
+        UserError: the DiT at `path` takes something else, or an image where previews, which have none, are wanted.
+    """
+    doubled = 2 * latent_channels
+    if channels not in (latent_channels, doubled):
+        raise UserError(
+            f"{path}: {channels} input channels; only {latent_channels} (text to video) and {doubled} (latents and an "
+            "image, as in SkyReels-V1-I2V) can be trained"
+        )
+    if channels == doubled and previews:
+        raise UserError(
+            f"--sample_prompts: {path} makes videos of an image, and previews start from no image; leave it out"
+        )
 
 
 class Trained(Protocol):

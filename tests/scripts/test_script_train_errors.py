@@ -11,6 +11,7 @@ from tests.conftest import ROOT
 from tests.training_world import command, run_training, train, write_world
 from utils.errors import UserError
 from utils.safetensors_utils import save_file
+from utils.tiny_models import DitSize, dit_shapes, random_weights
 
 
 @pytest.fixture(scope="module")
@@ -23,6 +24,8 @@ def place(tiny_models, tmp_path_factory):
     (folder / "empty").mkdir()
     write_world(folder / "one", items=1)
     save_file({"x": torch.zeros(1)}, folder / "no_lora.safetensors")
+    for channels in (32, 33):
+        save_file(random_weights(dit_shapes(DitSize(in_channels=channels)), 0), folder / f"dit{channels}.safetensors")
     texts = {
         "typo.toml": "learning_rte = 1e-4\n",
         "choice.toml": 'mixed_precision = "bf61"\n',
@@ -55,6 +58,11 @@ WRONG = {
     "dit is a lora": (["--dit", "{}/lora.safetensors"], "lora.safetensors: a DiT of HunyuanVideo is expected"),
     "dit is a vae": (["--dit", "{vae}"], "a DiT of HunyuanVideo is expected, this is a VAE"),
     "channels": (["--dit_in_channels", "32"], "--dit_in_channels 32: .* has 16"),
+    "an image beside a mask": (["--dit", "{}/dit33.safetensors"], "dit33.safetensors: 33 input channels; only 16"),
+    "previews of an image model": (
+        ["--dit", "{}/dit32.safetensors", "--sample_prompts", "{}/good_prompts.txt", *MODELS],
+        "--sample_prompts: .*dit32.safetensors makes videos of an image",
+    ),
     "unknown option": (["--learning_rte", "1"], "unknown option --learning_rte .*did you mean '--learning_rate'"),
     "config with a typo": (["--config_file", "{}/typo.toml"], "typo.toml: unknown option 'learning_rte' .*learning_r"),
     "config with a wrong choice": (["--config_file", "{}/choice.toml"], "choice.toml: .*'bf61' is not one of"),
