@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 from networks.format_table import FORMATS
 from utils.cli import option, parse_options, print_table, run_script
 from utils.errors import UserError, did_you_mean
+from utils.files import refuse_overwriting
 
 if TYPE_CHECKING:
     from networks.formats import Lora
@@ -119,6 +120,8 @@ class EmaOptions:
 def info(argv: list[str]) -> None:
     """Ranks, alphas, norms and training metadata."""
     files, options = parse_options(__doc__, InputOptions, InfoOptions, argv=argv)
+    if options.png is not None:
+        refuse_overwriting("--png", options.png, files.path)
 
     from networks.formats import read_lora
     from networks.inspection import block_table, draw_norms
@@ -133,6 +136,7 @@ def info(argv: list[str]) -> None:
 def merge(argv: list[str]) -> None:
     """The weighted sum of several LoRAs as one."""
     files, output, options = parse_options(__doc__, InputOptions, OutputOptions, SumOptions, argv=argv)
+    refuse_overwriting("--output_file", output.output_file, files.path)
     given = options.multiplier or [1.0]
     multipliers = given * len(files.path) if len(given) == 1 else given
     if len(multipliers) != len(files.path):
@@ -150,6 +154,7 @@ def merge(argv: list[str]) -> None:
 def resize(argv: list[str]) -> None:
     """Lower ranks by SVD."""
     files, output, options = parse_options(__doc__, InputOptions, OutputOptions, ResizeOptions, argv=argv)
+    refuse_overwriting("--output_file", output.output_file, files.path)
 
     from networks.comparison import worst_difference
     from networks.formats import read_lora
@@ -164,6 +169,7 @@ def resize(argv: list[str]) -> None:
 def extract(argv: list[str]) -> None:
     """The difference of two DiTs as a LoRA."""
     output, options = parse_options(__doc__, OutputOptions, ExtractOptions, argv=argv)
+    refuse_overwriting("--output_file", output.output_file, [options.base, options.tuned])
 
     from networks.extraction import extract_lora
 
@@ -175,6 +181,7 @@ def extract(argv: list[str]) -> None:
 def ema(argv: list[str]) -> None:
     """The moving average of one training's checkpoints."""
     files, output, options = parse_options(__doc__, InputOptions, OutputOptions, EmaOptions, argv=argv)
+    refuse_overwriting("--output_file", output.output_file, files.path)
     if len(files.path) < 2:
         raise UserError("ema: two files or more are expected")
 

@@ -21,8 +21,13 @@ def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
     """Yields a temporary path beside `path`; on success it is flushed to disk and renamed, on failure removed.
 
     The temporary name ends in `.{process id}.partial`: processes never share one, and leftovers are recognisable.
+
+    Raises:
+        UserError: `path` is a folder.
     """
     path = Path(path)
+    if path.is_dir():
+        raise UserError(f"{path}: is a folder, a file name is expected")
     path.parent.mkdir(parents=True, exist_ok=True)
     # Long file names are legal up to 255 bytes; the temporary name must not be longer than the final one allows.
     stem = path.name.encode()[:200].decode(errors="ignore")

@@ -200,6 +200,11 @@ def test_the_command_itself(tmp_path):
         (("merge", "{a}", "{loha}", "--output_file", "{out}"), "only plain LoRAs"),
         (("resize", "{a}", "--energy", "1.5", "--output_file", "{out}"), "too large"),
         (("resize", "{a}", "--rank", "2", "--output_file", "x.pt"), ".safetensors"),
+        (("resize", "{a}", "--output_file", "{a}"), "a.safetensors: is one of the inputs"),
+        (("merge", "{a}", "{b}", "--output_file", "{b}"), "b.safetensors: is one of the inputs"),
+        (("extract", "--base", "{dit}", "--tuned", "{b}", "--output_file", "{b}"), "is one of the inputs"),
+        (("info", "{a}", "--png", "{a}"), "--png"),
+        (("info", "{a}", "--png", "{folder}"), "is a folder, a file name is expected"),
         (("ema", "{a}", "--output_file", "{out}"), "two files or more"),
         (("ema", "{a}", "{b}", "--output_file", "{out}"), "not checkpoints of one training"),
         (("extract", "--base", "{dit}", "--tuned", "{dit}", "--output_file", "{out}"), "no matrix differs"),
@@ -221,7 +226,7 @@ def test_refused(tmp_path, monkeypatch, capsys, words, message):
     }
     save_file(loha, tmp_path / "l")
     files = {"a": tmp_path / "a.safetensors", "b": tmp_path / "b.safetensors", "dit": tmp_path / "dit.safetensors"}
-    files |= {"other": tmp_path / "o", "loha": tmp_path / "l", "out": tmp_path / "out.safetensors"}
+    files |= {"other": tmp_path / "o", "loha": tmp_path / "l", "out": tmp_path / "out.safetensors", "folder": tmp_path}
     before = set(tmp_path.iterdir())
     assert run(monkeypatch, *(word.format(**files) for word in words)) == 2
     error = capsys.readouterr().err.splitlines()[-1]

@@ -33,6 +33,11 @@ def test_a_failure_leaves_the_old_file_and_nothing_else(tmp_path: Path, error: t
     assert list(tmp_path.iterdir()) == [path]
 
 
+def test_a_folder_is_no_file_name(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="is a folder, a file name is expected"):
+        write_text(tmp_path, "x")
+
+
 def test_a_killed_process_leaves_the_old_file(tmp_path: Path) -> None:
     path = tmp_path / "a.txt"
     path.write_text("old")
