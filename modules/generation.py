@@ -19,7 +19,7 @@ from tqdm import tqdm
 from modules.outputs import Job, OutputFolder, load_latents
 from modules.sampler import Conditioning, NonFiniteError, sample_latents
 from modules.step_cache import StepCache
-from utils.device_utils import release_memory
+from utils.device_utils import is_out_of_memory, release_memory
 from utils.errors import UserError, one_line
 from utils.prompt_files import Request
 
@@ -136,7 +136,9 @@ class Generator:
         try:
             action(job)
         except Exception as error:
-            if not isinstance(error, UserError):
+            if is_out_of_memory(error):
+                error = UserError("out of memory; use a smaller size, fewer frames or smaller tiles of the VAE")
+            if not isinstance(error, (UserError, OSError)):
                 traceback.print_exc()
             self.failures[job.stem] = one_line(error)
             print(f"failed: {job.stem}: {self.failures[job.stem]}", file=sys.stderr)
@@ -165,11 +167,21 @@ class Generator:
         return encoded
 
     def _encode(self, pixels: Tensor) -> Tensor:
-        """Pixels (3, F, H, W) in 0..1 -> scaled latents (1, C, f, h, w), the mean of the posterior, on the CPU."""
+        """Pixels (3, F, H, W) in 0..1 -> scaled latents (1, C, f, h, w), the mean of the posterior, on the CPU.
+
+        Raises:
+            UserError: out of memory.
+            NonFiniteError: the VAE makes NaN.
+        """
         vae = self.vae.model
         vae.configure_memory(self.chunk_size, self.tile_size)
-        posterior = vae.encode((pixels * 2 - 1)[None].to(self.device, next(vae.parameters()).dtype))
-        return posterior.mean.float().cpu() * self.scaling_factor
+        cure = "encoding the source: use --vae_chunk_size, --vae_tiling or a smaller size"
+        with explained_out_of_memory(cure):
+            posterior = vae.encode((pixels * 2 - 1)[None].to(self.device, next(vae.parameters()).dtype))
+        latents = posterior.mean.float().cpu() * self.scaling_factor
+        if not torch.isfinite(latents).all():
+            raise NonFiniteError("NaN or infinity in the VAE's encoder: use --vae_dtype float32, or check the VAE file")
+        return latents
 
     def _sample(
         self,
@@ -258,8 +270,3 @@ def explained_out_of_memory(during: str) -> Iterator[None]:
         if is_out_of_memory(error):
             raise UserError(f"out of memory while {during}") from None
         raise
-
-
-def is_out_of_memory(error: Exception) -> bool:
-    """CUDA's out-of-memory error, or what the CPU allocator raises instead."""
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "allocate memory" in str(error)

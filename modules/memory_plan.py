@@ -4,12 +4,16 @@ import contextlib
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 
 from utils.cli import print_table
+from utils.device_utils import is_out_of_memory
 from utils.errors import UserError
 from utils.memory_meter import ModelUsage
+
+T = TypeVar("T")
 
 GIB = 1 << 30
 # CUDA's context, cuBLAS's workspaces and what torch's allocator cannot hand out again.
@@ -168,6 +172,11 @@ def cheapest(
     )
 
 
+def first_fitting(choices: Sequence[T], needed: Callable[[T], int], limit: int | None) -> T:
+    """The first choice that needs at most `limit` bytes, or any number if it is None; the last if none does."""
+    return next((choice for choice in choices if limit is None or needed(choice) <= limit), choices[-1])
+
+
 def leaner(
     current: Settings, ordered: Sequence[Settings], predicted: Callable[[Settings], Prediction]
 ) -> Settings | None:
@@ -220,7 +229,9 @@ class MemoryPlan:
         """
         try:
             yield
-        except torch.OutOfMemoryError:
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
             peak = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
             lean = leaner(self.settings, self.ordered, self.predicted)
             advice = f"try {lean.flags(self.training)}" if lean else "lower resolution, frames or batch size"

@@ -29,6 +29,23 @@ def resolve_device(name: str | None = None) -> torch.device:
     return device
 
 
+# What CUDA and its libraries say in a plain RuntimeError where they get no memory, and torch's allocator of the CPU.
+_OUT_OF_MEMORY = (
+    "CUDA out of memory",
+    "CUDA error: out of memory",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "CUDNN_STATUS_ALLOC_FAILED",
+    "allocate memory",
+)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether a device or the host has no memory left, however a library says so."""
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    return isinstance(error, (RuntimeError, OSError)) and any(words in str(error) for words in _OUT_OF_MEMORY)
+
+
 def dtype_word(dtype: torch.dtype) -> str:
     """`torch.bfloat16` -> `bfloat16`, the word used in file names and cache keys."""
     return str(dtype).removeprefix("torch.")
