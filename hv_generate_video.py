@@ -16,7 +16,6 @@ import dataclasses
 import functools
 import itertools
 import math
-import shlex
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -26,16 +25,15 @@ from utils.cli import print_table, run_script
 from utils.errors import UserError
 from utils.generation_options import (
     GenerationOptions,
+    decode_command,
     drawn_seed,
     page_settings,
     parse_generation_options,
     video_settings,
 )
-from utils.option_groups import DitOptions
 from utils.prompt_files import Request, parse_line
 
-TEXT_TO_VIDEO_CHANNELS, SKYREELS_I2V_CHANNELS = 16, 32
-SKYREELS_TRIGGER = "FPS-24, "  # every caption that SkyReels-V1 was trained on begins with it
+PlanRows = list[tuple[str, object]]  # name, value
 
 if TYPE_CHECKING:
     import torch
@@ -49,23 +47,29 @@ if TYPE_CHECKING:
 
 def main() -> None:
     options = parse_generation_options(__doc__)
-    if options.dit.dit is not None and (options.speed.vram_gb is not None or options.speed.dry_run):
-        check_model_files(options)
-        options = plan_memory(options)
-    if options.speed.dry_run:
-        return
     if options.lora.save_merged_model is not None:
         save_merged_model(options)
     elif options.output.latent_path:
         decode_saved(options)
-    elif options.lora.compare:
-        compare(options, options.prompt.requests())
+    else:
+        generate(options)
+
+
+def generate(options: GenerationOptions) -> None:
+    """Makes what the prompts ask for, or says what memory that needs."""
+    requests, typed = options.prompt.requests(), options
+    if options.speed.plans:
+        options = plan_memory(options, requests)
+    if options.speed.dry_run:
+        return
+    if options.lora.compare:
+        compare(options, requests)
     elif options.prompt.interactive:
         interact(options)
     elif options.prompt.from_file is not None:
-        generate_file(options, options.prompt.requests())
+        generate_file(options, requests, surroundings(typed))
     else:
-        generate_one(options, options.prompt.requests()[0])
+        generate_one(options, requests[0])
 
 
 def generate_one(options: GenerationOptions, request: Request) -> None:
@@ -75,14 +79,18 @@ def generate_one(options: GenerationOptions, request: Request) -> None:
     report(generator, [job])
 
 
-def generate_file(options: GenerationOptions, requests: Sequence[Request]) -> None:
-    """The lines of a prompt file that are not finished; under `accelerate launch` every process takes its share."""
+def generate_file(options: GenerationOptions, requests: Sequence[Request], origin: Sequence[object]) -> None:
+    """The lines of a prompt file that are not finished; under `accelerate launch` every process takes its share.
+
+    Args:
+        origin: the `surroundings` of the options as they were typed, before --vram_gb chose others.
+    """
     from modules.outputs import OutputFolder, run_keys
     from utils.processes import process_share
 
     outputs = OutputFolder(options.output.save_path, options.output.output_type)
     rank, world = process_share()
-    keyed = list(enumerate(zip(requests, run_keys(requests, surroundings(options)), strict=True)))[rank::world]
+    keyed = list(enumerate(zip(requests, run_keys(requests, origin), strict=True)))[rank::world]
     pending = [(index, request, key) for index, (request, key) in keyed if not outputs.is_finished(key)]
     if len(pending) < len(keyed):
         print(f"{len(keyed) - len(pending)} of {len(keyed)} prompts are finished and skipped")
@@ -120,6 +128,7 @@ def _next_line() -> str:
 
 def compare(options: GenerationOptions, requests: Sequence[Request]) -> None:
     """--compare: every LoRA file at every multiplier for every prompt, with one seed and one load of the DiT."""
+    from hunyuan_model.variants import conditioned
     from modules.compare import ComparisonOutput, Page, Row
     from modules.outputs import Job, time_stamp
     from networks.live import LiveLoras
@@ -161,18 +170,26 @@ def compare(options: GenerationOptions, requests: Sequence[Request]) -> None:
 
 def decode_saved(options: GenerationOptions) -> None:
     """--latent_path: only the VAE is loaded."""
-    from modules.outputs import Job, load_latents, stem, time_stamp
+    from hunyuan_model.checkpoints import read_vae_config
+    from modules.outputs import decoding_job, load_latents
 
-    saved = [load_latents(path) for path in options.output.latent_path]
-    generator, jobs = build_generator(options), []
-    for index, (path, (latents, settings)) in enumerate(zip(options.output.latent_path, saved, strict=True)):
-        request = Request(fps=options.prompt.fps or int(settings.get("fps", 0)) or Request.fps)
-        name = f"{stem(time_stamp(), index, settings.get('seed'))}_{path.stem.removesuffix('_latent')}"
-        job = Job(request, name, None if options.output.no_metadata or not settings else settings)
-        generator.attempt(
-            job, lambda job, latents=latents: generator.outputs.save_pixels(job, generator.decode(latents))
-        )
-        jobs.append(job)
+    channels, output = read_vae_config(options.vae.vae).latent_channels, options.output
+    jobs, latents_of = [], {}
+    for index, path in enumerate(output.latent_path):
+        latents, settings = load_latents(path)
+        if latents.shape[1] != channels:
+            raise UserError(f"{path}: latents with {latents.shape[1]} channels, this VAE has {channels}")
+        jobs.append(decoding_job(path, settings, index, options.prompt.fps, not output.no_metadata))
+        latents_of[jobs[-1].stem] = latents
+    if options.speed.plans:
+        largest = max((latents.shape for latents in latents_of.values()), key=math.prod)
+        options, rows = plan_decoding(options, largest)
+        print_plan(largest, rows)
+    if options.speed.dry_run:
+        return
+    generator = build_generator(options)
+    for job in jobs:
+        generator.attempt(job, lambda job: generator.outputs.save_pixels(job, generator.decode(latents_of[job.stem])))
     report(generator, jobs)
 
 
@@ -199,7 +216,9 @@ def save_merged_model(options: GenerationOptions) -> None:
 
 def build_generator(options: GenerationOptions, keep_loaded: bool = False) -> "Generator":
     """The models, none of them loaded yet, and everything that the options say about using them."""
-    from hunyuan_model.checkpoints import load_text_encoder_1, load_text_encoder_2, load_vae
+    from dataset.source_pixels import source_pixels
+    from hunyuan_model.attention import verify_attention
+    from hunyuan_model.checkpoints import load_text_encoder_1, load_text_encoder_2, load_vae, read_dit_config
     from hunyuan_model.vae import SCALING_FACTOR
     from modules.generation import Generator, LazyModel
     from modules.outputs import OutputFolder
@@ -210,6 +229,10 @@ def build_generator(options: GenerationOptions, keep_loaded: bool = False) -> "G
     device = own_device(options.device.device)
     text, vae_dtype = options.text, default_dtype(options.vae.vae_dtype, device)
     text_dtype = default_dtype(text.text_encoder_dtype, device)
+    if not options.output.latent_path:
+        dtype = default_dtype(options.dit.dit_dtype, device, on_gpu="bfloat16")
+        head_dim = read_dit_config(options.dit.dit).head_dim
+        verify_attention(options.speed.attn_mode, device, dtype, head_dim, options.speed.split_attn)
     cache = None if options.speed.step_cache is None else StepCache(options.speed.step_cache)
 
     def lazy(load: Callable) -> LazyModel:
@@ -254,120 +277,112 @@ def check_model_files(options: GenerationOptions) -> None:
             raise UserError(f"{path}: no LoRA for HunyuanVideo: none of its keys is known")
 
 
-def plan_memory(options: GenerationOptions) -> GenerationOptions:
-    """Prints what the largest request needs; --vram_gb chooses what the user has not.
+def plan_memory(options: GenerationOptions, requests: Sequence[Request]) -> GenerationOptions:
+    """Prints what the largest request needs in each stage; --vram_gb chooses what the user has not.
 
     Raises:
         UserError: nothing fits.
     """
+    from hunyuan_model.checkpoints import read_dit_config
+    from modules.sampler import latent_shape
+
+    check_model_files(options)
+    channels = read_dit_config(options.dit.dit).out_channels
+    shape = max((latent_shape(request, channels) for request in requests), key=math.prod)
+    options, rows = plan_text(options)
+    in_two = any(request.cfg_scale != 1 for request in requests) and not options.speed.split_uncond
+    for plan in (functools.partial(plan_sampling, in_two=in_two), plan_decoding):
+        options, further = plan(options, shape)
+        rows += further
+    print_plan(shape, rows)
+    return options
+
+
+def print_plan(latent_shape: Sequence[int], rows: PlanRows) -> None:
+    print_table("memory plan, latents " + "x".join(map(str, latent_shape[2:])), rows)
+
+
+def memory_limit(options: GenerationOptions, device: "torch.device") -> int | None:
+    """--vram_gb in bytes, None without it."""
+    from modules.memory_plan import GIB, free_memory
+
+    wanted = options.speed.vram_gb
+    limit = None if wanted is None else int(wanted * GIB) or free_memory(device)
+    if wanted is not None and limit is None:
+        raise UserError(f"--vram_gb 0: {device} does not say how much memory is free; give a number")
+    return limit
+
+
+def plan_text(options: GenerationOptions) -> tuple[GenerationOptions, PlanRows]:
+    from hunyuan_model.memory import text_encoder_1_bytes
+    from modules import memory_plan as planner
+    from utils.processes import own_device
+
+    text, device = options.text, own_device(options.device.device)
+    dtype = default_dtype(text.text_encoder_dtype, device)
+
+    def needed(fp8: bool) -> int:
+        return planner.with_overhead(text_encoder_1_bytes(text.text_encoder1, dtype, fp8))
+
+    fp8 = planner.first_fitting([True] if text.fp8_llm else [False, True], needed, memory_limit(options, device))
+    rows = [
+        ("text encoder 1", "--fp8_llm" if fp8 else "no option"),
+        ("GPU memory of text encoder 1", planner.in_words(needed(fp8))),
+    ]
+    return dataclasses.replace(options, text=dataclasses.replace(text, fp8_llm=fp8)), rows
+
+
+def plan_sampling(options: GenerationOptions, shape: Sequence[int], in_two: bool) -> tuple[GenerationOptions, PlanRows]:
     from hunyuan_model.block_swap import max_blocks_to_swap, swapped_blocks
-    from hunyuan_model.checkpoints import read_dit_config, read_vae_config
-    from hunyuan_model.memory import estimate_decoding, measure_dit
+    from hunyuan_model.checkpoints import read_dit_config
+    from hunyuan_model.memory import measure_dit
     from hunyuan_model.tokenizers import LLM_TOKENS
     from modules import memory_plan as planner
-    from modules.sampler import latent_shape
     from utils.processes import own_device
 
     config, device = read_dit_config(options.dit.dit), own_device(options.device.device)
-    depths, requests = (config.depth_double, config.depth_single), options.prompt.requests()
-    _, channels, f, h, w = max((latent_shape(request, config.out_channels) for request in requests), key=math.prod)
-    in_two = any(request.cfg_scale != 1 for request in requests) and not options.speed.split_uncond
+    depths, swap = (config.depth_double, config.depth_single), options.swap.blocks_to_swap
     dtype = default_dtype(options.dit.dit_dtype, device, on_gpu="bfloat16")
-    vae_dtype = default_dtype(options.vae.vae_dtype, device)
 
     @functools.cache
     def measured(fp8: bool) -> "ModelUsage":
-        return measure_dit(config, (1 + in_two, config.in_channels, f, h, w), LLM_TOKENS, dtype, fp8)
+        return measure_dit(config, (1 + in_two, config.in_channels, *shape[2:]), LLM_TOKENS, dtype, fp8)
 
     def predicted(settings: planner.Settings) -> planner.Prediction:
         return planner.predict(measured(settings.fp8), swapped_blocks(settings.blocks_to_swap, *depths))
 
-    def decoding(tile: int | None) -> int:
-        if options.vae.vae is None:
-            return 0
-        vae = read_vae_config(options.vae.vae)
-        return estimate_decoding(vae, (1, channels, f, h, w), vae_dtype, options.vae.vae_chunk_size, tile)
-
-    settings = planner.Settings(options.speed.fp8, "none", options.swap.blocks_to_swap or 0)
-    tile, wanted = options.vae.tile_size, options.speed.vram_gb
-    if wanted is not None:
-        limit = int(wanted * planner.GIB) or planner.free_memory(device)
-        if limit is None:
-            raise UserError(f"--vram_gb 0: {device} does not say how much memory is free; give a number")
-        swap = options.swap.blocks_to_swap
+    settings, limit = planner.Settings(options.speed.fp8, "none", swap or 0), memory_limit(options, device)
+    if limit is not None:
         ordered = planner.candidates(max_blocks_to_swap(*depths, training=False), settings.fp8, "none", swap)
         settings = planner.cheapest(ordered, limit, predicted, training=False)
-        tiles = [tile] if tile else [None, 256, 128, 64]
-        tile = next((size for size in tiles if planner.with_overhead(decoding(size)) <= limit), tiles[-1])
-    rows = [("settings", settings.flags(training=False)), *predicted(settings).rows(training=False)]
-    rows += [("VAE tiles", tile or "none"), ("GPU memory of decoding", planner.in_words(decoding(tile)))]
-    print_table(f"memory plan, latents {f}x{h}x{w}", rows)
-    return dataclasses.replace(
+    options = dataclasses.replace(
         options,
         speed=dataclasses.replace(options.speed, fp8=settings.fp8),
-        swap=dataclasses.replace(options.swap, blocks_to_swap=settings.blocks_to_swap or options.swap.blocks_to_swap),
-        vae=dataclasses.replace(options.vae, vae_spatial_tile_sample_min_size=tile),
+        swap=dataclasses.replace(options.swap, blocks_to_swap=settings.blocks_to_swap or swap),
     )
+    return options, [("settings", settings.flags(training=False)), *predicted(settings).rows(training=False)]
 
 
-def conditioned(request: Request, dit: DitOptions) -> Request:
-    """The request as this DiT needs it: with an image and its trigger words, or without an image.
+def plan_decoding(options: GenerationOptions, shape: Sequence[int]) -> tuple[GenerationOptions, PlanRows]:
+    """For latents (1, C, f, h, w)."""
+    from hunyuan_model.checkpoints import read_vae_config
+    from hunyuan_model.memory import estimate_decoding
+    from modules import memory_plan as planner
+    from utils.processes import own_device
 
-    Raises:
-        UserError: request and DiT do not go together.
-    """
-    channels = dit_input_channels(dit.dit)
-    if dit.dit_in_channels not in (None, channels):
-        raise UserError(f"--dit_in_channels {dit.dit_in_channels}: {dit.dit} has {channels}")
-    if channels == SKYREELS_I2V_CHANNELS:
-        if request.image_path is None:
-            raise UserError(f"{dit.dit}: SkyReels-V1-I2V makes videos of an image; give --image_path")
-        prompt = request.prompt.removeprefix(SKYREELS_TRIGGER)
-        return dataclasses.replace(request, prompt=SKYREELS_TRIGGER + prompt)
-    if channels != TEXT_TO_VIDEO_CHANNELS:
-        raise UserError(f"{dit.dit}: {channels} input channels; only 16 (T2V) and 32 (SkyReels-V1-I2V) are supported")
-    if request.image_path is not None:
-        raise UserError(f"--image_path needs SkyReels-V1-I2V (32 input channels), {dit.dit} has {channels}")
-    return request
+    vae, device = options.vae, own_device(options.device.device)
+    if vae.vae is None:
+        return options, []
+    config, dtype = read_vae_config(vae.vae), default_dtype(vae.vae_dtype, device)
 
+    @functools.cache
+    def needed(tile: int | None) -> int:
+        return planner.with_overhead(estimate_decoding(config, tuple(shape), dtype, vae.vae_chunk_size, tile))
 
-@functools.cache
-def dit_input_channels(path: Path) -> int:
-    """From the file's header."""
-    from hunyuan_model.checkpoints import read_dit_config
-
-    return read_dit_config(path).in_channels
-
-
-def source_pixels(request: Request) -> tuple["torch.Tensor | None", "torch.Tensor | None"]:
-    """The video and the image that a request starts from, at its size: (3, F, H, W) and (3, 1, H, W) in 0..1."""
-    import numpy as np
-    import torch
-    from einops import rearrange
-
-    from dataset.media import MediaError, load_image, resize_to_bucket
-    from utils.video_io import read_frames
-
-    def fitted(frames: Sequence[np.ndarray]) -> torch.Tensor:
-        resized = np.stack([resize_to_bucket(frame, (request.width, request.height)) for frame in frames])
-        return rearrange(torch.from_numpy(resized), "F H W C -> C F H W").float() / 255
-
-    video = image = None
-    if request.video_path is not None:
-        frames = read_frames(request.video_path, request.frames)[0].numpy()
-        if len(frames) < request.frames:
-            shorter = (len(frames) - 1) // 4 * 4 + 1
-            raise UserError(
-                f"{request.video_path}: {len(frames)} frames, --video_length {request.frames} needs more; "
-                f"the longest is {shorter}"
-            )
-        video = fitted(frames)
-    if request.image_path is not None:
-        try:
-            image = fitted([load_image(Path(request.image_path))])
-        except MediaError as error:
-            raise UserError(f"{request.image_path}: {error}") from None
-    return video, image
+    tiles = [vae.tile_size] if vae.tile_size else [None, 256, 128, 64]
+    tile = planner.first_fitting(tiles, needed, memory_limit(options, device))
+    rows = [("VAE tiles", tile or "none"), ("GPU memory of decoding", planner.in_words(needed(tile)))]
+    return dataclasses.replace(options, vae=dataclasses.replace(vae, vae_spatial_tile_sample_min_size=tile)), rows
 
 
 def default_dtype(word: str | None, device: "torch.device", on_gpu: str = "float16") -> "torch.dtype":
@@ -405,7 +420,6 @@ def load_ready_dit(
     options: GenerationOptions, device: "torch.device", cache: "StepCache | None"
 ) -> "HYVideoDiffusionTransformer":
     """The DiT as it samples: merged, quantised, in place, compiled, with a step cache around its blocks."""
-    from hunyuan_model.attention import verify_attention
     from hunyuan_model.block_swap import enable_block_swap, offload_embedders
     from modules.compilation import compile_blocks
     from modules.step_cache import add_step_cache
@@ -413,7 +427,6 @@ def load_ready_dit(
 
     speed = options.speed
     model = load_merged_dit(options, device, speed.fp8)
-    verify_attention(speed.attn_mode, device, model.dtype, model.config.head_dim, speed.split_attn)
     if speed.fp8_fast:
         use_fp8_matmul(model, device)
     if options.compile.compile:
@@ -428,16 +441,11 @@ def load_ready_dit(
     return model
 
 
-def decode_command(options: GenerationOptions, latents: Path) -> str:
-    """The command that decodes saved latents."""
-    words = ["python", "hv_generate_video.py", "--vae", options.vae.vae, "--latent_path", latents]
-    return shlex.join(map(str, [*words, "--save_path", options.output.save_path]))
-
-
 def new_job(
     options: GenerationOptions, request: Request, index: int, key: str | None = None, sampled: str | None = None
 ) -> "Job":
     """A request with its seed drawn and its files named; `sampled` is the stem of latents that are there already."""
+    from hunyuan_model.variants import conditioned
     from modules.outputs import Job, stem, time_stamp
 
     if sampled is not None:

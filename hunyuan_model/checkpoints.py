@@ -208,19 +208,32 @@ def load_text_encoder_1(
     Raises:
         UserError: not this model, broken, or without a sound tokenizer.
     """
-    from hunyuan_model.text_encoder import LlmTextEncoder, empty_llm, llm_config_from_shapes
+    from hunyuan_model.text_encoder import LlmTextEncoder
     from hunyuan_model.tokenizers import LLM_REPOSITORY, find_tokenizer, llm_tokenizer
 
     file = identify(path)
-    shapes = {f"model.{name}": info.shape for name, info in file.tensors(LLM).items()}
     words = llm_tokenizer(find_tokenizer(path, tokenizer, LLM_REPOSITORY))
-    with _about(path):
-        model = empty_llm(llm_config_from_shapes(shapes, file.checkpoint.config))
-    _check_needed(path, model, {name.removeprefix("model."): shape for name, shape in shapes.items()})
-    if fp8:
-        quantize_linears(model, lambda name: name.startswith("layers."))
+    model = empty_text_encoder_1(file, fp8)
     _Weights(file, parts=lambda name: [file.prefixes[LLM] + name]).fill(model, device, dtype)
     return LlmTextEncoder(model, words, _fingerprint(file, words.fingerprint, fp8))
+
+
+def empty_text_encoder_1(file: ModelFile, fp8: bool) -> nn.Module:
+    """The layers that `load_text_encoder_1` fills, on the meta device.
+
+    Raises:
+        UserError: the file's tensors are not this model's.
+    """
+    from hunyuan_model.text_encoder import empty_llm, llm_config_from_shapes
+
+    shapes = {name: info.shape for name, info in file.tensors(LLM).items()}
+    with _about(file.path):
+        published = {f"model.{name}": shape for name, shape in shapes.items()}
+        model = empty_llm(llm_config_from_shapes(published, file.checkpoint.config))
+    _check_needed(file.path, model, shapes)
+    if fp8:
+        quantize_linears(model, lambda name: name.startswith("layers."))
+    return model
 
 
 def load_text_encoder_2(

@@ -3,15 +3,17 @@
 import dataclasses
 import math
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from torch import nn
 
-from hunyuan_model.checkpoints import is_quantized_in_dit
+from hunyuan_model.checkpoints import empty_text_encoder_1, is_quantized_in_dit
 from hunyuan_model.layers import rotary_frequencies
+from hunyuan_model.model_files import identify
 from hunyuan_model.models import ROPE_THETA, HunyuanVideoConfig, HYVideoDiffusionTransformer
 from hunyuan_model.vae import AutoencoderKLCausal3D, VaeConfig
-from utils.fp8 import Fp8Linear
+from utils.fp8 import FP8, Fp8Linear
 from utils.memory_meter import MemoryMeter, ModelUsage, measure_block, nbytes, without_data
 
 
@@ -89,3 +91,9 @@ def estimate_decoding(
     largest = (B, C, f, min(h, tile // 8), min(w, tile // 8))
     pixels = B * 3 * (4 * f - 3) * h * w * 64 * dtype.itemsize
     return measure_vae(config, largest, dtype, chunk, None) + 2 * pixels
+
+
+def text_encoder_1_bytes(path: Path, dtype: torch.dtype, fp8: bool) -> int:
+    """Bytes of the weights of text encoder 1 once loaded; beside them, its activations hardly count."""
+    weights = empty_text_encoder_1(identify(path), fp8).parameters()
+    return sum(weight.numel() * (FP8.itemsize if weight.dtype == FP8 else dtype.itemsize) for weight in weights)

@@ -155,9 +155,7 @@ def load_latents(path: str | Path) -> tuple[Tensor, dict[str, object]]:
     else:
         metadata = read_header(path)[1]
         latents = load_file(path).get("latent")
-        settings = json.loads(metadata.get("settings", "{}"))
-        if "seeds" in metadata:
-            settings.setdefault("seed", metadata["seeds"])
+        settings = _saved_settings(path, metadata)
     if not isinstance(latents, Tensor):
         raise UserError(f"{path}: holds no saved latents (a tensor with the key 'latent')")
     latents = latents.float() if latents.ndim == 5 else latents.float().unsqueeze(0)
@@ -166,3 +164,32 @@ def load_latents(path: str | Path) -> tuple[Tensor, dict[str, object]]:
     if not torch.isfinite(latents).all():
         raise UserError(f"{path}: these latents hold NaN or infinity; sample them again")
     return latents, settings
+
+
+def _saved_settings(path: Path, metadata: Mapping[str, str]) -> dict[str, object]:
+    try:
+        settings = json.loads(metadata.get("settings", "{}"))
+    except ValueError:
+        settings = None
+    if not isinstance(settings, dict):
+        raise UserError(f"{path}: its metadata 'settings' is no JSON object; decode a copy without metadata")
+    return ({"seed": metadata["seeds"]} if "seeds" in metadata else {}) | settings
+
+
+def decoding_job(path: Path, settings: Mapping[str, object], index: int, fps: int | None, metadata: bool) -> Job:
+    """The job that makes a video of saved latents.
+
+    Args:
+        settings: what the latents carry.
+        index: of the file among all.
+        fps: of the video; None for what the settings say.
+        metadata: whether the video carries the settings.
+
+    Raises:
+        UserError: the settings' frames per second are no whole number.
+    """
+    saved, seed = str(settings.get("fps", Request.fps)), str(settings.get("seed"))
+    if fps is None and (not saved.isdecimal() or int(saved) == 0):
+        raise UserError(f"{path}: its settings say fps {saved}, a whole number is expected; give --fps")
+    name = f"{stem(time_stamp(), index, int(seed) if seed.isdecimal() else None)}_{path.stem.removesuffix('_latent')}"
+    return Job(Request(fps=fps or int(saved)), name, settings if metadata and settings else None)

@@ -2,6 +2,8 @@
 
 import dataclasses
 import random
+import shlex
+import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -149,11 +151,16 @@ class SpeedOptions:
     )
     vram_gb: float | None = option(
         None,
-        help="choose --fp8, --blocks_to_swap and the VAE's tiles so that it fits so many GiB; 0: what is free",
+        help="choose --fp8, --blocks_to_swap, --fp8_llm and the VAE's tiles to fit so many GiB; 0: what is free",
         minimum=0,
     )
     dry_run: bool = option(False, help="print the memory that is needed, and end")
     compile_args: list[str] = option([], help="deprecated: backend, mode, dynamic, fullgraph of --compile in one")
+
+    @property
+    def plans(self) -> bool:
+        """Whether the memory is to be reckoned beforehand."""
+        return self.dry_run or self.vram_gb is not None
 
     def __post_init__(self) -> None:
         require_attention(self.attn_mode)
@@ -346,6 +353,24 @@ def _words(path: Path, settings: Mapping[str, object], argv: Sequence[str]) -> l
         else:
             words.append(f"--{name}={value}")
     return words
+
+
+def decode_command(options: GenerationOptions, latents: Path) -> str:
+    """The command that decodes saved latents as these options would have."""
+    vae, output = options.vae, options.output
+    given = {
+        "vae": vae.vae,
+        "vae_dtype": vae.vae_dtype,
+        "vae_chunk_size": vae.vae_chunk_size,
+        "vae_spatial_tile_sample_min_size": vae.tile_size,
+        "device": options.device.device,
+        "output_type": "images" if output.output_type == "images" else None,
+        "latent_path": latents,
+        "save_path": output.save_path,
+    }
+    words = [word for name, value in given.items() if value is not None for word in (f"--{name}", str(value))]
+    join = subprocess.list2cmdline if sys.platform == "win32" else shlex.join
+    return join(["python", "hv_generate_video.py", *words])
 
 
 def drawn_seed() -> int:

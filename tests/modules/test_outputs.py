@@ -1,9 +1,11 @@
 """Names, keys and saved latents of generation."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
-from modules.outputs import Job, OutputFolder, load_latents, run_keys, stem
+from modules.outputs import Job, OutputFolder, decoding_job, load_latents, run_keys, stem
 from utils.errors import UserError
 from utils.prompt_files import Request
 from utils.safetensors_utils import save_file
@@ -76,3 +78,23 @@ def test_other_files_are_refused_in_one_line(tmp_path, name, content, complaint)
         save_file(content, path)
     with pytest.raises(UserError, match=rf"{name}: .*{complaint}"):
         load_latents(path)
+
+
+@pytest.mark.parametrize("settings", ["{oops", "[1]", "7"])
+def test_settings_that_are_none_are_refused_in_one_line(tmp_path, settings):
+    save_file({"latent": torch.zeros(16, 1, 4, 4)}, tmp_path / "a.safetensors", {"settings": settings})
+    with pytest.raises(UserError, match=r"a\.safetensors: its metadata 'settings' is no JSON object"):
+        load_latents(tmp_path / "a.safetensors")
+
+
+def test_a_decoded_video_has_the_saved_frame_rate_or_the_given_one():
+    path = Path("t_0_3_latent.safetensors")
+    job = decoding_job(path, {"fps": 12, "seed": "3"}, 1, None, metadata=True)
+    assert job.request.fps == 12
+    assert job.stem.endswith("_1_3_t_0_3")
+    assert decoding_job(path, {}, 0, None, metadata=True).request.fps == 24
+    assert decoding_job(path, {"fps": 29.97}, 0, 30, metadata=True).request.fps == 30
+    assert "/" not in decoding_job(path, {"seed": "../1"}, 0, None, metadata=True).stem
+    for fps in (29.97, 0, "fast", None):
+        with pytest.raises(UserError, match=r"t_0_3_latent\.safetensors: its settings say fps .*; give --fps"):
+            decoding_job(path, {"fps": fps}, 0, None, metadata=True)

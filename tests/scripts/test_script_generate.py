@@ -211,15 +211,62 @@ def test_a_failed_decode_keeps_the_latents_and_tells_the_command(generate, monke
         with pytest.raises(
             UserError, match="out of memory; the latents are safe, decode later: python hv_gen"
         ) as error:
-            generate("--prompt=cat", "--seed=1")
+            generate("--prompt=cat", "--seed=1", "--vae_chunk_size=8", "--vae_tiling", "--vae_dtype=float32")
     latents = only(tmp_path / "out", "*")
     assert str(error.value).count(str(latents)) == 1
     command = str(error.value).split("decode later: python hv_generate_video.py ")[1].split()
+    assert {"--vae_chunk_size", "8", "--vae_dtype", "--vae_spatial_tile_sample_min_size", "--device"} <= set(command)
     monkeypatch.setattr(sys, "argv", ["hv_generate_video.py", *command])
     import hv_generate_video
 
     hv_generate_video.main()
     assert frames(only(tmp_path / "out", "*.mp4")).shape == (3, 5, 32, 48)
+
+
+def test_what_the_machine_lacks_is_one_line_for_each_video(generate, monkeypatch, tmp_path, capfd):
+    """Memory for the source, sound numbers from its encoder, space on the disk."""
+    from hunyuan_model.vae import AutoencoderKLCausal3D
+    from utils.errors import UserError
+    from utils.video_io import save_video
+
+    def failing(error):
+        def fail(*_, **__):
+            raise error
+
+        return fail
+
+    save_video(torch.rand(3, 5, 32, 48), tmp_path / "source.mp4", 24)
+    source = ["--prompt=cat", "--video_path", tmp_path / "source.mp4"]
+    full, encode = OSError(28, "No space left on device", "x.safetensors"), AutoencoderKLCausal3D.encode
+    with monkeypatch.context() as patch:
+        patch.setattr(AutoencoderKLCausal3D, "encode", failing(RuntimeError("CUDA error: out of memory")))
+        with pytest.raises(UserError, match=r"out of memory while encoding the source: use --vae_chunk_size"):
+            generate(*source)
+    with monkeypatch.context() as patch:
+        patch.setattr(AutoencoderKLCausal3D, "encode", lambda self, pixels: encode(self, pixels * float("nan")))
+        with pytest.raises(UserError, match=r"NaN or infinity in the VAE's encoder"):
+            generate(*source)
+    for name, error, complaint in (
+        ("save_latents", full, "No space left on device: 'x.safetensors'"),
+        ("save_pixels", torch.OutOfMemoryError("CUDA out of memory"), "out of memory; use a smaller size"),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setattr(f"modules.outputs.OutputFolder.{name}", failing(error))
+            with pytest.raises(UserError, match=f"1 of 1 videos failed: .*{complaint}"):
+                generate("--prompt=cat")
+    assert "Traceback" not in capfd.readouterr().err
+
+
+def test_attention_is_verified_before_a_model_is_loaded(generate, monkeypatch):
+    from utils.errors import UserError
+
+    def wrong(*_):
+        raise UserError("wrong attention")
+
+    monkeypatch.setattr("hunyuan_model.attention.verify_attention", wrong)
+    monkeypatch.setattr("hunyuan_model.checkpoints.load_text_encoder_1", lambda *_: pytest.fail("loaded"))
+    with pytest.raises(UserError, match="wrong attention"):
+        generate("--prompt=cat")
 
 
 def test_a_vae_that_overflows_is_run_in_float32(generate, monkeypatch, capfd):

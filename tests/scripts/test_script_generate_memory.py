@@ -38,3 +38,62 @@ def test_vram_gb_swaps_blocks_and_the_video_stays_the_same(generate, capfd, monk
 def test_what_does_not_fit_ends_before_a_model_is_loaded(generate):
     with pytest.raises(UserError, match=r"nothing fits 102\.4 MiB of GPU memory: even with --fp8 --blocks_to_swap 4"):
         generate("--prompt", "a cat", "--vram_gb", 0.1)
+
+
+def test_dry_run_of_saved_latents_plans_their_decoding(tiny_models, tmp_path, monkeypatch, capfd):
+    import hv_generate_video
+    from utils.safetensors_utils import save_file
+
+    monkeypatch.setattr("hunyuan_model.checkpoints.load_vae", lambda *_: pytest.fail("loaded"))
+    save_file({"latent": torch.zeros(16, 2, 4, 6)}, tmp_path / "a.safetensors")
+    save_file({"latent": torch.zeros(4, 2, 4, 6)}, tmp_path / "b.safetensors")
+    words = [f"--vae={tiny_models.vae}", f"--save_path={tmp_path / 'out'}", "--dry_run", "--device=cpu"]
+    monkeypatch.setattr("sys.argv", ["x", *words, f"--latent_path={tmp_path / 'a.safetensors'}"])
+    hv_generate_video.main()
+    printed = capfd.readouterr().out
+    assert "memory plan, latents 2x4x6" in printed
+    assert "GPU memory of decoding" in printed
+    assert "text encoder" not in printed
+    monkeypatch.setattr("sys.argv", ["x", *words, f"--latent_path={tmp_path / 'b.safetensors'}"])
+    with pytest.raises(UserError, match=r"b\.safetensors: latents with 4 channels, this VAE has 16"):
+        hv_generate_video.main()
+
+
+def test_what_vram_gb_chooses_is_said_once_and_finished_lines_stay_finished(generate, tmp_path, capfd, monkeypatch):
+    from utils.video_io import read_metadata
+
+    monkeypatch.setattr("modules.memory_plan.DEVICE_OVERHEAD", 0)
+    (tmp_path / "prompts.txt").write_text("cat --w 50 --d 1\n")
+    words = ["--from_file", tmp_path / "prompts.txt", "--output_type=latent", "--blocks_to_swap=0"]
+    generate(*words, "--dry_run")
+    needed = float(re.search(r"needed in all +([\d.]+) MiB", capfd.readouterr().out)[1])
+    out = generate(*words, "--vram_gb", (needed - 0.2) / 1024)
+    said = capfd.readouterr()
+    assert re.search(r"settings +--fp8", said.out)
+    assert said.err.count("width 50") == 1
+    (path,) = out.iterdir()
+    assert read_metadata(path)["fp8"] is True
+    assert not {"vram_gb", "dry_run"} & set(read_metadata(path))
+    generate(*words)
+    assert "1 of 1 prompts are finished" in capfd.readouterr().out
+
+
+def test_text_encoder_1_is_planned_as_it_is_loaded(tiny_models):
+    from hunyuan_model.checkpoints import load_text_encoder_1
+    from hunyuan_model.memory import text_encoder_1_bytes
+    from utils.memory_meter import nbytes
+
+    for fp8 in (False, True):
+        loaded = load_text_encoder_1(tiny_models.text_encoder1, "cpu", torch.float16, fp8).model
+        needed = sum(map(nbytes, loaded.parameters()))
+        assert text_encoder_1_bytes(tiny_models.text_encoder1, torch.float16, fp8) == pytest.approx(needed, rel=0.02)
+
+
+def test_vram_gb_takes_fp8_for_text_encoder_1_where_it_does_not_fit_otherwise(generate, monkeypatch, capfd):
+    monkeypatch.setattr("modules.memory_plan.DEVICE_OVERHEAD", 0)
+    monkeypatch.setattr("hunyuan_model.memory.text_encoder_1_bytes", lambda path, dtype, fp8: (15 - 8 * fp8) << 30)
+    chosen = []
+    for limit in (24, 12):
+        generate("--prompt=cat", "--dry_run", "--vram_gb", limit)
+        chosen += re.findall(r"text encoder 1 +(.*)", capfd.readouterr().out)
+    assert chosen == ["no option", "15.75 GiB", "--fp8_llm", "7.35 GiB"]
