@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
+from torch.utils._python_dispatch import _disable_current_modes
 
 from utils.errors import UserError
 
@@ -142,11 +143,13 @@ class BlockSwap:
             return
         upcoming = self._upcoming(index)
         self.current = index
-        for wanted in [index, *upcoming]:
-            if wanted in self.slot_of:
-                self.slot_of[wanted] = self.slot_of.pop(wanted)
-            else:
-                self._copy(wanted, keep={index, *upcoming})
+        # Selective checkpointing expects a block's second run to call what the first called; copies differ.
+        with _disable_current_modes():
+            for wanted in [index, *upcoming]:
+                if wanted in self.slot_of:
+                    self.slot_of[wanted] = self.slot_of.pop(wanted)
+                else:
+                    self._copy(wanted, keep={index, *upcoming})
         if self.arrived:
             torch.cuda.current_stream(self.device).wait_event(self.arrived[self.slot_of[index]])
 

@@ -11,34 +11,20 @@ from hunyuan_model.attention import attention_backend
 from hunyuan_model.block_swap import enable_block_swap, swapped_blocks
 from hunyuan_model.checkpoints import is_quantized_in_dit
 from hunyuan_model.memory import measure_dit
-from hunyuan_model.models import HunyuanVideoConfig, HYVideoDiffusionTransformer
-from modules.activation_checkpointing import checkpoint_activations, recompute_cheap
+from hunyuan_model.models import HYVideoDiffusionTransformer
 from modules.memory_plan import predict
-from networks.lora import create_arch_network
+from tests.small_dit import prepare, random_dit, small_config
 from utils.fp8 import quantize_linears
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")]
 
 DEVICE = torch.device("cuda")
-CONFIG = HunyuanVideoConfig(
-    hidden_size=512,
-    heads=4,
-    mlp_hidden=2048,
-    depth_double=4,
-    depth_single=8,
-    depth_refiner=1,
-    text_dim=64,
-    text_dim_2=64,
-)
+CONFIG = small_config(hidden_size=512, heads=4, mlp_hidden=2048, rope_dims=(16, 56, 56))
 SHAPE = (1, 16, 5, 64, 64)
 
 
 def new_model(dtype: torch.dtype = torch.bfloat16) -> HYVideoDiffusionTransformer:
-    torch.manual_seed(0)
-    dit = HYVideoDiffusionTransformer(CONFIG).requires_grad_(False)
-    for parameter in dit.parameters():
-        parameter.normal_(std=0.05)
-    return dit.to(dtype)
+    return random_dit(CONFIG, std=0.05, dtype=dtype)
 
 
 def inputs(shape: tuple[int, ...], device: torch.device) -> dict[str, Tensor]:
@@ -52,16 +38,6 @@ def inputs(shape: tuple[int, ...], device: torch.device) -> dict[str, Tensor]:
         "guidance": torch.full((shape[0],), 6000.0),
     }
     return {name: value.to(device) for name, value in given.items()}
-
-
-def prepare(dit: HYVideoDiffusionTransformer, checkpointing: str) -> nn.Module:
-    network = create_arch_network(1.0, 8, 8.0, None, None, dit)
-    network.apply_to(None, dit, False, True)
-    if checkpointing == "none":
-        recompute_cheap(dit.blocks)
-    else:
-        checkpoint_activations(dit.blocks, checkpointing)
-    return network
 
 
 def train(dit: HYVideoDiffusionTransformer, checkpointing: str) -> list[Tensor]:

@@ -1,34 +1,23 @@
 """Block swap on = off, bit for bit; on the CPU the same code streams into CPU buffers."""
 
+import functools
+
 import pytest
 import torch
 from torch import Tensor
 
 from hunyuan_model.block_swap import enable_block_swap, max_blocks_to_swap, offload_embedders, swapped_blocks
-from hunyuan_model.models import HunyuanVideoConfig, HYVideoDiffusionTransformer
+from hunyuan_model.models import HYVideoDiffusionTransformer
 from modules.activation_checkpointing import checkpoint_activations
 from networks.lora import create_arch_network
+from tests.small_dit import random_dit, small_config
 from utils.errors import UserError
 
-CONFIG = HunyuanVideoConfig(
-    hidden_size=32,
-    heads=2,
-    mlp_hidden=64,
-    depth_double=4,
-    depth_single=8,
-    depth_refiner=1,
-    text_dim=16,
-    text_dim_2=8,
-    rope_dims=(4, 6, 6),
-)
+CONFIG = small_config(text_dim=16, text_dim_2=8)
 
 
 def new_model(dtype: torch.dtype = torch.float32) -> HYVideoDiffusionTransformer:
-    torch.manual_seed(0)
-    model = HYVideoDiffusionTransformer(CONFIG).requires_grad_(False)
-    for parameter in model.parameters():
-        parameter.normal_(std=0.3)
-    return model.to(dtype)
+    return random_dit(CONFIG, dtype=dtype)
 
 
 def inputs(seed: int) -> dict[str, Tensor]:
@@ -43,10 +32,10 @@ def inputs(seed: int) -> dict[str, Tensor]:
     }
 
 
-def train_and_preview(model: HYVideoDiffusionTransformer, checkpointing: bool) -> list[Tensor]:
+def train_and_preview(model: HYVideoDiffusionTransformer, checkpointing: str | None) -> list[Tensor]:
     """Three rounds of a training step and two previews; everything that came out, gradients included."""
     if checkpointing:
-        checkpoint_activations(model.blocks)
+        checkpoint_activations(model.blocks, checkpointing)
     torch.manual_seed(1)
     network = create_arch_network(1.0, 4, 4.0, None, None, model)
     network.apply_to(None, model, False, True)
@@ -65,13 +54,18 @@ def train_and_preview(model: HYVideoDiffusionTransformer, checkpointing: bool) -
     return seen
 
 
-@pytest.mark.parametrize("checkpointing", [False, True], ids=["kept", "checkpointed"])
+@functools.cache
+def without_swap(checkpointing: str | None) -> list[Tensor]:
+    return train_and_preview(new_model(), checkpointing)
+
+
+@pytest.mark.parametrize("checkpointing", [None, "full", "selective", "offload"])
 @pytest.mark.parametrize("ring_size", [1, 2, 3])
-@pytest.mark.parametrize("count", [1, 3, 6])
-def test_swap_on_is_swap_off(count: int, ring_size: int, checkpointing: bool) -> None:
-    expected = train_and_preview(new_model(), checkpointing)
+@pytest.mark.parametrize(("count", "training"), [(1, True), (4, True), (6, False)])
+def test_swap_on_is_swap_off(count: int, training: bool, ring_size: int, checkpointing: str | None) -> None:
+    expected = without_swap(checkpointing)
     model = new_model()
-    enable_block_swap(model, count, "cpu", ring_size=ring_size)
+    enable_block_swap(model, count, "cpu", ring_size, training)
     for ours, plain in zip(train_and_preview(model, checkpointing), expected, strict=True):
         assert torch.equal(ours, plain)
 
@@ -80,7 +74,7 @@ def test_weights_are_never_written() -> None:
     model, twin = new_model(), new_model()
     swap = enable_block_swap(model, 6, "cpu")
     before = [block.flat.clone() for block in swap.blocks]
-    train_and_preview(model, False)
+    train_and_preview(model, None)
     assert all(torch.equal(block.flat, old) for block, old in zip(swap.blocks, before, strict=True))
     for name, value in twin.state_dict().items():
         assert torch.equal(model.state_dict()[name], value), name
@@ -90,7 +84,7 @@ def test_only_the_ring_holds_swapped_weights() -> None:
     model = new_model(torch.bfloat16)
     swap = enable_block_swap(model, 6, "cpu", ring_size=2)
     assert [len(block.places) for block in swap.blocks] == [10] * 3 + [3] * 7
-    train_and_preview(model, True)
+    train_and_preview(model, "full")
     assert len(swap.ring) == 2
     in_ring = {index for index, block in enumerate(swap.blocks) for p in block.places if _inside(p.parameter, swap)}
     assert in_ring == set(swap.slot_of)

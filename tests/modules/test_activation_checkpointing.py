@@ -7,9 +7,9 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.saved_bytes import inputs, kept_bytes
-from hunyuan_model.models import HunyuanVideoConfig, HYVideoDiffusionTransformer
 from modules.activation_checkpointing import checkpoint_activations, recompute_cheap
 from networks.lora import create_arch_network
+from tests.small_dit import random_dit, small_config
 
 WAYS: dict[str, Callable[[list[nn.Module]], None]] = {
     "cheap": recompute_cheap,
@@ -26,22 +26,7 @@ def gradients(
     autocast: bool = False,
     **arguments: str,
 ) -> list[Tensor]:
-    torch.manual_seed(0)
-    config = HunyuanVideoConfig(
-        hidden_size=32,
-        heads=2,
-        mlp_hidden=64,
-        depth_double=2,
-        depth_single=3,
-        depth_refiner=1,
-        text_dim=64,
-        text_dim_2=64,
-        rope_dims=(4, 6, 6),
-    )
-    model = HYVideoDiffusionTransformer(config).requires_grad_(False)
-    for parameter in model.parameters():
-        parameter.normal_(std=0.3)
-    model.to(dtype)
+    model = random_dit(small_config(depth_double=2, depth_single=3), dtype=dtype)
     network = create_arch_network(1.0, 4, 4.0, None, None, model, neuron_dropout=dropout, **arguments)
     network.apply_to(None, model, False, True)
     for parameter in network.parameters():

@@ -1,5 +1,7 @@
 """The mathematics against hand computation, and against diffusers' flow-matching scheduler."""
 
+import itertools
+
 import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
@@ -50,7 +52,7 @@ def test_shift_by_hand() -> None:
 def test_euler_with_the_true_velocity_arrives() -> None:
     latents, noise = torch.randn(2, 1, 4, 2, 3, 3)
     x, sigmas = noise, sigmas_for_steps(5, 7.0)
-    for sigma, sigma_next in zip(sigmas[:-1], sigmas[1:], strict=True):
+    for sigma, sigma_next in itertools.pairwise(sigmas):
         x = euler_step(x, velocity_target(latents, noise), sigma, sigma_next)
     assert torch.allclose(x, latents, atol=1e-5)
 

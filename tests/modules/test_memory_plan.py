@@ -5,47 +5,24 @@ import itertools
 
 import pytest
 import torch
-from torch import nn
 
 from hunyuan_model.block_swap import enable_block_swap, swapped_blocks
 from hunyuan_model.checkpoints import is_quantized_in_dit
 from hunyuan_model.memory import measure_dit, measure_vae
-from hunyuan_model.models import HunyuanVideoConfig, HYVideoDiffusionTransformer
 from hunyuan_model.vae import AutoencoderKLCausal3D, VaeConfig
-from modules.activation_checkpointing import checkpoint_activations, recompute_cheap
 from modules.memory_plan import GIB, MemoryPlan, Prediction, Settings, candidates, cheapest, leaner, predict
-from networks.lora import create_arch_network
+from tests.small_dit import prepare, random_dit, small_config
 from utils.errors import UserError
 from utils.fp8 import quantize_linears
 from utils.memory_meter import MemoryMeter, ModelUsage, nbytes
 
-CONFIG = HunyuanVideoConfig(
-    hidden_size=128,
-    heads=4,
-    mlp_hidden=512,
-    depth_double=3,
-    depth_single=6,
-    depth_refiner=1,
-    text_dim=64,
-    text_dim_2=64,
-    rope_dims=(4, 14, 14),
-)
+CONFIG = small_config(hidden_size=128, heads=4, mlp_hidden=512, depth_double=3, depth_single=6, rope_dims=(4, 14, 14))
 TEXT_TOKENS = 12
-
-
-def prepare(dit: HYVideoDiffusionTransformer, checkpointing: str) -> nn.Module:
-    network = create_arch_network(1.0, 4, 4.0, None, None, dit)
-    network.apply_to(None, dit, False, True)
-    if checkpointing == "none":
-        recompute_cheap(dit.blocks)
-    else:
-        checkpoint_activations(dit.blocks, checkpointing)
-    return network
 
 
 def really_used(shape: tuple, dtype: torch.dtype, fp8: bool, checkpointing: str | None, swap: int) -> int:
     """Bytes of resident weights and the peak of a step; `checkpointing` None is sampling."""
-    dit = HYVideoDiffusionTransformer(CONFIG).to(dtype).requires_grad_(False)
+    dit = random_dit(CONFIG, dtype=dtype)
     if fp8:
         quantize_linears(dit, is_quantized_in_dit)
     streamed = enable_block_swap(dit, swap, "cpu")
