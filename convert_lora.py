@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from networks.format_table import FORMATS, Format
 from utils.cli import option, parse_options, print_table, run_script
 from utils.errors import UserError
+from utils.files import atomic_path, refuse_overwriting
 
 if TYPE_CHECKING:
     from networks.formats import Lora
@@ -31,7 +32,7 @@ class ConvertOptions:
         help="format to write; default is the native one, other is safe for ComfyUI", choices=[*FORMATS]
     )
     diffusers_prefix: str | None = option(
-        None, help="prefix of the module names instead of the target's, such as diffusion_model"
+        None, help="prefix of the module names instead of the target's, such as diffusion_model, or '' for none"
     )
     rank: int | None = option(None, help="reduce every module to at most this rank by SVD", minimum=1)
     dtype: str | None = option(None, help="dtype of the output; that of the input if unset", choices=DTYPE_WORDS)
@@ -39,8 +40,7 @@ class ConvertOptions:
     allow_partial: bool = option(False, help="leave out keys that belong to no module instead of stopping")
 
     def __post_init__(self) -> None:
-        if self.output.exists() and self.output.samefile(self.input):
-            raise UserError(f"--output {self.output}: is the input itself; give another name")
+        refuse_overwriting("--output", self.output, [self.input])
         if self.output.suffix != ".safetensors":
             raise UserError(f"--output {self.output}: a name that ends in .safetensors is expected")
         if self.diffusers_prefix is not None and self.format.flat:
@@ -51,7 +51,8 @@ class ConvertOptions:
         target = FORMATS[self.target]
         if self.diffusers_prefix is None:
             return target
-        return dataclasses.replace(target, prefix=self.diffusers_prefix.rstrip(".") + ".")
+        prefix = self.diffusers_prefix.rstrip(".")
+        return dataclasses.replace(target, prefix=prefix and f"{prefix}.")
 
 
 def main() -> None:
@@ -67,22 +68,23 @@ def main() -> None:
     if options.rank is not None:
         lora = reduce_rank(lora, options.rank)
     dtype = None if options.dtype is None else DTYPES[options.dtype]
-    tensors = write_lora(lora, options.output, options.format, dtype)
+    with atomic_path(options.output) as temporary:
+        tensors = write_lora(lora, temporary, options.format, dtype)
+        verified = [("verified", verify(lora, temporary, options))] if options.verify else []
     rows = [
         ("input", f"{options.input}: {source.title}"),
         ("output", f"{options.output}: {options.format.title}, {len(lora.modules)} modules, {len(tensors)} keys"),
     ]
     if lora.leftover:
         rows.append(("left out", f"{len(lora.leftover)} keys, such as {lora.leftover[0]}"))
-    if options.verify:
-        rows.append(("verified", verify(lora, options)))
+    rows += verified
     for program, (loaded, total) in coverage(tensors, options.format).items():
         rows.append((program, f"{loaded} of {total} modules will load"))
     print_table("conversion", rows)
 
 
-def verify(lora: "Lora", options: ConvertOptions) -> str:
-    """Compares the written file with what was to be written; a file that differs is removed.
+def verify(lora: "Lora", written: Path, options: ConvertOptions) -> str:
+    """Compares the written file with what was to be written.
 
     Raises:
         UserError: it differs by more than the rounding of its dtype.
@@ -90,18 +92,16 @@ def verify(lora: "Lora", options: ConvertOptions) -> str:
     import torch
 
     from networks.comparison import worst_difference
-    from networks.formats import read_lora
+    from networks.formats import from_tensors
+    from utils.safetensors_utils import load_file, read_header
 
-    try:
-        written = read_lora(options.output)
-        difference, name = worst_difference(lora, written, str(options.output))
-        coarsest = max(torch.finfo(t.dtype).eps for f in written.modules.values() for t in f.tensors().values())
-        # Both factors are rounded, and alpha / rank is folded into one of them.
-        if difference > max(1e-6, 2 * coarsest):
-            raise UserError(f"{options.output}: dW of {name} differs by {difference:.1e} (relative); not written")
-    except UserError:
-        options.output.unlink(missing_ok=True)
-        raise
+    output = str(options.output)
+    again = from_tensors(load_file(written), read_header(written)[1], output, format_=options.format)
+    difference, name = worst_difference(lora, again, output)
+    coarsest = max(torch.finfo(t.dtype).eps for f in again.modules.values() for t in f.tensors().values())
+    # Both factors are rounded, and alpha / rank is folded into one of them.
+    if difference > max(1e-6, 2 * coarsest):
+        raise UserError(f"{output}: dW of {name} differs by {difference:.1e} (relative); not written")
     return f"dW of all {len(lora.modules)} modules is equal: relative difference at most {difference:.1e} ({name})"
 
 

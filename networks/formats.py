@@ -63,10 +63,14 @@ def read_lora(path: str | os.PathLike, allow_partial: bool = False) -> Lora:
 
 
 def from_tensors(
-    tensors: Mapping[str, Tensor], metadata: Mapping[str, str], source: str, allow_partial: bool = False
+    tensors: Mapping[str, Tensor],
+    metadata: Mapping[str, str],
+    source: str,
+    allow_partial: bool = False,
+    format_: Format | None = None,
 ) -> Lora:
-    """The same from tensors; `source` names them in errors."""
-    format_ = detect_format(list(tensors))
+    """The same from tensors; `source` names them in errors, `format_` is recognised from the keys if unset."""
+    format_ = format_ or detect_format(list(tensors))
     if format_ is None:
         raise UserError(f"{source}: no HunyuanVideo LoRA: no key is known, such as {_example(list(tensors))}")
     grouped, leftover = _group(tensors, format_)

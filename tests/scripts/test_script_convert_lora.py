@@ -139,10 +139,22 @@ def test_verify_finds_a_wrong_conversion(tmp_path, monkeypatch, capsys):
 
     save_file(random_file("default", seed=1), tmp_path / "in.safetensors")
     monkeypatch.setattr("networks.formats.fold_alpha", wrong)
+    (tmp_path / "out.safetensors").write_bytes(b"of an earlier run")
+    before = set(tmp_path.iterdir())
     words = ("--input", tmp_path / "in.safetensors", "--output", tmp_path / "out.safetensors", "--target", "other")
     assert run(monkeypatch, *words, "--verify") == 2
-    assert "differs by" in capsys.readouterr().err
-    assert not (tmp_path / "out.safetensors").exists()
+    assert "out.safetensors: dW of " in capsys.readouterr().err
+    assert set(tmp_path.iterdir()) == before
+    assert (tmp_path / "out.safetensors").read_bytes() == b"of an earlier run"
+
+
+@pytest.mark.parametrize(("given", "prefix"), [("", ""), ("foo", "foo."), ("foo.", "foo.")])
+def test_any_prefix_is_verified(tmp_path, monkeypatch, given, prefix):
+    save_file(random_file("default", seed=1, missing=0), tmp_path / "in.safetensors")
+    output = tmp_path / "out.safetensors"
+    words = ("--input", tmp_path / "in.safetensors", "--output", output, "--target", "other")
+    assert run(monkeypatch, *words, "--diffusers_prefix", given, "--verify") == 0
+    assert f"{prefix}double_blocks.7.img_mlp.fc2.lora_A.weight" in load_file(output)
 
 
 def test_rank_by_svd(tmp_path, monkeypatch):
@@ -263,7 +275,7 @@ def test_output_is_input(tmp_path, monkeypatch, capsys):
     save_file(pair(OURS), tmp_path / "in.safetensors")
     path = tmp_path / "in.safetensors"
     assert run(monkeypatch, "--input", path, "--output", path, "--target", "other") == 2
-    assert "is the input itself" in capsys.readouterr().err
+    assert "is one of the inputs" in capsys.readouterr().err
 
 
 def refused(folder, monkeypatch, capsys, name, *words):
