@@ -1,6 +1,8 @@
 """A DiT file and LoRA files into a DiT file, one tensor at a time: what is in memory is a tensor and the LoRAs."""
 
+import json
 import os
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -61,13 +63,37 @@ def merge_files(
     layout |= {_scale_name(name): (torch.float32, ()) for name in scaled}
     if scaled:
         layout[MARKER] = (FP8, (0,))
-    merged = ", ".join(f"{Path(path).name} x {multiplier:g}" for path, multiplier in loras)
-    with streamed_file(output, layout, {"modelspec.merged_from": merged} if merged else None) as write:
+    _warn_of_rounding(dit, dit_path, changes, stored)
+    with streamed_file(output, layout, _metadata(dit, loras)) as write:
         for name in tqdm(dit.shapes, desc="merging", unit="tensor"):
             _write(dit, name, changes, stored[name], device, write)
         if scaled:
             write(MARKER, torch.empty(0, dtype=FP8))
     return reports
+
+
+def _metadata(dit: DitTensors, loras: Sequence[tuple[str | os.PathLike, float]]) -> dict[str, str]:
+    """The source's, with the config that may have lain beside it, without what holds for the old tensors only."""
+    checkpoint = dit.file.checkpoint
+    stale = ("modelspec.hash", "sshs_", "_quantization")
+    metadata = {key: text for key, text in checkpoint.files[0].metadata.items() if not key.startswith(stale)}
+    if checkpoint.config:
+        metadata["config"] = json.dumps(checkpoint.config)
+    if loras:
+        names = [f"{Path(path).name} x {multiplier:g}" for path, multiplier in loras]
+        metadata["modelspec.merged_from"] = ", ".join(names)
+    return metadata
+
+
+def _warn_of_rounding(dit: DitTensors, path: str | os.PathLike, changes: Changes, stored: dict[str, _Stored]) -> None:
+    """A LoRA changes most weights by less than the step of fp8, 1/8 of a weight's power of two."""
+    changed = [name for name in stored if name.endswith(".weight") and _module(name) in changes]
+    if any(dit.dtype(name).itemsize == 1 and stored[name].dtype == FP8 for name in changed):
+        print(
+            f"warning: {path}: is fp8 and stays so, which rounds away most of what a LoRA changes; "
+            "--dtype bfloat16 keeps it",
+            file=sys.stderr,
+        )
 
 
 def _module(name: str) -> str:

@@ -1,5 +1,6 @@
 """merge_lora.py: the file that it streams equals merging in memory, for every layout and fp8 kind."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -12,10 +13,10 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "hunyuan_model"))
 from model_layouts import DIT_LAYOUTS, FP8_LAYOUTS, quantized
 
 import merge_lora
-from hunyuan_model.checkpoints import load_dit
+from hunyuan_model.checkpoints import load_dit, read_dit_config
 from networks.merging import merge_lora_into
 from utils.cli import run_script
-from utils.safetensors_utils import load_file, save_file
+from utils.safetensors_utils import load_file, read_header, save_file
 from utils.tiny_models import DitSize, dit_shapes, random_weights
 
 ROOT = Path(__file__).parent.parent.parent
@@ -117,12 +118,32 @@ def test_two_loras_are_rounded_once(tmp_path, monkeypatch, weights, lora):
         assert (difference > 0).float().mean() < 1e-3 and (name in first or not difference.any())
 
 
+@pytest.mark.parametrize("beside", [False, True])
+def test_config_and_metadata_are_kept(tmp_path, monkeypatch, weights, lora, beside):
+    """The sizes of the rotary embedding are in no tensor's shape."""
+    config = json.dumps({"rope_dims": [8, 12, 12]})
+    metadata = {"modelspec.title": "ours", "modelspec.hash_sha256": "of the old tensors"}
+    dit, merged = tmp_path / "dit.safetensors", tmp_path / "merged" / "dit.safetensors"
+    if beside:
+        dit = tmp_path / "dit.pt"
+        torch.save({"module": weights}, dit)
+        (tmp_path / "config.json").write_text(config)
+    else:
+        save_file(weights, dit, metadata | {"config": config})
+    assert run(monkeypatch, "--dit", dit, "--lora_weight", lora, "--save_merged_model", merged) == 0
+    assert read_dit_config(merged) == read_dit_config(dit)
+    assert read_dit_config(merged).rope_dims == (8, 12, 12)
+    kept = {"modelspec.merged_from": "lora.safetensors x 1", "config": config}
+    assert read_header(merged)[1] == (kept if beside else kept | {"modelspec.title": "ours"})
+
+
 @pytest.mark.parametrize("kind", FP8_LAYOUTS)
-def test_fp8_stays_fp8(tmp_path, monkeypatch, weights, lora, kind):
+def test_fp8_stays_fp8(tmp_path, monkeypatch, capsys, weights, lora, kind):
     stored, scales, meant = quantized(weights, scaled=kind != "plain")
     path = FP8_LAYOUTS[kind](tmp_path, stored, scales)
     merged = tmp_path / "merged.safetensors"
     assert run(monkeypatch, "--dit", path, "--lora_weight", lora, "--save_merged_model", merged) == 0
+    assert "is fp8 and stays so" in capsys.readouterr().err
     before, after = load_dit(path, dtype=torch.float32).state_dict(), load_dit(merged, dtype=torch.float32).state_dict()
     changed = updates(lora)
     for name, tensor in before.items():
