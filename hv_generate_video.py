@@ -324,7 +324,8 @@ def plan_text(options: GenerationOptions) -> tuple[GenerationOptions, PlanRows]:
     def needed(fp8: bool) -> int:
         return planner.with_overhead(text_encoder_1_bytes(text.text_encoder1, dtype, fp8))
 
-    fp8 = planner.first_fitting([True] if text.fp8_llm else [False, True], needed, memory_limit(options, device))
+    choices = [True] if text.fp8_llm else [False, True]
+    fp8 = planner.first_fitting("text encoder 1", choices, needed, memory_limit(options, device))
     rows = [
         ("text encoder 1", "--fp8_llm" if fp8 else "no option"),
         ("GPU memory of text encoder 1", planner.in_words(needed(fp8))),
@@ -380,7 +381,7 @@ def plan_decoding(options: GenerationOptions, shape: Sequence[int]) -> tuple[Gen
         return planner.with_overhead(estimate_decoding(config, tuple(shape), dtype, vae.vae_chunk_size, tile))
 
     tiles = [vae.tile_size] if vae.tile_size else [None, 256, 128, 64]
-    tile = planner.first_fitting(tiles, needed, memory_limit(options, device))
+    tile = planner.first_fitting("decoding", tiles, needed, memory_limit(options, device))
     rows = [("VAE tiles", tile or "none"), ("GPU memory of decoding", planner.in_words(needed(tile)))]
     return dataclasses.replace(options, vae=dataclasses.replace(vae, vae_spatial_tile_sample_min_size=tile)), rows
 

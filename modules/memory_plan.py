@@ -172,9 +172,13 @@ def cheapest(
     )
 
 
-def first_fitting(choices: Sequence[T], needed: Callable[[T], int], limit: int | None) -> T:
-    """The first choice that needs at most `limit` bytes, or any number if it is None; the last if none does."""
-    return next((choice for choice in choices if limit is None or needed(choice) <= limit), choices[-1])
+def first_fitting(work: str, choices: Sequence[T], needed: Callable[[T], int], limit: int | None) -> T:
+    """The first choice that needs at most `limit` bytes (None: no limit); if none does, a warning and the last."""
+    for choice in choices:
+        if limit is None or needed(choice) <= limit:
+            return choice
+    print(f"warning: {work} needs {in_words(needed(choice))}, {in_words(limit)} are there", file=sys.stderr)
+    return choice
 
 
 def leaner(

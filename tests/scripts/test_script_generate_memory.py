@@ -93,7 +93,10 @@ def test_vram_gb_takes_fp8_for_text_encoder_1_where_it_does_not_fit_otherwise(ge
     monkeypatch.setattr("modules.memory_plan.DEVICE_OVERHEAD", 0)
     monkeypatch.setattr("hunyuan_model.memory.text_encoder_1_bytes", lambda path, dtype, fp8: (15 - 8 * fp8) << 30)
     chosen = []
-    for limit in (24, 12):
+    for limit in (24, 12, 6):
         generate("--prompt=cat", "--dry_run", "--vram_gb", limit)
-        chosen += re.findall(r"text encoder 1 +(.*)", capfd.readouterr().out)
-    assert chosen == ["no option", "15.75 GiB", "--fp8_llm", "7.35 GiB"]
+        printed = capfd.readouterr()
+        chosen += re.findall(r"text encoder 1 +(.*)", printed.out)
+        warned = "text encoder 1 needs 7.35 GiB, 6.00 GiB are there" in printed.err
+        assert warned == (limit == 6)
+    assert chosen == ["no option", "15.75 GiB", *["--fp8_llm", "7.35 GiB"] * 2]
