@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from networks.factors import Factors, LoraFactors
-from networks.merging import count_matches, dense_weight, read_changes
+from networks.merging import count_matches, dense_weight, read_changes, require_shape
 
 
 class LiveLoras:
@@ -27,17 +27,28 @@ class LiveLoras:
         """These LoRAs (path, multiplier) of any format instead of the present ones; none: the bare model.
 
         Raises:
-            UserError: a file cannot be read or matches nothing.
+            UserError: a file cannot be read, matches nothing, or is for other shapes; the present ones stay.
         """
-        for hook in self._hooks:
-            hook.remove()
         modules = {name: module for name, module in self._model().named_modules() if hasattr(module, "in_features")}
         changes, files = read_changes(loras, exclude_single_blocks)
-        for report in count_matches([path for path, _ in loras], files, modules):
+        reports = count_matches([path for path, _ in loras], files, modules)
+        changes = {name: own for name, own in changes.items() if name in modules}
+        for name, own in changes.items():
+            for factors, _ in own:
+                require_shape(name, factors, modules[name].out_features, modules[name].in_features)
+        for report in reports:
             report.announce()
+        for hook in self._hooks:
+            hook.remove()
         self._hooks = [
-            modules[name].register_forward_hook(_addition(own)) for name, own in changes.items() if name in modules
+            modules[name].register_forward_hook(_addition([(_beside(modules[name], f), m) for f, m in own]))
+            for name, own in changes.items()
         ]
+
+
+def _beside(module: nn.Module, factors: Factors) -> Factors:
+    """The factors on the device of the module's weight."""
+    return factors.map(lambda tensor: tensor.to(module.weight.device))
 
 
 def _addition(changes: Sequence[tuple[Factors, float]]) -> Callable:
@@ -51,6 +62,7 @@ def _addition(changes: Sequence[tuple[Factors, float]]) -> Callable:
 
 def changed_output(module: nn.Module, x: Tensor, factors: Factors, multiplier: float) -> Tensor:
     """What a LoRA adds to the output of a Linear for x (..., in) -> (..., out)."""
+    # Without effect but where the block of the module is kept in host memory.
     factors = factors.map(lambda tensor: tensor.to(x.device))
     if isinstance(factors, LoraFactors) and factors.dora_scale is None:
         down, up = factors.down.flatten(1).to(x.dtype), factors.up.flatten(1).to(x.dtype)

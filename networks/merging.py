@@ -84,11 +84,7 @@ def change_weight(name: str, weight: Tensor, changes: Sequence[tuple[Factors, fl
     """
     flat = weight.flatten(1)
     for factors, multiplier in changes:
-        if (factors.out_features, factors.in_features) != tuple(flat.shape):
-            raise UserError(
-                f"{name}: the LoRA is for a weight of {factors.out_features} x {factors.in_features}, "
-                f"this DiT has {flat.shape[0]} x {flat.shape[1]}"
-            )
+        require_shape(name, factors, *flat.shape)
         factors = factors.map(lambda tensor: tensor.to(weight.device))
         if factors.rows(0, 1) is None:
             flat.copy_(factors.apply(flat, multiplier))
@@ -98,6 +94,19 @@ def change_weight(name: str, weight: Tensor, changes: Sequence[tuple[Factors, fl
             rows = flat[start : start + count]
             rows.copy_(factors.rows(start, start + count).apply(rows, multiplier))
     return weight
+
+
+def require_shape(name: str, factors: Factors, rows: int, columns: int) -> None:
+    """Whether a LoRA is for the weight (rows, columns) of this name.
+
+    Raises:
+        UserError: it is for another shape.
+    """
+    if (factors.out_features, factors.in_features) != (rows, columns):
+        raise UserError(
+            f"{name}: the LoRA is for a weight of {factors.out_features} x {factors.in_features}, "
+            f"this DiT has {rows} x {columns}"
+        )
 
 
 def count_matches(

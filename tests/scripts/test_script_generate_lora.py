@@ -81,6 +81,23 @@ def test_merged_is_applied(load_sampling_dit, dit_inputs, loras):
     assert torch.equal(model(*dit_inputs), plain)
 
 
+def test_a_live_lora_of_another_width_changes_nothing(load_sampling_dit, dit_inputs, loras, tmp_path):
+    from networks.live import LiveLoras
+    from utils.errors import UserError
+    from utils.safetensors_utils import save_file
+
+    wide = {"lora_down.weight": torch.ones(2, 96), "lora_up.weight": torch.ones(96, 2)}
+    name = "lora_unet_double_blocks_0_img_attn_proj"
+    save_file({f"{name}.{suffix}": tensor for suffix, tensor in wide.items()}, tmp_path / "wide.safetensors")
+    model = load_sampling_dit()
+    live = LiveLoras(model)
+    live.use([(loras[0], 1.0)])
+    before = model(*dit_inputs)
+    with pytest.raises(UserError, match=r"double_blocks.0.img_attn_proj: .* 96 x 96, this DiT has 64 x 64"):
+        live.use([(tmp_path / "wide.safetensors", 1.0)])
+    assert torch.equal(model(*dit_inputs), before)
+
+
 def test_loras_are_merged_before_the_weights_become_fp8(load_sampling_dit, loras):
     from utils.fp8 import Fp8Linear
 
