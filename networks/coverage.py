@@ -4,6 +4,7 @@ import functools
 from collections.abc import Iterable
 
 from hunyuan_model.key_maps import DIT_TO_COMFYUI, DIT_TO_DIFFUSERS
+from hunyuan_model.models import HunyuanVideoConfig
 from networks.factors import SUFFIXES
 from networks.format_table import Format
 from networks.names import block_template, official_part, split_key
@@ -16,6 +17,12 @@ KNOWN_SUFFIXES = {
     "ComfyUI": KOHYA | PEFT | OTHER_KINDS | {"dora_scale", "lora.down.weight", "lora.up.weight"},
     "diffusers": PEFT | {"lora_magnitude_vector"},
     "musubi": KOHYA | OTHER_KINDS,
+}
+# How many blocks the published model has, which is the one that the programs load.
+DEPTHS = {
+    "double_blocks.": HunyuanVideoConfig.depth_double,
+    "single_blocks.": HunyuanVideoConfig.depth_single,
+    "txt_in.individual_token_refiner.blocks.": HunyuanVideoConfig.depth_refiner,
 }
 
 
@@ -58,12 +65,19 @@ def coverage(keys: Iterable[str], format_: Format) -> dict[str, tuple[int, int]]
         module, suffix = split_key(key)
         official, _ = official_part(module, format_)
         per_official.setdefault(official, {}).setdefault(module, set()).add(suffix)
-    return {
-        program: (sum(_loads(program, parts, format_) for parts in per_official.values()), len(per_official))
-        for program in KNOWN_SUFFIXES
-    }
+    there = [parts for official, parts in per_official.items() if _in_model(official)]
+    return {program: (sum(_loads(program, parts) for parts in there), len(per_official)) for program in KNOWN_SUFFIXES}
 
 
-def _loads(program: str, parts: dict[str, set[str]], format_: Format) -> bool:
+def _in_model(official: str) -> bool:
+    """Whether the published model has the block that this module is in."""
+    return all(
+        int(official.removeprefix(prefix).split(".")[0]) < depth
+        for prefix, depth in DEPTHS.items()
+        if official.startswith(prefix)
+    )
+
+
+def _loads(program: str, parts: dict[str, set[str]]) -> bool:
     accepted, suffixes = accepted_modules(program), KNOWN_SUFFIXES[program]
     return all(block_template(module) in accepted and found <= suffixes for module, found in parts.items())

@@ -77,6 +77,22 @@ def test_counts_what_each_program_loads(tmp_path, monkeypatch, capsys, target, e
     assert "dW of all 240 modules is equal" in printed
 
 
+def test_blocks_that_the_model_has_not_are_converted_but_load_nowhere(tmp_path, monkeypatch, capsys):
+    tensors = full_size_names()
+    for module, beyond in (
+        ("double_blocks_0_img_mlp_fc1", "double_blocks_20"),
+        ("single_blocks_0_linear2", "single_blocks_40"),
+    ):
+        tensors |= {
+            key.replace(module[:15], beyond): tensor.clone() for key, tensor in tensors.items() if module in key
+        }
+    save_file(tensors, tmp_path / "in.safetensors")
+    output = tmp_path / "out.safetensors"
+    assert run(monkeypatch, "--input", tmp_path / "in.safetensors", "--output", output, "--target", "other") == 0
+    assert "ComfyUI    240 of 242 modules will load" in capsys.readouterr().out
+    assert "diffusion_model.double_blocks.20.img_mlp.fc1.lora_A.weight" in load_file(output)
+
+
 def test_counts_modules_outside_the_blocks(tmp_path, monkeypatch, capsys):
     """ComfyUI maps neither time_in nor vector_in; diffusers breaks two while it renames; musubi has only blocks."""
     save_file(random_file("default", seed=8, missing=0), tmp_path / "in.safetensors")
