@@ -65,7 +65,7 @@ def with_backward(model: Callable[..., Tensor], given: dict[str, Tensor], latent
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--repeats", type=int, default=6)
     args = parser.parse_args()
     model = new_model(torch.float32).eval()
     twin = diffusers_twin(model)
