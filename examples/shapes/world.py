@@ -8,6 +8,7 @@ writes H.264 clips, PNG and JPEG images, a caption file beside each, and `datase
 import argparse
 import math
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,6 +29,10 @@ COLOURS = {  # RGB
 }
 BACKGROUNDS = {"black": (16, 16, 16), "gray": (128, 128, 128), "white": (240, 240, 240)}
 SHAPES = ("circle", "square", "triangle", "star")
+# What no base model of this world has seen: the thing that the example LoRA learns, with a word of its own.
+CONCEPT = "zorb"
+CONCEPT_COLOURS = ((40, 200, 220), (245, 130, 30))  # a cyan disc with an orange core
+CORE = 0.55  # the core's radius relative to the disc's
 # Step of the centre per clip (right, down) and growth of the radius per clip, both relative to the frame.
 MOTIONS = {
     "moves to the left": (-0.4, 0.0, 1.0),
@@ -42,30 +47,51 @@ SUBPIXEL_BITS = 6  # cv2 draws polygons at 1/64 pixel, so that slow motion is sm
 
 
 @dataclass(frozen=True)
+class Layer:
+    """A shape in one colour; `size` is its radius relative to the thing's."""
+
+    shape: str
+    colour: tuple[int, int, int]
+    size: float = 1.0
+
+
+@dataclass(frozen=True)
 class Scene:
-    """What a clip shows; `offset` moves the path away from the middle, in parts of the frame."""
+    """What a clip shows; `offset` moves the path away from the middle. Lengths are in parts of the frame.
+
+    The concept has no `colour` to choose; `colour` is "" there.
+    """
 
     shape: str
     colour: str
     motion: str
     background: str
-    radius: float = 0.16
+    radius: float = 0.21
     offset: tuple[float, float] = (0.0, 0.0)
 
     @property
     def caption(self) -> str:
-        return f"A {self.colour} {self.shape} {self.motion} on a {self.background} background."
+        thing = " ".join(filter(None, (self.colour, self.shape)))
+        return f"A {thing} {self.motion} on a {self.background} background."
+
+    @property
+    def layers(self) -> list[Layer]:
+        """What is drawn, from back to front."""
+        if self.shape == CONCEPT:
+            disc, core = CONCEPT_COLOURS
+            return [Layer("circle", disc), Layer("circle", core, CORE)]
+        return [Layer(self.shape, COLOURS[self.colour])]
 
 
-def random_scene(generator: random.Random) -> Scene:
-    """One scene, every property drawn evenly."""
+def random_scene(generator: random.Random, concept: bool = False) -> Scene:
+    """One scene of the known world, or of the concept; every property is drawn evenly."""
     return Scene(
-        generator.choice(SHAPES),
-        generator.choice(list(COLOURS)),
+        CONCEPT if concept else generator.choice(SHAPES),
+        "" if concept else generator.choice(list(COLOURS)),
         generator.choice(list(MOTIONS)),
         generator.choice(list(BACKGROUNDS)),
-        generator.uniform(0.14, 0.19),
-        (generator.uniform(-0.08, 0.08), generator.uniform(-0.08, 0.08)),
+        generator.uniform(0.19, 0.24),
+        (generator.uniform(-0.06, 0.06), generator.uniform(-0.06, 0.06)),
     )
 
 
@@ -87,20 +113,41 @@ def outline(shape: str, centre: tuple[float, float], radius: float) -> np.ndarra
 
 def render(scene: Scene, frames: int, height: int, width: int) -> torch.Tensor:
     """Pixels (3, F, H, W) in 0..1 of a scene."""
+    clip = draw(
+        scene.layers,
+        BACKGROUNDS[scene.background],
+        MOTIONS[scene.motion],
+        scene.radius,
+        scene.offset,
+        (frames, height, width),
+    )
+    return torch.from_numpy(clip).permute(3, 0, 1, 2).float() / 255  # F H W C -> C F H W
+
+
+def draw(
+    layers: Sequence[Layer],
+    background: tuple[int, int, int],
+    motion: tuple[float, float, float],
+    radius: float,
+    offset: tuple[float, float],
+    size: tuple[int, int, int],
+) -> np.ndarray:
+    """RGB frames (F, H, W, 3) uint8 of a thing that moves; `motion` as in MOTIONS, the rest as in `Scene`."""
+    frames, height, width = size
     side = min(height, width)
-    step_x, step_y, growth = MOTIONS[scene.motion]
-    clip = np.empty((frames, height, width, 3), np.uint8)
+    step_x, step_y, growth = motion
+    clip = np.full((frames, height, width, 3), background, np.uint8)
     for index in range(frames):
         progress = index / max(frames - 1, 1)
         centre = (
-            width / 2 + side * (scene.offset[0] + step_x * (progress - 0.5)),
-            height / 2 + side * (scene.offset[1] + step_y * (progress - 0.5)),
+            width / 2 + side * (offset[0] + step_x * (progress - 0.5)),
+            height / 2 + side * (offset[1] + step_y * (progress - 0.5)),
         )
-        radius = side * scene.radius * growth ** (progress - 0.5)
-        corners = np.round(outline(scene.shape, centre, radius) * (1 << SUBPIXEL_BITS)).astype(np.int32)
-        clip[index] = BACKGROUNDS[scene.background]
-        cv2.fillPoly(clip[index], [corners], COLOURS[scene.colour], cv2.LINE_AA, SUBPIXEL_BITS)
-    return torch.from_numpy(clip).permute(3, 0, 1, 2).float() / 255  # F H W C -> C F H W
+        grown = side * radius * growth ** (progress - 0.5)
+        for layer in layers:
+            corners = np.round(outline(layer.shape, centre, grown * layer.size) * (1 << SUBPIXEL_BITS))
+            cv2.fillPoly(clip[index], [corners.astype(np.int32)], layer.colour, cv2.LINE_AA, SUBPIXEL_BITS)
+    return clip
 
 
 def write_dataset(
