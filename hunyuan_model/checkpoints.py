@@ -47,7 +47,7 @@ Shapes = Mapping[str, Sequence[int]]
 def load_dit(
     path: str | Path,
     device: Device = "cpu",
-    dtype: torch.dtype = torch.bfloat16,
+    dtype: torch.dtype | Callable[[str], torch.dtype] = torch.bfloat16,
     fp8: bool = False,
     attention: str = "torch",
     split_attention: bool = False,
@@ -57,7 +57,7 @@ def load_dit(
     Args:
         path: file or folder in any published layout.
         device: where the weights go, one by one; "cpu" for a model whose blocks will be swapped.
-        dtype: of all weights that are not fp8.
+        dtype: of all weights that are not fp8, or of each by its official name.
         fp8: keep the linear weights of the blocks, modulation excepted, as float8; those of an fp8 file as they are.
         attention: the backend, a value of --attn_mode.
         split_attention: attend to the items of a batch one after the other.
@@ -305,13 +305,14 @@ class _Weights:
         self.copies = self.file.checkpoint.container == ".pt"  # what is read is a view of the file
         self.map = read_fp8_map(self.file.checkpoint) if self.file.fp8 == "official" else {}
 
-    def fill(self, model: nn.Module, device: Device, dtype: torch.dtype) -> nn.Module:
+    def fill(self, model: nn.Module, device: Device, dtype: torch.dtype | Callable[[str], torch.dtype]) -> nn.Module:
         """Gives every parameter of a model on the meta device its tensor, frozen."""
         for name in [name for name, _ in model.named_parameters()]:
             owner, _, leaf = name.rpartition(".")
             module = model.get_submodule(owner)
+            wanted = dtype if isinstance(dtype, torch.dtype) else dtype(name)
             if not isinstance(module, Fp8Linear) or leaf == "bias":
-                setattr(module, leaf, nn.Parameter(self._dense(name, device, dtype), requires_grad=False))
+                setattr(module, leaf, nn.Parameter(self._dense(name, device, wanted), requires_grad=False))
             elif leaf == "weight":
                 self._fill_fp8(name, module, device)
         print(self.file.summary())

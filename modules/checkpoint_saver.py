@@ -12,7 +12,6 @@ from safetensors import SafetensorError
 from modules.optimizers import averaged_weights
 from modules.training_model import Trained
 from modules.training_state import Progress, save_state
-from utils.device_utils import DTYPES
 from utils.errors import UserError, one_line
 from utils.files import write_text
 from utils.huggingface_utils import Uploader
@@ -48,6 +47,7 @@ class CheckpointSaver:
         self,
         files: TrainingFiles,
         options: SaveOptions,
+        dtype: torch.dtype,
         accelerator: Accelerator,
         trained: Trained,
         stateful: Mapping[str, Any],
@@ -57,10 +57,9 @@ class CheckpointSaver:
         extra_formats: Callable[[Path], Sequence[Path]],
         uploader: Uploader,
     ) -> None:
-        self.files, self.options, self.accelerator = files, options, accelerator
+        self.files, self.options, self.dtype, self.accelerator = files, options, dtype, accelerator
         self.trained, self.stateful, self.settings, self.keep_best = trained, stateful, settings, keep_best
         self.metadata, self.extra_formats, self.uploader = metadata, extra_formats, uploader
-        self.dtype = DTYPES[options.save_precision or "float"]
         self.written: list[Path] = []
 
     def save(self, stem: str, progress: Progress, state: bool) -> None:

@@ -13,7 +13,7 @@ from utils.files import read_toml
 from utils.training_files import SETTINGS_FILE
 
 Options = TypeVar("Options", bound=TrainerOptions)
-_GROUPS = ("optimizer", "scheduler", "timesteps", "network", "dit")
+_GROUPS = ("optimizer", "scheduler", "timesteps", "network", "tuning", "dit")
 _TRAINING = ("guidance_scale", "max_grad_norm", "mixed_precision")
 _COMPARED_AS_CLASSES = ("optimizer_type", "lr_scheduler", "lr_scheduler_type")
 _KEPT = "the saved value stays"
@@ -54,13 +54,13 @@ def _check_kinds(options: TrainerOptions, saved: Mapping[str, Any], state: Path)
     if options.optimizer.path != kind:
         raise UserError(
             f"--optimizer_type {options.optimizer.path}: the state {state} is of {kind}; give that, or start anew from "
-            "its LoRA with --network_weights"
+            "its checkpoint"
         )
     schedule = saved.get("lr_scheduler_type") or saved.get("lr_scheduler")
     if options.scheduler.description != schedule:
         raise UserError(
             f"--lr_scheduler {options.scheduler.description}: the state {state} is of {schedule}; give that, or start "
-            "anew from its LoRA with --network_weights"
+            "anew from its checkpoint"
         )
 
 

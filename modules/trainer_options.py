@@ -60,6 +60,11 @@ class TrainerOptions:
         require(self.save, "output_dir", "output_name")
 
     @property
+    def saved_dtype(self) -> str:
+        """Of checkpoints, in a word."""
+        return self.save.save_precision or "float32"
+
+    @property
     def files(self) -> TrainingFiles:
         return TrainingFiles(self.save.output_dir, self.save.output_name)
 

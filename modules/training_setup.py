@@ -29,6 +29,7 @@ from modules.training_log import TrainingLog
 from modules.training_model import Trained, TrainingModel
 from modules.training_state import Progress, load_state
 from utils.cli import print_table
+from utils.device_utils import DTYPES
 from utils.errors import UserError, one_line
 from utils.files import read_toml, require_writable
 from utils.huggingface_utils import HuggingFaceOptions, Uploader
@@ -274,6 +275,7 @@ def build_trainer(
         saver=CheckpointSaver(
             options.files,
             options.save,
+            DTYPES[options.saved_dtype],
             accelerator,
             trained,
             stateful,

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from utils.errors import UserError, one_line
 from utils.files import TEMPORARY_SUFFIX, atomic_path, write_text
-from utils.safetensors_utils import load_file, read_header, save_file
+from utils.safetensors_utils import iterate_tensors, read_header, save_file
 from utils.training_files import PROGRESS_FILE, SETTINGS_FILE, STATE_VERSION, damaged, read_progress
 
 TRAINED_FILE = "trained.safetensors"
@@ -134,7 +134,7 @@ def check_network(folder: Path, shapes: Mapping[str, Sequence[int]]) -> None:
         different = min(name for name in shapes.keys() | found.keys() if shapes.get(name) != found.get(name))
         raise UserError(
             f"{folder}: saved from another network: {different} is {found.get(different, 'absent')} in the state "
-            f"and {shapes.get(different, 'absent')} here; use the --network_* options of the saved run"
+            f"and {shapes.get(different, 'absent')} here; use the saved run's --network_* or --trainable_modules"
         )
 
 
@@ -145,10 +145,9 @@ def load_state(folder: Path, trained: Mapping[str, Tensor], stateful: Mapping[st
         UserError: the state belongs to another network or optimizer, or is damaged.
     """
     check_network(folder, {name: tensor.shape for name, tensor in trained.items()})
-    saved = load_file(folder / TRAINED_FILE)
     with torch.no_grad():
-        for name, tensor in trained.items():
-            tensor.copy_(saved[name])
+        for name, saved in iterate_tensors(folder / TRAINED_FILE):
+            trained[name].copy_(saved)
     try:
         states = torch.load(folder / OPTIMIZER_FILE, map_location="cpu", weights_only=True)
     except (RuntimeError, OSError, EOFError, ValueError, pickle.UnpicklingError):
@@ -159,5 +158,5 @@ def load_state(folder: Path, trained: Mapping[str, Tensor], stateful: Mapping[st
     except (KeyError, ValueError, RuntimeError, TypeError) as error:
         raise UserError(
             f"{folder}: its optimizer state does not fit: {one_line(error)}; use --optimizer_type and the --network_* "
-            "options of the saved run"
+            "or --trainable_modules of the saved run"
         ) from None

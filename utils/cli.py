@@ -288,8 +288,8 @@ def _toml_value(value: Any) -> str:
 
 def unused_options(group: Any, used: Mapping[str, bool]) -> list[str]:
     """Names of the options that differ from their default although `used` says that nothing reads them."""
-    defaults = {known.name: known.default for known in _options_of(type(group))}
-    return [name for name, effective in used.items() if not effective and getattr(group, name) != defaults[name]]
+    defaults = {known.name: known.default for known in _options_of(type(group)) if not used.get(known.name, True)}
+    return [name for name, default in defaults.items() if getattr(group, name) != default]
 
 
 def run_script(main: Callable[[], None]) -> NoReturn:

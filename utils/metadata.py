@@ -1,4 +1,4 @@
-"""What a LoRA file says about itself: kohya's `ss_*` and `sshs_*` keys, and ModelSpec's `modelspec.*` keys.
+"""What a trained file says about itself: kohya's `ss_*` and `sshs_*` keys, and ModelSpec's `modelspec.*` keys.
 
 Sources: kohya-ss/sd-scripts and musubi-tuner for the key names and hashes, https://github.com/Stability-AI/ModelSpec
 for `modelspec.*`. Only options named here are written, so that no token or key can get in.
@@ -29,13 +29,13 @@ _OPTION_NAMES = (
     "output_name learning_rate gradient_checkpointing gradient_checkpointing_cpu_offload gradient_accumulation_steps "
     "network_module network_dropout training_comment max_grad_norm scale_weight_norms fp8_base guidance_scale "
     "timestep_sampling discrete_flow_shift sigmoid_scale weighting_scheme logit_mean logit_std mode_scale min_timestep "
-    "max_timestep preserve_distribution_shape num_timestep_buckets"
+    "max_timestep preserve_distribution_shape num_timestep_buckets trainable_modules full_fp16 full_bf16"
 )
 
 
 @dataclass(frozen=True, kw_only=True)
 class MetadataOptions:
-    """metadata of the LoRA"""
+    """metadata"""
 
     no_metadata: bool = option(False, help="leave out everything but what other tools need to use the file")
     training_comment: str | None = option(None, help="any text, stored as ss_training_comment")
@@ -62,7 +62,8 @@ class MetadataOptions:
 class RunFacts:
     """What a run knows beside its options; `dataclasses.replace` brings it up to date for each checkpoint.
 
-    Times are seconds since 1970. Each field becomes `ss_{name}`, each number of `validation` `ss_validation_{name}`.
+    Times are seconds since 1970. Each field becomes `ss_{name}`, each number of `validation` `ss_validation_{name}`;
+    those of a network only where one is trained, which has `network_args`.
     """
 
     session_id: int
@@ -79,17 +80,17 @@ class RunFacts:
     lr_scheduler: str
     lr_warmup_steps: int
     mixed_precision: str
-    network_dim: int | str | None
-    network_alpha: float | str | None
-    network_args: Mapping[str, str]
     datasets: Any
     sd_model_name: str | None
     vae_name: str | None
+    network_dim: int | str | None = None
+    network_alpha: float | str | None = None
+    network_args: Mapping[str, str] | None = None
     validation: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
 
 def checkpoint_metadata(facts: RunFacts, options: MetadataOptions, *groups: Any, title: str) -> dict[str, str]:
-    """All metadata of a trained LoRA but the hashes, which `model_hashes` adds when its tensors are written.
+    """All metadata of a trained file but a LoRA's hashes, which `model_hashes` adds when its tensors are written.
 
     Args:
         groups: the other option groups of the run, for the settings that are worth keeping.
@@ -105,21 +106,24 @@ def checkpoint_metadata(facts: RunFacts, options: MetadataOptions, *groups: Any,
 
 def training_metadata(facts: RunFacts, settings: Mapping[str, Any]) -> dict[str, str]:
     """The `ss_*` keys; `settings` are options by name, of which only the known ones are used."""
-    values = {name: settings[name] for name in _OPTION_NAMES.split() if name in settings}
+    values = {"full_fp16": False, "full_bf16": False}
+    values |= {name: settings[name] for name in _OPTION_NAMES.split() if name in settings}
     values |= {field.name: getattr(facts, field.name) for field in dataclasses.fields(facts)}
     values |= {f"validation_{name}": value for name, value in values.pop("validation").items()}
-    for name in ("network_args", "datasets"):
+    if facts.network_args is None:
+        values = {name: value for name, value in values.items() if not name.startswith("network_")}
+    for name in values.keys() & {"network_args", "datasets", "trainable_modules"}:
         values[name] = json.dumps(values[name], ensure_ascii=False)
     for name in ("sd_model_name", "vae_name"):
         values[name] = values[name] and Path(values[name]).name
-    values |= {"base_model_version": BASE_MODEL_VERSION, "full_fp16": False, "full_bf16": False}
+    values["base_model_version"] = BASE_MODEL_VERSION
     return {f"ss_{name}": str(value) for name, value in values.items()}
 
 
 def modelspec_metadata(
     options: MetadataOptions, title: str, timestamp: float, timesteps: Sequence[int | None] = (None, None)
 ) -> dict[str, str]:
-    """The `modelspec.*` keys of a LoRA for HunyuanVideo."""
+    """The `modelspec.*` keys of a LoRA or a model for HunyuanVideo."""
     date = datetime.datetime.fromtimestamp(int(timestamp), datetime.UTC)
     low, high = timesteps
     values = {

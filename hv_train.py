@@ -1,0 +1,187 @@
+"""Fine-tunes the HunyuanVideo DiT itself, all of it or some of its modules, from caches.
+
+Before: cache_latents.py and cache_text_encoder_outputs.py. After: hv_generate_video.py --dit, which loads the result.
+
+    accelerate launch --num_cpu_threads_per_process 1 --mixed_precision bf16 hv_train.py \
+        --dit ckpts/hunyuan-video-t2v-720p/transformers/mp_rank_00_model_states.pt --dataset_config dataset.toml \
+        --sdpa --mixed_precision bf16 --full_bf16 --gradient_checkpointing \
+        --optimizer_type adafactor --learning_rate 1e-5 --optimizer_args relative_step=False scale_parameter=False \
+        --trainable_modules single_blocks. --timestep_sampling shift --discrete_flow_shift 7.0 \
+        --max_train_epochs 16 --save_every_n_epochs 1 --seed 42 \
+        --output_dir output --output_name name-of-model
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from modules.full_training_options import (
+    FineTuningOptions,
+    FullAttentionOptions,
+    FullDitOptions,
+    FullMetadataOptions,
+    FullSaveOptions,
+    FullSwapOptions,
+    FullTimestepOptions,
+    FullTrainingOptions,
+)
+from training.options import HunyuanTrainerOptions
+from utils.cli import run_script
+from utils.errors import UserError
+from utils.metadata import checkpoint_metadata
+
+if TYPE_CHECKING:
+    from hunyuan_model.models import HunyuanVideoConfig, HYVideoDiffusionTransformer
+    from modules.training_setup import Run
+    from modules.training_state import Progress
+
+
+@dataclass(frozen=True)
+class Options(HunyuanTrainerOptions):
+    """Every option of this script."""
+
+    training: FullTrainingOptions
+    timesteps: FullTimestepOptions
+    save: FullSaveOptions
+    metadata: FullMetadataOptions
+    dit: FullDitOptions
+    attention: FullAttentionOptions
+    swap: FullSwapOptions
+    tuning: FineTuningOptions
+
+    @property
+    def saved_dtype(self) -> str:
+        return self.dit.dit_dtype or self.tuning.dtype
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    options = Options.parse(__doc__, argv)
+    options.check()
+    state = options.find_state()
+    requests = options.preview_requests()
+
+    from modules.trained_model import TrainedModel
+    from modules.trainer import rehearse, train
+    from modules.training_setup import build_trainer, close_run, prepare_run
+    from training.hunyuan_video import (
+        check_choices,
+        create_previewer,
+        load_datasets,
+        read_dit_config,
+        training_model,
+    )
+
+    check_choices(options)
+    run = prepare_run(options, state, lambda seed: load_datasets(options, seed))
+    options = run.options
+    run.check_optimizer()
+    names = check_trained(options, read_dit_config(options, run), run)
+    run.print_plan()
+    if options.training.dry_run:
+        print(run.settings)
+        return
+
+    run.open_outputs()
+    previewer = create_previewer(options, requests, run)
+    dit = load_model(options, names, run)
+    trainer = build_trainer(
+        run,
+        training_model(options, dit, run.accelerator),
+        TrainedModel(dit, names, untouched=state is None),
+        previewer(dit),
+        lambda progress: metadata(options, run, progress),
+        lambda path: [],
+    )
+    with trainer.log, trainer.requests:
+        rehearse(trainer, run.train_set.largest_batch())
+        train(trainer)
+    close_run(trainer)
+
+
+def check_trained(options: Options, config: "HunyuanVideoConfig", run: "Run") -> set[str]:
+    """Names of the trained parameters, from the sizes of the DiT alone.
+
+    Raises:
+        UserError: --trainable_modules names none, dtypes do not go together, or the state is of another run.
+    """
+    import torch
+
+    from hunyuan_model.models import HYVideoDiffusionTransformer
+    from modules.trained_model import trained_names
+    from modules.training_state import check_network
+
+    with torch.device("meta"):
+        shapes = {name: weight.shape for name, weight in HYVideoDiffusionTransformer(config).named_parameters()}
+    names = trained_names(list(shapes), options.tuning.trainable_modules)
+    check_dtypes(options, frozen=len(names) < len(shapes), run=run)
+    if options.swap.img_in_txt_in_offloading and any(name.startswith(("img_in.", "txt_in.")) for name in names):
+        raise UserError("--img_in_txt_in_offloading: --trainable_modules trains what it would offload; leave it out")
+    if run.state is not None:
+        check_network(run.state, {name: shapes[name] for name in names})
+        if run.validation_set is not None and run.progress.base_validation_loss is None:
+            raise UserError(
+                f"--resume: {run.state} knows no validation loss from before training, and those weights are gone; "
+                "resume without validation, or start anew"
+            )
+    return names
+
+
+def check_dtypes(options: Options, frozen: bool, run: "Run") -> None:
+    """Whether weights, autocast and device go together; `frozen`: some weights are not trained.
+
+    Raises:
+        UserError: they do not.
+    """
+    from utils.device_utils import DTYPES
+
+    trained, autocast = options.tuning.dtype, run.accelerator.mixed_precision
+    if trained == "float16" and autocast != "fp16":
+        raise UserError("--full_fp16 needs --mixed_precision fp16, whose scaled loss keeps gradients from vanishing")
+    if trained == "bfloat16" and autocast == "fp16":
+        raise UserError("--full_bf16 and --mixed_precision fp16 contradict each other; give bf16 or no")
+    if frozen and autocast == "no" and DTYPES[options.saved_dtype] != DTYPES[trained]:
+        raise UserError(
+            f"--dit_dtype {options.dit.dit_dtype}: the trained weights are {trained}, and only --mixed_precision bf16 "
+            "lets both compute together"
+        )
+
+
+def load_model(options: Options, names: set[str], run: "Run") -> "HYVideoDiffusionTransformer":
+    """The DiT with trained weights in the dtype of the training and all others in --dit_dtype."""
+    from hunyuan_model.attention import verify_attention
+    from hunyuan_model.block_swap import offload_embedders
+    from hunyuan_model.checkpoints import load_dit
+    from modules.activation_checkpointing import checkpoint_activations, recompute_cheap
+    from utils.device_utils import DTYPES
+
+    device, attention = run.accelerator.device, options.attention.mode
+    trained, frozen = DTYPES[options.tuning.dtype], DTYPES[options.saved_dtype]
+    dit = load_dit(options.dit.dit, device, lambda name: trained if name in names else frozen, attention=attention)
+    computed = {"bf16": DTYPES["bf16"], "fp16": DTYPES["fp16"]}.get(run.accelerator.mixed_precision, trained)
+    verify_attention(attention, device, computed, dit.config.head_dim)
+    if options.swap.img_in_txt_in_offloading:
+        offload_embedders(dit, device)
+    if options.training.checkpointing_policy is not None:
+        checkpoint_activations(dit.blocks, options.training.checkpointing_policy)
+    else:
+        recompute_cheap(dit.blocks)
+    return dit
+
+
+def metadata(options: Options, run: "Run", progress: "Progress") -> Mapping[str, str]:
+    """The metadata of a checkpoint, with the config that the source may have had."""
+    from hunyuan_model.model_files import identify
+
+    facts = run.facts(
+        progress,
+        sd_model_name=str(options.dit.dit),
+        vae_name=options.vae.vae and str(options.vae.vae),
+    )
+    config = identify(options.dit.dit).checkpoint.config
+    texts = checkpoint_metadata(facts, options.metadata, *vars(options).values(), title=options.save.output_name)
+    return texts | ({"config": json.dumps(config)} if config else {})
+
+
+if __name__ == "__main__":
+    run_script(main)
