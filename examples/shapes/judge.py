@@ -1,0 +1,235 @@
+"""Reads from a clip of the procedural world what it shows, without a network: shape, colour, motion, background.
+
+    python -m examples.shapes.judge FILE_OR_FOLDER...
+
+prints one line for each mp4. Soft edges, weak noise and colours that are a little off are forgiven, as generated clips
+have them; what cannot be read is None. Lengths are in parts of the frame's shorter side.
+"""
+
+import argparse
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import cv2
+import numpy as np
+from torch import Tensor
+
+from examples.shapes.world import (
+    BACKGROUNDS,
+    COLOURS,
+    CONCEPT,
+    CONCEPT_COLOURS,
+    MOTIONS,
+    SHAPES,
+    SUBPIXEL_BITS,
+    Scene,
+    outline,
+)
+from utils.cli import print_table, run_script
+from utils.errors import UserError
+from utils.video_io import read_video
+
+PROPERTIES = ("shape", "colour", "motion", "background")
+SMOOTHING = 1 / 64  # sigma of the Gaussian against noise
+LEAST_CONTRAST = 0.15  # RGB distance from the background; the weakest pair, purple on gray, has 0.4
+LEAST_AREA = 0.01  # in squared sides; the smallest shape of the world has 0.05
+LEAST_CHROMA = 0.15  # largest minus smallest of R, G, B; purple, the palest, has 0.55
+LEAST_OVERLAP = 0.7  # intersection over union with the ideal shape
+MOTION_TOLERANCE = 0.6  # 1 is as far from a motion of the world as standing still is
+PALETTE = np.float32([*COLOURS.values(), *CONCEPT_COLOURS]) / 255
+DISC_ROW, CORE_ROW = len(COLOURS), len(COLOURS) + 1  # rows of PALETTE
+NO_COLOUR = len(PALETTE)
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What a clip shows, in the words of `Scene`; None where it cannot be read. The concept's colour is ""."""
+
+    shape: str | None = None
+    colour: str | None = None
+    motion: str | None = None
+    background: str | None = None
+
+    @property
+    def is_concept(self) -> bool:
+        return self.shape == CONCEPT
+
+    def agreement(self, scene: Scene) -> dict[str, bool]:
+        """For each of PROPERTIES, whether the clip shows what the scene says."""
+        return {name: getattr(self, name) == getattr(scene, name) for name in PROPERTIES}
+
+    def agrees(self, scene: Scene) -> bool:
+        return all(self.agreement(scene).values())
+
+
+def score(verdicts: Sequence[Verdict], scenes: Sequence[Scene]) -> dict[str, float]:
+    """For each of PROPERTIES, the part (0..1) of the verdicts that agree with their scenes."""
+    agreements = [verdict.agreement(scene) for verdict, scene in zip(verdicts, scenes, strict=True)]
+    return {name: sum(agreed[name] for agreed in agreements) / len(agreements) for name in PROPERTIES}
+
+
+def judge(pixels: Tensor) -> Verdict:
+    """What a clip (3, F, H, W) in 0..1 shows; all is None unless most frames show one thing on a plain ground."""
+    clip = np.nan_to_num(pixels.detach().float().cpu().permute(1, 2, 3, 0).numpy()).clip(0, 1)  # C F H W -> F H W C
+    clip = np.stack([_smooth(frame) for frame in clip])
+    ground = _ground(clip)
+    if ground is None:
+        return Verdict()
+    masks = _masks(clip, ground)
+    found = masks.any(axis=(1, 2))
+    if found.mean() <= 0.5:
+        return Verdict()
+    masks, labels, times = masks[found], _labels(clip[found]), np.linspace(0, 1, len(clip))[found]
+    whole = _inside(masks)
+    if 3 * whole.sum() < len(whole):  # too few to measure by
+        whole[:] = True
+    is_concept = np.mean([_shows_concept(*frame) for frame in zip(labels, masks)]) > 0.5
+    return Verdict(
+        CONCEPT if is_concept else _shape(masks[whole]),
+        "" if is_concept else _colour(labels[masks]),
+        _motion(masks[whole], times[whole]),
+        _background(ground),
+    )
+
+
+def judge_video(path: str | Path) -> Verdict:
+    """As `judge`, of a video file; raises UserError if it cannot be read."""
+    return judge(read_video(path)[0])
+
+
+def _smooth(frame: np.ndarray) -> np.ndarray:
+    """(H, W) or (H, W, C) float32, blurred."""
+    return cv2.GaussianBlur(frame, (0, 0), SMOOTHING * min(frame.shape[:2]))
+
+
+def _ground(clip: np.ndarray) -> np.ndarray | None:
+    """The RGB of the plain background of (F, H, W, 3), from the frame's border; None if that is not plain."""
+    width = max(1, min(clip.shape[1:3]) // 16)
+    strips = clip[:, :width], clip[:, -width:], clip[:, :, :width], clip[:, :, -width:]
+    border = np.concatenate([strip.reshape(-1, 3) for strip in strips])
+    ground = np.median(border, axis=0)
+    return ground if np.mean(np.linalg.norm(border - ground, axis=1) < LEAST_CONTRAST) > 0.6 else None
+
+
+def _background(ground: np.ndarray) -> str | None:
+    distances = {name: np.linalg.norm(ground - np.divide(rgb, 255)) for name, rgb in BACKGROUNDS.items()}
+    name = min(distances, key=distances.get)
+    return name if distances[name] < 0.3 else None
+
+
+def _masks(clip: np.ndarray, ground: np.ndarray) -> np.ndarray:
+    """Where the thing is in each frame of (F, H, W, 3): (F, H, W) bool, empty in a frame without it."""
+    contrast = np.linalg.norm(clip - ground, axis=-1)
+    strong = contrast[contrast > LEAST_CONTRAST]
+    # Half of the thing's contrast is where a blurred edge was before.
+    threshold = max(LEAST_CONTRAST, np.median(strong) / 2) if strong.size else math.inf
+    return np.stack([_largest_piece(frame > threshold) for frame in contrast])
+
+
+def _largest_piece(mask: np.ndarray) -> np.ndarray:
+    """(H, W) bool: the largest connected piece, its holes filled; empty if it is tiny or less than half of all."""
+    pieces, _ = cv2.findContours(mask.astype(np.uint8), cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_NONE)
+    filled = np.zeros(mask.shape, np.uint8)
+    if pieces:
+        cv2.drawContours(filled, [max(pieces, key=cv2.contourArea)], -1, 1, cv2.FILLED)
+    piece = filled.astype(bool)
+    is_thing = piece.sum() > LEAST_AREA * min(mask.shape) ** 2 and (piece & mask).sum() > 0.5 * mask.sum()
+    return piece & is_thing
+
+
+def _inside(masks: np.ndarray) -> np.ndarray:
+    """Which of the frames (F, H, W) show the whole thing: (F,) bool."""
+    return ~(masks[:, [0, -1]].any(axis=(1, 2)) | masks[:, :, [0, -1]].any(axis=(1, 2)))
+
+
+def _labels(clip: np.ndarray) -> np.ndarray:
+    """The row of PALETTE that is nearest in hue to each pixel (..., 3), or NO_COLOUR for a grayish one: (...)."""
+    hues = _hue(clip)[..., None] - _hue(PALETTE)
+    nearest = np.abs((hues + 180) % 360 - 180).argmin(axis=-1)
+    return np.where(np.ptp(clip, axis=-1) > LEAST_CHROMA, nearest, NO_COLOUR)
+
+
+def _hue(rgb: np.ndarray) -> np.ndarray:
+    """(..., 3) float32 in 0..1 -> (...) in degrees."""
+    return cv2.cvtColor(rgb.reshape(1, -1, 3), cv2.COLOR_RGB2HSV)[0, :, 0].reshape(rgb.shape[:-1])
+
+
+def _colour(labels: np.ndarray) -> str | None:
+    """The name of the colour that most of the thing's pixels (N,) have."""
+    counts = np.bincount(labels, minlength=NO_COLOUR + 1)
+    best = counts[: len(COLOURS)].argmax()
+    return list(COLOURS)[best] if counts[best] > 0.5 * len(labels) else None
+
+
+def _shows_concept(labels: np.ndarray, mask: np.ndarray) -> bool:
+    """Whether the thing in a frame, both (H, W), has the concept's two colours, the core's amid the disc's."""
+    disc, core = mask & (labels == DISC_ROW), mask & (labels == CORE_ROW)
+    if disc.sum() < 0.3 * mask.sum() or core.sum() < 0.1 * mask.sum():
+        return False
+    points = np.indices(mask.shape)
+    distance = np.linalg.norm(points - points[:, mask].mean(axis=1)[:, None, None], axis=0)
+    return distance[core].mean() < 0.75 * distance[disc].mean()
+
+
+def _shape(masks: np.ndarray) -> str | None:
+    """The shape that overlaps the masks (F, H, W) best on average, if well enough."""
+    overlaps = {shape: np.mean([_overlap(mask, shape) for mask in masks]) for shape in SHAPES}
+    best = max(overlaps, key=overlaps.get)
+    return best if overlaps[best] > LEAST_OVERLAP else None
+
+
+def _overlap(mask: np.ndarray, shape: str) -> float:
+    """Intersection over union of (H, W) bool with the ideal shape of its centre and area, as smoothed as it is."""
+    centre = np.argwhere(mask).mean(axis=0)[::-1]
+    radius = math.sqrt(mask.sum() / cv2.contourArea(np.float32(outline(shape, (0, 0), 1))))
+    ideal = np.zeros(mask.shape, np.uint8)
+    corners = np.round(outline(shape, centre, radius) * (1 << SUBPIXEL_BITS)).astype(np.int32)
+    cv2.fillPoly(ideal, [corners], 255, cv2.LINE_AA, SUBPIXEL_BITS)
+    ideal = _smooth(ideal) > 127
+    return (mask & ideal).sum() / (mask | ideal).sum()
+
+
+def _motion(masks: np.ndarray, times: np.ndarray) -> str | None:
+    """The motion of the world that is nearest to that of the masks (F, H, W) at `times` (F,) in 0..1 of the clip."""
+    if len(masks) < 2:
+        return None
+    side = min(masks.shape[1:])
+    centres = [np.argwhere(mask).mean(axis=0)[::-1] / side for mask in masks]
+    sizes = np.log2(masks.sum(axis=(1, 2))) / 2
+    speed = _median_slope(times, np.column_stack((centres, sizes)))
+    known = np.array([(x, y, math.log2(growth)) for x, y, growth in MOTIONS.values()])
+    distances = np.linalg.norm((known - speed) / np.abs(known).max(axis=0), axis=1)
+    best = distances.argmin()
+    return list(MOTIONS)[best] if distances[best] < MOTION_TOLERANCE else None
+
+
+def _median_slope(times: np.ndarray, values: np.ndarray) -> np.ndarray:
+    """Slopes (K,) of values (F, K) over times (F,), which a few odd frames do not change (Theil-Sen)."""
+    first, second = np.triu_indices(len(times), 1)
+    return np.median((values[second] - values[first]) / (times[second] - times[first])[:, None], axis=0)
+
+
+def _videos(path: Path) -> list[Path]:
+    """The file itself, or the mp4s of a folder."""
+    videos = sorted(path.glob("*.mp4")) if path.is_dir() else [path]
+    if not videos:
+        raise UserError(f"{path}: holds no .mp4")
+    return videos
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("paths", type=Path, nargs="+", metavar="FILE_OR_FOLDER")
+    videos = [video for path in parser.parse_args().paths for video in _videos(path)]
+    verdicts = [judge_video(video) for video in videos]
+    rows = [
+        (video.name, *(getattr(verdict, name) or "-" for name in PROPERTIES))
+        for video, verdict in zip(videos, verdicts)
+    ]
+    print_table("What the clips show", rows, ("clip", *PROPERTIES))
+
+
+if __name__ == "__main__":
+    run_script(main)
