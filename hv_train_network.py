@@ -16,64 +16,43 @@ import dataclasses
 import functools
 import io
 import math
-import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING
 
 from modules.timestep_plot import show_timesteps
-from modules.trainer_options import TrainerOptions
+from training.options import HunyuanTrainerOptions
 from utils.cli import run_script, unused_options
 from utils.errors import UserError, did_you_mean
 from utils.metadata import checkpoint_metadata
-from utils.option_groups import (
-    BlockSwapOptions,
-    CompileOptions,
-    DitOptions,
-    TextEncoderOptions,
-    VaeOptions,
-    require,
-)
-from utils.prompt_files import Request
-from utils.training_options import NetworkOptions, TrainingAttentionOptions, TrainingMemoryOptions
+from utils.option_groups import CompileOptions, require
+from utils.training_options import NetworkOptions, TrainingMemoryOptions
 
 if TYPE_CHECKING:
     import torch
     from accelerate import Accelerator
 
-    from dataset.image_video_dataset import TrainingDataset
     from hunyuan_model.models import HunyuanVideoConfig, HYVideoDiffusionTransformer
     from modules.memory_plan import MemoryPlan, Settings
     from modules.network_module import TrainedNetwork
-    from modules.previews import Decode, Previewer
-    from modules.training_model import TrainingModel
     from modules.training_setup import Run
     from modules.training_state import Progress
     from utils.memory_meter import ModelUsage
 
 
 @dataclass(frozen=True)
-class Options(TrainerOptions):
+class Options(HunyuanTrainerOptions):
     """Every option of this script."""
 
-    dit: DitOptions
     network: NetworkOptions
-    attention: TrainingAttentionOptions
     memory: TrainingMemoryOptions
-    swap: BlockSwapOptions
     compile: CompileOptions
-    vae: VaeOptions
-    text: TextEncoderOptions
 
     def check(self) -> None:
-        require(self.dit, "dit")
-        require(self.network, "network_module")
         super().check()
-        if self.previews.sample_prompts is not None:
-            require(self.text, "text_encoder1", "text_encoder2")
-            require(self.vae, "vae")
+        require(self.network, "network_module")
 
     def ignored(self, validates: bool) -> list[str]:
         compiled, swapped = self.compile.compile, bool(self.swap.blocks_to_swap)
@@ -99,9 +78,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     from modules.trainer import rehearse, train
     from modules.training_setup import build_trainer, close_run, prepare_run
     from networks.lora_files import write_formats
+    from training.hunyuan_video import check_choices, create_previewer, load_datasets, training_model
 
-    check_names(options)
-    check_files(options)
+    check_choices(options)
+    check_own_choices(options)
     network_module = import_network_module(options.network.network_module)
     run = prepare_run(options, state, lambda seed: load_datasets(options, seed))
     options = run.options
@@ -122,7 +102,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         run,
         training_model(options, dit, run.accelerator),
         trained,
-        previewer and previewer(dit),
+        previewer(dit),
         lambda progress: metadata(options, run, trained, progress),
         lambda path: write_formats(path, options.save.save_format),
     )
@@ -134,41 +114,21 @@ def main(argv: Sequence[str] | None = None) -> None:
     close_run(trainer)
 
 
-def check_names(options: Options) -> None:
-    """What is chosen by name exists.
+def check_own_choices(options: Options) -> None:
+    """The compiler's backend and the file formats exist, and every LoRA file is one, by its header.
 
     Raises:
-        UserError: optimizer, schedule, attention or compile backend or file format does not.
+        UserError: one is not.
     """
-    from hunyuan_model.attention import attention_backend
     from modules.compilation import require_backend
-    from modules.optimizers import optimizer_class
-    from modules.schedulers import scheduler_class
     from networks.format_table import FORMATS
+    from networks.formats import read_lora
 
-    optimizer_class(options.optimizer)
-    scheduler_class(options.scheduler)
-    attention_backend(options.attention.mode)
     if options.compile.compile:
         require_backend(options.compile.compile_backend)
     for name in options.save.save_format:
         if name not in FORMATS:
             raise UserError(f"--save_format {name}: unknown{did_you_mean(name, list(FORMATS))}; {', '.join(FORMATS)}")
-
-
-def check_files(options: Options) -> None:
-    """Every model and LoRA file is what its option says, by headers.
-
-    Raises:
-        UserError: one is not.
-    """
-    from hunyuan_model.model_files import CLIP, LLM, VAE, identify
-    from networks.formats import read_lora
-
-    if options.previews.sample_prompts is not None:
-        identify(options.vae.vae).tensors(VAE)
-        identify(options.text.text_encoder1).tensors(LLM)
-        identify(options.text.text_encoder2).tensors(CLIP)
     for path in options.network.base_weights:
         read_lora(path)
     weights, wanted = options.network.network_weights, options.network.network_dim or 4
@@ -181,31 +141,6 @@ def check_files(options: Options) -> None:
             )
 
 
-def load_datasets(options: Options, seed: int) -> "tuple[TrainingDataset, TrainingDataset | None]":
-    """The training set, and the validation set if one is asked for.
-
-    Raises:
-        UserError: either is empty, or lacks caches.
-    """
-    from dataset.config_utils import load_dataset_config
-    from dataset.image_video_dataset import TrainingDataset
-
-    config = load_dataset_config(options.dataset.dataset_config)
-    split = options.validation.validation_split
-    train_set = TrainingDataset(config, seed, subset="train", validation_split=split)
-    for note in (*config.notes, *train_set.notes):
-        print(f"note: {note}", file=sys.stderr)
-    if not split and not config.validation:
-        return train_set, None
-    validation_set = TrainingDataset(config, seed, subset="validation", validation_split=split)
-    if not len(validation_set):
-        raise UserError(
-            f"{config.path}: nothing is held out for validation (--validation_split {split:g}), for a source is never "
-            "cut in two; give more sources, or a [[validation]] set with items"
-        )
-    return train_set, validation_set
-
-
 def check_model(options: Options, module: ModuleType, run: "Run") -> int:
     """Reads the sizes of the DiT and tries the network on a DiT without weights; returns how many numbers it trains.
 
@@ -213,24 +148,12 @@ def check_model(options: Options, module: ModuleType, run: "Run") -> int:
         UserError: not a HunyuanVideo DiT, caches of other text encoders, or a network or state that does not fit.
     """
     from hunyuan_model.block_swap import swapped_blocks
-    from hunyuan_model.checkpoints import read_dit_config
     from modules.network_module import OWN_MODULES
-    from modules.training_model import check_input_channels
     from modules.training_state import check_network
     from networks.lora_files import require_formats
+    from training.hunyuan_video import read_dit_config
 
-    config = read_dit_config(options.dit.dit)
-    channels, batch = options.dit.dit_in_channels, run.train_set[0]
-    if channels is not None and channels != config.in_channels:
-        raise UserError(f"--dit_in_channels {channels}: {options.dit.dit} has {config.in_channels}")
-    previews = options.previews.sample_prompts is not None
-    check_input_channels(options.dit.dit, config.in_channels, batch.latents.shape[1], previews)
-    dims = (batch.text_states.shape[-1], batch.text_states_2.shape[-1])
-    if dims != (config.text_dim, config.text_dim_2):
-        raise UserError(
-            f"{options.dataset.dataset_config}: text caches have {dims[0]} and {dims[1]} channels, {options.dit.dit} "
-            f"takes {config.text_dim} and {config.text_dim_2}; run cache_text_encoder_outputs.py with its encoders"
-        )
+    config = read_dit_config(options, run)
     swapped_blocks(options.swap.blocks_to_swap or 0, config.depth_double, config.depth_single, training=True)
     shapes = trained_shapes(options, module, config)
     if module.__name__ in OWN_MODULES:
@@ -250,6 +173,7 @@ def plan_memory(options: Options, module: ModuleType, run: "Run", trained: int) 
     from hunyuan_model.checkpoints import read_dit_config
     from hunyuan_model.memory import measure_dit
     from modules import memory_plan as planner
+    from training.hunyuan_video import dtype_of
 
     config, batch, device = read_dit_config(options.dit.dit), run.train_set.largest_batch(), run.accelerator.device
     depths, text_tokens = (config.depth_double, config.depth_single), int(batch.text_mask.sum(1).max())
@@ -363,6 +287,7 @@ def load_model(options: Options, accelerator: "Accelerator") -> "HYVideoDiffusio
     """
     from hunyuan_model.attention import verify_attention
     from hunyuan_model.checkpoints import is_quantized_in_dit, load_dit, read_dit_config
+    from training.hunyuan_video import dtype_of
 
     fp8, place = options.memory.fp8_base, "cpu" if options.swap.blocks_to_swap else accelerator.device
     merges = list(zip(options.network.base_weights, options.network.base_multipliers, strict=True))
@@ -380,13 +305,6 @@ def load_model(options: Options, accelerator: "Accelerator") -> "HYVideoDiffusio
         if quantize_later:
             quantize_linears(dit, is_quantized_in_dit)
     return dit.to(place)
-
-
-def dtype_of(word: str | None, accelerator: "Accelerator", on_gpu: str) -> "torch.dtype":
-    """A dtype by its word; unset it is float32 on a CPU and `on_gpu` elsewhere."""
-    from utils.device_utils import DTYPES
-
-    return DTYPES[word or ("float32" if accelerator.device.type == "cpu" else on_gpu)]
 
 
 def create_trained(
@@ -423,57 +341,6 @@ def create_trained(
     if options.training.checkpointing_policy is not None:
         trained.enable_gradient_checkpointing()
     return trained
-
-
-def training_model(options: Options, dit: "HYVideoDiffusionTransformer", accelerator: "Accelerator") -> "TrainingModel":
-    """The DiT with what its call needs besides a batch."""
-    from hunyuan_model.vae import SCALING_FACTOR
-    from modules.training_model import TrainingModel
-
-    guidance, split = options.training.guidance_scale, options.attention.split_attn
-    return TrainingModel(dit, SCALING_FACTOR, guidance, accelerator.device, split)
-
-
-def create_previewer(
-    options: Options, requests: Sequence[Request], run: "Run"
-) -> "Callable[[HYVideoDiffusionTransformer], Previewer] | None":
-    """Encodes the prompts; the text encoders are gone before the DiT is loaded, which completes the previewer."""
-    from hunyuan_model.checkpoints import load_text_encoder_1, load_text_encoder_2
-    from modules.previews import Previewer, encode_prompts
-
-    accelerator = run.accelerator
-    if not requests:
-        return None
-    text, device = options.text, accelerator.device
-    dtype = dtype_of(text.text_encoder_dtype, accelerator, on_gpu="float16")
-    prompts = encode_prompts(
-        requests if accelerator.is_main_process else [],
-        lambda: load_text_encoder_1(text.text_encoder1, device, dtype, text.fp8_llm, text.tokenizer1),
-        lambda: load_text_encoder_2(text.text_encoder2, device, dtype, text.tokenizer2),
-        device,
-    )
-    decode = load_decoder(options, accelerator) if accelerator.is_main_process else None
-    return lambda dit: Previewer(dit, prompts, decode, options.files, accelerator, run.progress.seed)
-
-
-def load_decoder(options: Options, accelerator: "Accelerator") -> "Decode":
-    """The VAE's decoder; the VAE is on the GPU only while it decodes."""
-    from hunyuan_model.checkpoints import load_vae
-    from hunyuan_model.vae import SCALING_FACTOR
-
-    dtype = dtype_of(options.vae.vae_dtype, accelerator, on_gpu="float16")
-    vae = load_vae(options.vae.vae, "cpu", dtype)
-    vae.configure_memory(options.vae.vae_chunk_size, options.vae.tile_size)
-
-    def decode(latents: "torch.Tensor") -> "torch.Tensor":
-        vae.to(accelerator.device)
-        try:
-            pixels = vae.decode((latents / SCALING_FACTOR).to(accelerator.device, dtype))
-            return (pixels[0].float() / 2 + 0.5).clamp(0, 1).cpu()
-        finally:
-            vae.to("cpu")
-
-    return decode
 
 
 def metadata(options: Options, run: "Run", trained: "TrainedNetwork", progress: "Progress") -> Mapping[str, str]:

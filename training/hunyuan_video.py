@@ -99,7 +99,7 @@ def training_model(
 def create_previewer(
     options: HunyuanTrainerOptions, requests: Sequence[Request], run: Run
 ) -> Callable[[HYVideoDiffusionTransformer], Previewer | None]:
-    """Encodes the prompts; the text encoders are gone before the DiT is loaded, which completes the previewer."""
+    """Encodes the prompts; the text encoders are gone before the DiT is loaded, which completes the previewer, if any."""
     accelerator = run.accelerator
     if not requests:
         return lambda dit: None
