@@ -1,5 +1,6 @@
 """What tests of the trainer train on: caches without media, as on a machine that holds only the caches."""
 
+import importlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -75,16 +76,15 @@ def write_small_dit(folder: Path) -> Path:
     return path
 
 
-def run_training(words: Sequence[object]) -> None:
-    """Runs hv_train_network.py in this process, with one thread as in the subprocesses that it is compared with."""
-    import hv_train_network
-
+def run_training(words: Sequence[object], script: str = "hv_train_network") -> None:
+    """Runs a script in this process, with one thread as in the subprocesses that it is compared with."""
+    main = importlib.import_module(script).main
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        hv_train_network.main([str(word) for word in words])
+        main([str(word) for word in words])
     finally:
         torch.set_num_threads(threads)
 

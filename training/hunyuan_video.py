@@ -99,7 +99,7 @@ def training_model(
 def create_previewer(
     options: HunyuanTrainerOptions, requests: Sequence[Request], run: Run
 ) -> Callable[[HYVideoDiffusionTransformer], Previewer | None]:
-    """Encodes the prompts; the text encoders are gone before the DiT is loaded, which completes the previewer, if any."""
+    """Encodes the prompts; the text encoders are gone before the DiT is loaded, which completes the previewer."""
     accelerator = run.accelerator
     if not requests:
         return lambda dit: None
