@@ -109,12 +109,14 @@ class CausalConv3d(nn.Module):
         out = clip.x.new_empty(B, self.conv.out_channels, f, h, w)
         for frames, y in self.windows(clip):
             out[:, :, frames] = y
+            del y
         return out
 
     def windows(self, clip: Clip) -> Iterator[tuple[slice, Tensor]]:
         """Yields the output in pieces, last frames first: which frames, and the piece B C frames H W.
 
-        A piece is computed from input frames up to its own last one, so whoever has taken it may overwrite them.
+        A piece is computed from input frames up to its own last one, so whoever has taken it may overwrite them, and
+        should let go of it before asking for the next, lest both be in memory.
         """
         _, C, f, h, w = clip.shape
         stride, past = self.conv.stride[0], self.conv.kernel_size[0] - 1
@@ -163,6 +165,7 @@ class ResnetBlock(nn.Module):
         for frames, y in self.conv2.windows(Activated(h, self.norm2)):
             residual = x[:, :, frames] if self.conv_shortcut is None else self.conv_shortcut.conv(x[:, :, frames])
             torch.add(y, residual, out=out[:, :, frames])
+            del y, residual
         return out
 
 
