@@ -206,10 +206,8 @@ def encode(
     batches: Sequence[list[Entry]], encoders: TextEncoderOptions, device_name: str | None, made_from: Mapping[str, Any]
 ) -> None:
     """Encodes and writes; CLIP goes first, because its small results can wait for the LLM's."""
-    import torch
-
     from hunyuan_model.checkpoints import load_text_encoder_1, load_text_encoder_2
-    from utils.device_utils import release_memory
+    from utils.device_utils import is_out_of_memory, release_memory
     from utils.processes import own_device
 
     device = own_device(device_name)
@@ -222,7 +220,9 @@ def encode(
         llm = load_text_encoder_1(encoders.text_encoder1, device, dtype, encoders.fp8_llm, encoders.tokenizer1)
         for batch, of_clip in zip(progress(batches, "text encoder 1"), pooled, strict=True):
             write_batch(llm, batch, of_clip, made_from)
-    except torch.OutOfMemoryError:
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
         raise UserError(f"{device}: out of memory; use --fp8_llm, a smaller --batch_size or --device cpu") from None
 
 

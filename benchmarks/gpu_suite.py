@@ -23,7 +23,7 @@ from modules.activation_checkpointing import checkpoint_activations, recompute_c
 from modules.memory_plan import GIB, MOMENTS, predict
 from networks.lora import create_arch_network
 from utils.cli import print_table
-from utils.device_utils import release_memory
+from utils.device_utils import is_out_of_memory, release_memory
 from utils.files import write_text
 from utils.fp8 import Fp8Linear, quantize_linears
 
@@ -194,7 +194,9 @@ def main() -> None:
     for case in tqdm(cases(), unit="setting"):
         try:
             results.append(measure(case, config, device))
-        except torch.OutOfMemoryError:
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
             failed.append(case)
         release_memory(device)
     plain = {(r.case.shape, r.case.fp8, r.case.checkpointing): r.seconds for r in results if not r.case.swap}

@@ -34,6 +34,7 @@ from dataset.intake import TakenDataset
 from dataset.items import Item, made_from
 from dataset.media import MediaError, load_items
 from dataset.sources import Source
+from utils.device_utils import is_out_of_memory
 from utils.errors import UserError, one_line
 
 T = TypeVar("T")
@@ -238,7 +239,9 @@ class LatentWriter:
         names = [item.name for _, item in members]
         try:
             return encode(self.vae, pixels, names, self.device, self.dtype)
-        except torch.OutOfMemoryError:
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
             raise UserError(
                 f"out of memory while encoding {names[0]} ({members[0][1].bucket_name}); lower --batch_size or "
                 "set --vae_spatial_tile_sample_min_size 128; what is cached stays"

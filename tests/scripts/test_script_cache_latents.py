@@ -264,6 +264,17 @@ def test_a_full_disk_is_one_line_and_keeps_what_is_cached(world: World, monkeypa
     assert counts(world.run())[0] == [1, 0, 2, 0, 0]
 
 
+def test_out_of_memory_is_one_line(world: World, monkeypatch) -> None:
+    from hunyuan_model.vae import AutoencoderKLCausal3D
+
+    def encode(*arguments):
+        raise RuntimeError("CUDA error: out of memory")
+
+    monkeypatch.setattr(AutoencoderKLCausal3D, "encode", encode)
+    with pytest.raises(UserError, match=r"out of memory while encoding .*lower --batch_size.*what is cached stays"):
+        world.run()
+
+
 def test_a_cache_directory_that_cannot_be_made_is_one_line(world: World) -> None:
     (world.folder / "c1").write_text("a file")
     with pytest.raises(UserError, match="c1: the cache directory cannot be written"):

@@ -256,9 +256,10 @@ def test_what_a_killed_run_left_is_removed(dataset, run):
     assert {path.name for path in (dataset.parent / "cache").glob("*.partial")} == {"other.partial"}
 
 
-def test_out_of_memory_is_one_line(run, monkeypatch):
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), MemoryError()], ids=repr)
+def test_out_of_memory_is_one_line(run, monkeypatch, error):
     def fail(*arguments):
-        raise torch.OutOfMemoryError("CUDA out of memory")
+        raise error
 
     monkeypatch.setattr(checkpoints, "load_text_encoder_1", fail)
     with pytest.raises(UserError, match="--fp8_llm"):
