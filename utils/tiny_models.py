@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from tokenizers import Tokenizer
 
 from utils.files import atomic_path, write_text
 from utils.safetensors_utils import save_file
@@ -191,8 +192,14 @@ def clip_shapes(size: ClipSize, vocabulary: int) -> Shapes:
     return shapes | _norm("text_model.final_layer_norm", D)
 
 
-def random_weights(shapes: Mapping[str, tuple[int, ...]], seed: int) -> dict[str, torch.Tensor]:
-    """Float32 weights that keep activations near unit size: matrices N(0, 1/fan_in), norms about 1, biases about 0."""
+def random_weights(
+    shapes: Mapping[str, tuple[int, ...]], seed: int, gains: Mapping[str, float] | None = None
+) -> dict[str, torch.Tensor]:
+    """Float32 weights that keep activations near unit size: matrices N(0, 1/fan_in), norms about 1, biases about 0.
+
+    Args:
+        gains: factors for the tensors whose names contain these words.
+    """
     generator = torch.Generator().manual_seed(seed)
     weights = {}
     for name, shape in shapes.items():
@@ -201,6 +208,7 @@ def random_weights(shapes: Mapping[str, tuple[int, ...]], seed: int) -> dict[str
             weights[name] = noise / math.sqrt(math.prod(shape[1:]))
         else:
             weights[name] = 0.1 * noise + (0.0 if name.endswith("bias") else 1.0)
+        weights[name] *= math.prod(gain for word, gain in (gains or {}).items() if word in name)
     return weights
 
 
@@ -218,8 +226,8 @@ def write_tiny_models(folder: str | Path, seed: int = 0) -> TinyModels:
         text_encoder1=folder / "text_encoder",
         text_encoder2=folder / "text_encoder_2",
     )
-    _write_llm(models.text_encoder1, LlmSize(), seed)
-    _write_clip(models.text_encoder2, ClipSize(), seed)
+    write_llm(models.text_encoder1, LlmSize(), llama_tokenizer(), seed)
+    write_clip(models.text_encoder2, ClipSize(), clip_tokenizer(), seed)
     _write_vae(models.vae, VaeSize(), seed)
     with atomic_path(models.dit) as temporary:
         torch.save({"module": random_weights(dit_shapes(DitSize()), seed)}, temporary)
@@ -243,8 +251,10 @@ def _write_vae(path: Path, size: VaeSize, seed: int) -> None:
     _write_json(path.with_name("config.json"), config)
 
 
-def _write_llm(folder: Path, size: LlmSize, seed: int) -> None:
-    tokenizer = llama_tokenizer()
+def write_llm(
+    folder: Path, size: LlmSize, tokenizer: Tokenizer, seed: int, gains: Mapping[str, float] | None = None
+) -> None:
+    """Writes a text encoder 1; `gains` are those of `random_weights`."""
     # As in LLaVA the embedding has more rows than there are tokens: it is padded to a multiple of 64.
     rows = math.ceil(tokenizer.get_vocab_size() / 64) * 64
     config = {
@@ -275,11 +285,13 @@ def _write_llm(folder: Path, size: LlmSize, seed: int) -> None:
         pad_token="<pad>",
         model_max_length=8192,
     )
-    save_file(random_weights(llm_shapes(size, rows), seed), folder / "model.safetensors", {"format": "pt"})
+    save_file(random_weights(llm_shapes(size, rows), seed, gains), folder / "model.safetensors", {"format": "pt"})
 
 
-def _write_clip(folder: Path, size: ClipSize, seed: int) -> None:
-    tokenizer = clip_tokenizer()
+def write_clip(
+    folder: Path, size: ClipSize, tokenizer: Tokenizer, seed: int, gains: Mapping[str, float] | None = None
+) -> None:
+    """Writes a text encoder 2; `gains` are those of `random_weights`."""
     vocabulary = tokenizer.get_vocab_size()
     config = {
         "architectures": ["CLIPTextModel"],
@@ -308,7 +320,9 @@ def _write_clip(folder: Path, size: ClipSize, seed: int) -> None:
         pad_token="<|endoftext|>",
         model_max_length=size.positions,
     )
-    save_file(random_weights(clip_shapes(size, vocabulary), seed), folder / "model.safetensors", {"format": "pt"})
+    save_file(
+        random_weights(clip_shapes(size, vocabulary), seed, gains), folder / "model.safetensors", {"format": "pt"}
+    )
 
 
 def _write_json(path: Path, content: dict) -> None:

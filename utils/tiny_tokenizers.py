@@ -1,6 +1,7 @@
 """Small tokenizers for the small text encoders, trained in a moment on a few sentences."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 from tokenizers import Tokenizer, pre_tokenizers, trainers
@@ -23,38 +24,38 @@ MERGES = 300
 
 
 def _trained(
-    pre_tokenizer: pre_tokenizers.PreTokenizer, end_of_word: str = ""
+    text: Sequence[str], merges: int, pre_tokenizer: pre_tokenizers.PreTokenizer, end_of_word: str = ""
 ) -> tuple[list[str], list[tuple[str, str]]]:
     """Byte-level BPE: the tokens in the order of their ids, every single byte first, and the merges."""
     learner = Tokenizer(BPE())
     learner.pre_tokenizer = pre_tokenizer
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     trainer = trainers.BpeTrainer(
-        vocab_size=2 * len(alphabet) + MERGES,
+        vocab_size=2 * len(alphabet) + merges,
         initial_alphabet=alphabet,
         end_of_word_suffix=end_of_word,
         show_progress=False,
     )
-    learner.train_from_iterator([text.lower() if end_of_word else text for text in TRAINING_TEXT], trainer)
-    merges = [tuple(pair) for pair in json.loads(learner.to_str())["model"]["merges"]]
+    learner.train_from_iterator([line.lower() if end_of_word else line for line in text], trainer)
+    pairs = [tuple(pair) for pair in json.loads(learner.to_str())["model"]["merges"]]
     # A byte that ends a word is a token of its own, and the training text has not every byte in that place.
     endings = [byte + end_of_word for byte in alphabet] if end_of_word else []
-    return [*alphabet, *endings, *map("".join, merges)], merges
+    return [*alphabet, *endings, *map("".join, pairs)], pairs
 
 
-def llama_tokenizer() -> Tokenizer:
-    """A small Llama 3 tokenizer."""
-    return bpe_tokenizers.llama_tokenizer(*_trained(llama_pre_tokenizer()))
+def llama_tokenizer(text: Sequence[str] = TRAINING_TEXT, merges: int = MERGES) -> Tokenizer:
+    """A small Llama 3 tokenizer that knows the words of `text`, if there are enough merges as whole tokens."""
+    return bpe_tokenizers.llama_tokenizer(*_trained(text, merges, llama_pre_tokenizer()))
 
 
-def clip_tokenizer() -> Tokenizer:
-    """A small CLIP tokenizer.
+def clip_tokenizer(text: Sequence[str] = TRAINING_TEXT, merges: int = MERGES) -> Tokenizer:
+    """A small CLIP tokenizer, by the same rule.
 
     The end token has the highest id: models published before 2023 find it as the largest of a row.
     """
-    tokens, merges = _trained(clip_pre_tokenizer(), END_OF_WORD)
+    tokens, pairs = _trained(text, merges, clip_pre_tokenizer(), END_OF_WORD)
     ids = {token: index for index, token in enumerate([*tokens, *CLIP_SPECIAL_TOKENS])}
-    return bpe_tokenizers.clip_tokenizer(ids, merges)
+    return bpe_tokenizers.clip_tokenizer(ids, pairs)
 
 
 def write_tokenizer(tokenizer: Tokenizer, folder: Path, **config: object) -> None:
