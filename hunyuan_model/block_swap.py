@@ -117,11 +117,9 @@ def _unpin(flat: Tensor) -> None:
 class BlockSwap:
     """The ring of device buffers and what lies in them."""
 
-    def __init__(
-        self, blocks: list[nn.Module], device: torch.device, ring_size: int, training: bool, pin: bool
-    ) -> None:
+    def __init__(self, blocks: list[nn.Module], device: torch.device, ring_size: int, pin: bool) -> None:
         self.device = device
-        self.training = training
+        self.backward_follows = False
         self.blocks = [_HostBlock(block, device, pin) for block in blocks]
         self.nbytes = max(block.nbytes for block in self.blocks)
         slots = min(ring_size, len(blocks))
@@ -136,6 +134,10 @@ class BlockSwap:
     @property
     def pinned(self) -> bool:
         return all(block.pinned for block in self.blocks)
+
+    def begin(self, *_: object) -> None:
+        """Notes, before the model runs, whether a backward pass follows; inside a checkpoint no block can tell."""
+        self.backward_follows = torch.is_grad_enabled()
 
     def acquire(self, index: int) -> None:
         """Makes block `index` usable by the kernels that follow, and starts to copy what is needed after it."""
@@ -157,7 +159,7 @@ class BlockSwap:
         """The blocks that follow, nearest first: downwards in a backward pass, which the order of calls reveals."""
         last = len(self.blocks) - 1
         ahead = min(len(self.ring) - 1, last)
-        starts_over = index == 0 or self.current is None or (index == last and not self.training)
+        starts_over = index == 0 or self.current is None or (index == last and not self.backward_follows)
         backward = not starts_over and (index < self.current or index == last)
         step = -1 if backward else 1
         order = [index + step * distance for distance in range(1, ahead + 1)]
@@ -229,7 +231,7 @@ def enable_block_swap(
         blocks_to_swap: as `--blocks_to_swap`; 0 moves the whole model.
         device: where the model computes.
         ring_size: device buffers; 2 copies ahead while one block computes, 1 needs the least memory.
-        training: whether a backward pass follows the forward pass; training has its own limit of blocks.
+        training: which maximum of `blocks_to_swap` holds.
         pin: pin the host copy; by default on CUDA, but not on Windows, where pinned memory counts as shared GPU memory.
 
     Raises:
@@ -246,9 +248,10 @@ def enable_block_swap(
     if not blocks:
         return None
     pin = (sys.platform != "win32") if pin is None else pin
-    swap = BlockSwap(blocks, device, ring_size, training, pin and device.type == "cuda")
+    swap = BlockSwap(blocks, device, ring_size, pin and device.type == "cuda")
     if pin and device.type == "cuda" and not swap.pinned:
         print("warning: host memory could not be pinned; block swap copies will be slower", file=sys.stderr)
+    model.register_forward_pre_hook(swap.begin)
     for index, block in enumerate(blocks):
         swap.wrap(index, block)
     return swap

@@ -111,6 +111,23 @@ def test_the_next_block_is_copied_ahead(checkpointing: bool) -> None:
     assert copied == [(i, i - 1) for i in range(last - 1, 0, -1)]
 
 
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["kept", "checkpointed"])
+def test_the_last_block_of_a_preview_copies_the_first(checkpointing: bool) -> None:
+    model = new_model()
+    swap = enable_block_swap(model, 4, "cpu", ring_size=2, training=True)
+    if checkpointing:
+        checkpoint_activations(model.blocks)
+    model(**inputs(0) | {"x": inputs(0)["x"].requires_grad_()}).sum().backward()
+    copied, original = [], swap._copy
+    swap._copy = lambda index, keep: (copied.append((swap.current, index)), original(index, keep))
+    with torch.no_grad():
+        model(**inputs(0))
+        copied.clear()
+        model(**inputs(0))
+    count = len(swap.blocks)
+    assert copied == [(i, (i + 1) % count) for i in range(count)]
+
+
 def test_counts_and_limits() -> None:
     assert max_blocks_to_swap(20, 40, training=False) == 38
     assert max_blocks_to_swap(20, 40, training=True) == 36
