@@ -24,7 +24,8 @@ class MemoryMeter(TorchDispatchMode):
         self._storages: dict[int, tuple[StorageWeakRef, int]] = {}
 
     def __torch_dispatch__(self, op: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        given = {tensor.untyped_storage()._cdata for tensor in tree_leaves(args) if isinstance(tensor, Tensor)}
+        # Not only in `args`: `out=` is given too.
+        given = {t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
         results = op(*args, **(kwargs or {}))
         self.forget_released()
         for result in results if isinstance(results, (tuple, list)) else [results]:

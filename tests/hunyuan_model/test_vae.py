@@ -7,9 +7,10 @@ import torch
 from diffusers import AutoencoderKLHunyuanVideo
 
 from hunyuan_model.vae import AutoencoderKLCausal3D, VaeConfig
-from hunyuan_model.vae_layers import WINDOW_ELEMENTS, CausalConv3d, Clip
+from hunyuan_model.vae_layers import WINDOW_ELEMENTS, CausalConv3d, Clip, Downsample, ResnetBlock
 from hunyuan_model.vae_tiling import blend_weights, overlapping, pixel_spans, run_tiles
 from utils.errors import UserError
+from utils.memory_meter import MemoryMeter
 
 KEYS = Path(__file__).parent.parent / "data" / "hunyuanvideo_vae_keys.tsv"
 
@@ -131,6 +132,19 @@ def test_no_piece_of_a_large_clip_is_larger_than_a_window(channels):
     with torch.device("meta"):
         pieces = CausalConv3d(*channels).windows(Clip(torch.empty(1, channels[0], 33, 544, 960)))
         assert max(piece.numel() for _, piece in pieces) <= WINDOW_ELEMENTS
+
+
+@pytest.mark.parametrize("layer", ["convolution", "resnet"])
+def test_one_piece_at_a_time_is_in_memory(layer):
+    x = torch.randn(1, 8, 12, 32, 32)
+    module = ResnetBlock(8, 8, groups=8) if layer == "resnet" else Downsample(8, (1, 1, 1))
+    for conv in module.modules():
+        if isinstance(conv, CausalConv3d):
+            conv.chunk_size = 4
+    with torch.no_grad(), MemoryMeter() as meter:
+        module(x)
+    piece, window = 8 * 4 * 32 * 32 * 4, 8 * 6 * 34 * 34 * 4
+    assert meter.peak <= x.nbytes + window + piece + 2000  # statistics and indices
 
 
 def test_inputs_are_left_as_they_were(vae):
