@@ -12,11 +12,13 @@ Before: cache_latents.py and cache_text_encoder_outputs.py. After: hv_generate_v
 """
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from modules.full_training_options import (
+    SAVE_MEMORY,
     FineTuningOptions,
     FullAttentionOptions,
     FullDitOptions,
@@ -27,11 +29,13 @@ from modules.full_training_options import (
     FullTrainingOptions,
 )
 from training.options import HunyuanTrainerOptions
-from utils.cli import run_script
+from utils.cli import print_table, run_script
 from utils.errors import UserError
 from utils.metadata import checkpoint_metadata
 
 if TYPE_CHECKING:
+    import torch
+
     from hunyuan_model.models import HunyuanVideoConfig, HYVideoDiffusionTransformer
     from modules.training_setup import Run
     from modules.training_state import Progress
@@ -61,7 +65,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     state = options.find_state()
     requests = options.preview_requests()
 
-    from modules.trained_model import TrainedModel
+    from modules.half_precision import HalfGradScaler
+    from modules.memory_plan import out_of_memory_in_one_line
+    from modules.trained_model import TrainedModel, trained_names
     from modules.trainer import rehearse, train
     from modules.training_setup import build_trainer, close_run, prepare_run
     from training.hunyuan_video import (
@@ -75,45 +81,54 @@ def main(argv: Sequence[str] | None = None) -> None:
     check_choices(options)
     run = prepare_run(options, state, lambda seed: load_datasets(options, seed))
     options = run.options
+    if options.tuning.full_fp16:
+        run.accelerator.scaler = HalfGradScaler()
     run.check_optimizer()
-    names = check_trained(options, read_dit_config(options, run), run)
+    shapes = dit_shapes(read_dit_config(options, run))
+    names = trained_names(list(shapes), options.tuning.trainable_modules)
+    check_trained(options, shapes, names, run)
     run.print_plan()
+    print_memory(options, shapes, names, run)
     if options.training.dry_run:
         print(run.settings)
         return
 
     run.open_outputs()
     previewer = create_previewer(options, requests, run)
-    dit = load_model(options, names, run)
-    trainer = build_trainer(
-        run,
-        training_model(options, dit, run.accelerator),
-        TrainedModel(dit, names, untouched=state is None),
-        previewer(dit),
-        lambda progress: metadata(options, run, progress),
-        lambda path: [],
-    )
-    with trainer.log, trainer.requests:
+    with out_of_memory_in_one_line("while the DiT is loaded", lambda: SAVE_MEMORY):
+        dit = load_model(options, names, run)
+        trainer = build_trainer(
+            run,
+            training_model(options, dit, run.accelerator),
+            TrainedModel(dit, names, untouched=state is None),
+            previewer(dit),
+            lambda progress: metadata(options, run, progress),
+            lambda path: [],
+        )
+    with trainer.log, trainer.requests, out_of_memory_in_one_line("in training", lambda: SAVE_MEMORY):
         rehearse(trainer, run.train_set.largest_batch())
         train(trainer)
     close_run(trainer)
 
 
-def check_trained(options: Options, config: "HunyuanVideoConfig", run: "Run") -> set[str]:
-    """Names of the trained parameters, from the sizes of the DiT alone.
-
-    Raises:
-        UserError: --trainable_modules names none, dtypes do not go together, or the state is of another run.
-    """
+def dit_shapes(config: "HunyuanVideoConfig") -> "dict[str, torch.Size]":
+    """The shape of every parameter by its official name."""
     import torch
 
     from hunyuan_model.models import HYVideoDiffusionTransformer
-    from modules.trained_model import trained_names
-    from modules.training_state import check_network
 
     with torch.device("meta"):
-        shapes = {name: weight.shape for name, weight in HYVideoDiffusionTransformer(config).named_parameters()}
-    names = trained_names(list(shapes), options.tuning.trainable_modules)
+        return {name: weight.shape for name, weight in HYVideoDiffusionTransformer(config).named_parameters()}
+
+
+def check_trained(options: Options, shapes: "Mapping[str, torch.Size]", names: set[str], run: "Run") -> None:
+    """Whether what is trained goes together with the other options and with the state.
+
+    Raises:
+        UserError: it does not.
+    """
+    from modules.training_state import check_network
+
     check_dtypes(options, frozen=len(names) < len(shapes), run=run)
     if options.swap.img_in_txt_in_offloading and any(name.startswith(("img_in.", "txt_in.")) for name in names):
         raise UserError("--img_in_txt_in_offloading: --trainable_modules trains what it would offload; leave it out")
@@ -124,11 +139,10 @@ def check_trained(options: Options, config: "HunyuanVideoConfig", run: "Run") ->
                 f"--resume: {run.state} knows no validation loss from before training, and those weights are gone; "
                 "resume without validation, or start anew"
             )
-    return names
 
 
 def check_dtypes(options: Options, frozen: bool, run: "Run") -> None:
-    """Whether weights, autocast and device go together; `frozen`: some weights are not trained.
+    """Whether the dtypes of weights and autocast go together; `frozen`: some weights are not trained.
 
     Raises:
         UserError: they do not.
@@ -145,6 +159,28 @@ def check_dtypes(options: Options, frozen: bool, run: "Run") -> None:
             f"--dit_dtype {options.dit.dit_dtype}: the trained weights are {trained}, and only --mixed_precision bf16 "
             "lets both compute together"
         )
+
+
+def print_memory(options: Options, shapes: "Mapping[str, torch.Size]", names: set[str], run: "Run") -> None:
+    """What the weights need by themselves; activations come on top.
+
+    Raises:
+        UserError: the optimizer does not work with the dtype of the trained weights.
+    """
+    from modules.half_precision import try_optimizer
+    from modules.memory_plan import in_words
+    from utils.device_utils import DTYPES
+
+    trained, frozen = DTYPES[options.tuning.dtype], DTYPES[options.saved_dtype]
+    state_bytes = try_optimizer(options.optimizer, trained, run.accelerator.device)
+    total, count = sum(map(math.prod, shapes.values())), sum(math.prod(shapes[name]) for name in names)
+    rows = [
+        ("trained weights", in_words(count * trained.itemsize)),
+        ("their gradients", in_words(count * trained.itemsize)),
+        ("their optimizer's states", in_words(count * state_bytes)),
+        ("frozen weights", in_words((total - count) * frozen.itemsize)),
+    ]
+    print_table(f"memory beside activations, {count / 1e6:,.1f} of {total / 1e6:,.1f} M numbers are trained", rows)
 
 
 def load_model(options: Options, names: set[str], run: "Run") -> "HYVideoDiffusionTransformer":

@@ -1,6 +1,7 @@
 """What autograd keeps between the forward and the backward pass, decided from outside the model.
 
-Four ways, from the fastest to the leanest; all give the gradients of plain autograd bit for bit:
+Four ways, from the fastest to the leanest; all give the gradients of plain autograd bit for bit, but for `full` and
+`offload` where all blocks share an input that needs a gradient: they add up its parts in another order.
 
 - `recompute_cheap`: keeps no copy that pointwise operations can make again from what is kept anyway;
 - `selective`: keeps the results of large matrix products and of attention only (PyTorch's selective checkpointing);

@@ -13,6 +13,8 @@ from utils.metadata import ARCHITECTURE, MetadataOptions
 from utils.option_groups import DTYPE_WORDS, BlockSwapOptions, DitOptions
 from utils.training_options import SaveOptions, TrainingAttentionOptions, TrainingOptions
 
+SAVE_MEMORY = "give --gradient_checkpointing, --full_bf16, --optimizer_type adafactor or fewer --trainable_modules"
+
 
 @dataclass(frozen=True, kw_only=True)
 class FineTuningOptions:
@@ -74,9 +76,8 @@ class FullSwapOptions(BlockSwapOptions):
     def __post_init__(self) -> None:
         if self.blocks_to_swap:
             raise UserError(
-                f"--blocks_to_swap {self.blocks_to_swap}: only frozen blocks can be swapped; to save memory give "
-                "--gradient_checkpointing, --full_bf16, --optimizer_type adafactor or adamw8bit, or fewer "
-                "--trainable_modules"
+                f"--blocks_to_swap {self.blocks_to_swap}: only frozen blocks can be swapped; leave it out, and to "
+                f"save memory {SAVE_MEMORY}"
             )
 
 

@@ -224,25 +224,30 @@ class MemoryPlan:
         numbers = f"{in_words(needed)} of GPU memory are needed, {in_words(free)} are free"
         print(f"warning: {self.work}: {numbers}; {advice}", file=sys.stderr)
 
-    @contextlib.contextmanager
-    def explained(self, during: str) -> Iterator[None]:
-        """Turns running out of memory into one line: where, how much work, the peak, and what to try next.
+    def explained(self, during: str) -> contextlib.AbstractContextManager[None]:
+        """Turns running out of memory into one line: where, how much work, the peak, and what to try next."""
+        return out_of_memory_in_one_line(during, self._work_and_advice)
 
-        Raises:
-            UserError: out of memory inside.
-        """
-        try:
-            yield
-        except (RuntimeError, MemoryError) as error:
-            if not is_out_of_memory(error):
-                raise
-            peak = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
-            lean = leaner(self.settings, self.ordered, self.predicted)
-            advice = f"try {lean.flags(self.training)}" if lean else "lower resolution, frames or batch size"
-            raise UserError(
-                f"out of GPU memory {during}: {self.work}, peak {in_words(peak)} with "
-                f"{self.settings.flags(self.training)}; {advice}"
-            ) from None
+    def _work_and_advice(self) -> str:
+        lean = leaner(self.settings, self.ordered, self.predicted)
+        advice = f"try {lean.flags(self.training)}" if lean else "lower resolution, frames or batch size"
+        return f"{self.work} with {self.settings.flags(self.training)}; {advice}"
+
+
+@contextlib.contextmanager
+def out_of_memory_in_one_line(during: str, work_and_advice: Callable[[], str]) -> Iterator[None]:
+    """Turns running out of memory into one line.
+
+    Raises:
+        UserError: out of memory inside.
+    """
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        peak = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
+        raise UserError(f"out of GPU memory {during}: {work_and_advice()} (peak {in_words(peak)})") from None
 
 
 def free_memory(device: torch.device) -> int | None:
