@@ -4,11 +4,10 @@ Before: cache_latents.py and cache_text_encoder_outputs.py. After: hv_generate_v
 
     accelerate launch --num_cpu_threads_per_process 1 --mixed_precision bf16 hv_train.py \
         --dit ckpts/hunyuan-video-t2v-720p/transformers/mp_rank_00_model_states.pt --dataset_config dataset.toml \
-        --sdpa --mixed_precision bf16 --full_bf16 --gradient_checkpointing \
-        --optimizer_type adafactor --learning_rate 1e-5 --optimizer_args relative_step=False scale_parameter=False \
-        --trainable_modules single_blocks. --timestep_sampling shift --discrete_flow_shift 7.0 \
-        --max_train_epochs 16 --save_every_n_epochs 1 --seed 42 \
-        --output_dir output --output_name name-of-model
+        --sdpa --mixed_precision bf16 --dit_dtype bfloat16 --trainable_modules img_attn txt_attn \
+        --gradient_checkpointing --optimizer_type adamw8bit --learning_rate 1e-5 --max_data_loader_n_workers 2 \
+        --timestep_sampling shift --discrete_flow_shift 7.0 --max_train_epochs 16 --save_every_n_epochs 4 --seed 42 \
+        --output_dir output --output_name my-model
 """
 
 import json
