@@ -35,10 +35,11 @@ PROPERTIES = ("shape", "colour", "motion", "background")
 SMOOTHING = 1 / 64  # sigma of the Gaussian against noise
 LEAST_CONTRAST = 0.15  # RGB distance from the background; the weakest pair, purple on gray, has 0.4
 LEAST_AREA = 0.01  # in squared sides; the smallest shape of the world has 0.05
-LEAST_CHROMA = 0.15  # largest minus smallest of R, G, B; purple, the palest, has 0.55
+LEAST_CHROMA = 0.15  # distance from gray in CHROMA_PLANE; green, the palest, has 0.46
 LEAST_OVERLAP = 0.7  # intersection over union with the ideal shape
 MOTION_TOLERANCE = 0.6  # 1 is as far from a motion of the world as standing still is
 PALETTE = np.float32([*COLOURS.values(), *CONCEPT_COLOURS]) / 255
+CHROMA_PLANE = np.float32([(1, 0), (-0.5, 0.75**0.5), (-0.5, -(0.75**0.5))])  # RGB -> a plane where hue is the angle
 DISC_ROW, CORE_ROW = len(COLOURS), len(COLOURS) + 1  # rows of PALETTE
 NO_COLOUR = len(PALETTE)
 
@@ -82,14 +83,11 @@ def judge(pixels: Tensor) -> Verdict:
     if found.mean() <= 0.5:
         return Verdict()
     masks, labels, times = masks[found], _labels(clip[found]), np.linspace(0, 1, len(clip))[found]
-    whole = _inside(masks)
-    if 3 * whole.sum() < len(whole):  # too few to measure by
-        whole[:] = True
     is_concept = np.mean([_shows_concept(*frame) for frame in zip(labels, masks)]) > 0.5
     return Verdict(
-        CONCEPT if is_concept else _shape(masks[whole]),
+        CONCEPT if is_concept else _shape(masks),
         "" if is_concept else _colour(labels[masks]),
-        _motion(masks[whole], times[whole]),
+        _motion(masks, times),
         _background(ground),
     )
 
@@ -139,21 +137,11 @@ def _largest_piece(mask: np.ndarray) -> np.ndarray:
     return piece & is_thing
 
 
-def _inside(masks: np.ndarray) -> np.ndarray:
-    """Which of the frames (F, H, W) show the whole thing: (F,) bool."""
-    return ~(masks[:, [0, -1]].any(axis=(1, 2)) | masks[:, :, [0, -1]].any(axis=(1, 2)))
-
-
 def _labels(clip: np.ndarray) -> np.ndarray:
     """The row of PALETTE that is nearest in hue to each pixel (..., 3), or NO_COLOUR for a grayish one: (...)."""
-    hues = _hue(clip)[..., None] - _hue(PALETTE)
-    nearest = np.abs((hues + 180) % 360 - 180).argmin(axis=-1)
-    return np.where(np.ptp(clip, axis=-1) > LEAST_CHROMA, nearest, NO_COLOUR)
-
-
-def _hue(rgb: np.ndarray) -> np.ndarray:
-    """(..., 3) float32 in 0..1 -> (...) in degrees."""
-    return cv2.cvtColor(rgb.reshape(1, -1, 3), cv2.COLOR_RGB2HSV)[0, :, 0].reshape(rgb.shape[:-1])
+    chroma, known = clip @ CHROMA_PLANE, PALETTE @ CHROMA_PLANE
+    nearest = (chroma @ (known / np.linalg.norm(known, axis=1, keepdims=True)).T).argmax(axis=-1)
+    return np.where(np.linalg.norm(chroma, axis=-1) > LEAST_CHROMA, nearest, NO_COLOUR)
 
 
 def _colour(labels: np.ndarray) -> str | None:
@@ -181,13 +169,14 @@ def _shape(masks: np.ndarray) -> str | None:
 
 
 def _overlap(mask: np.ndarray, shape: str) -> float:
-    """Intersection over union of (H, W) bool with the ideal shape of its centre and area, as smoothed as it is."""
+    """Intersection over union of (H, W) bool with the ideal shape of its centre and area."""
     centre = np.argwhere(mask).mean(axis=0)[::-1]
     radius = math.sqrt(mask.sum() / cv2.contourArea(np.float32(outline(shape, (0, 0), 1))))
     ideal = np.zeros(mask.shape, np.uint8)
     corners = np.round(outline(shape, centre, radius) * (1 << SUBPIXEL_BITS)).astype(np.int32)
     cv2.fillPoly(ideal, [corners], 255, cv2.LINE_AA, SUBPIXEL_BITS)
-    ideal = _smooth(ideal) > 127
+    ideal = _smooth(ideal.astype(np.float32))
+    ideal = ideal >= np.sort(ideal, axis=None)[-mask.sum()]  # the same area, though drawing thickens a shape
     return (mask & ideal).sum() / (mask | ideal).sum()
 
 
@@ -206,7 +195,7 @@ def _motion(masks: np.ndarray, times: np.ndarray) -> str | None:
 
 
 def _median_slope(times: np.ndarray, values: np.ndarray) -> np.ndarray:
-    """Slopes (K,) of values (F, K) over times (F,), which a few odd frames do not change (Theil-Sen)."""
+    """Slopes (K,) of values (F, K) over times (F,), little moved by a few frames that the border cuts (Theil-Sen)."""
     first, second = np.triu_indices(len(times), 1)
     return np.median((values[second] - values[first]) / (times[second] - times[first])[:, None], axis=0)
 
