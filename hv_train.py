@@ -64,6 +64,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     state = options.find_state()
     requests = options.preview_requests()
 
+    from hunyuan_model.model_files import identify
     from modules.half_precision import HalfGradScaler
     from modules.memory_plan import out_of_memory_in_one_line
     from modules.trained_model import TrainedModel, trained_names
@@ -93,6 +94,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         return
 
     run.open_outputs()
+    source_config = identify(options.dit.dit).checkpoint.config
     previewer = create_previewer(options, requests, run)
     with out_of_memory_in_one_line("while the DiT is loaded", lambda: SAVE_MEMORY):
         dit = load_model(options, names, run)
@@ -101,7 +103,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             training_model(options, dit, run.accelerator),
             TrainedModel(dit, names, untouched=state is None),
             previewer(dit),
-            lambda progress: metadata(options, run, progress),
+            lambda progress: metadata(options, run, source_config, progress),
             lambda path: [],
         )
     with trainer.log, trainer.requests, out_of_memory_in_one_line("in training", lambda: SAVE_MEMORY):
@@ -186,15 +188,15 @@ def load_model(options: Options, names: set[str], run: "Run") -> "HYVideoDiffusi
     """The DiT with trained weights in the dtype of the training and all others in --dit_dtype."""
     from hunyuan_model.attention import verify_attention
     from hunyuan_model.block_swap import offload_embedders
-    from hunyuan_model.checkpoints import load_dit
+    from hunyuan_model.checkpoints import load_dit, read_dit_config
     from modules.activation_checkpointing import checkpoint_activations, recompute_cheap
     from utils.device_utils import DTYPES
 
     device, attention = run.accelerator.device, options.attention.mode
     trained, frozen = DTYPES[options.tuning.dtype], DTYPES[options.saved_dtype]
+    computed = DTYPES.get(run.accelerator.mixed_precision, trained)
+    verify_attention(attention, device, computed, read_dit_config(options.dit.dit).head_dim)
     dit = load_dit(options.dit.dit, device, lambda name: trained if name in names else frozen, attention=attention)
-    computed = {"bf16": DTYPES["bf16"], "fp16": DTYPES["fp16"]}.get(run.accelerator.mixed_precision, trained)
-    verify_attention(attention, device, computed, dit.config.head_dim)
     if options.swap.img_in_txt_in_offloading:
         offload_embedders(dit, device)
     if options.training.checkpointing_policy is not None:
@@ -204,18 +206,12 @@ def load_model(options: Options, names: set[str], run: "Run") -> "HYVideoDiffusi
     return dit
 
 
-def metadata(options: Options, run: "Run", progress: "Progress") -> Mapping[str, str]:
-    """The metadata of a checkpoint, with the config that the source may have had."""
-    from hunyuan_model.model_files import identify
-
-    facts = run.facts(
-        progress,
-        sd_model_name=str(options.dit.dit),
-        vae_name=options.vae.vae and str(options.vae.vae),
-    )
-    config = identify(options.dit.dit).checkpoint.config
-    texts = checkpoint_metadata(facts, options.metadata, *vars(options).values(), title=options.save.output_name)
-    return texts | ({"config": json.dumps(config)} if config else {})
+def metadata(options: Options, run: "Run", source_config: Mapping, progress: "Progress") -> Mapping[str, str]:
+    """The metadata of a checkpoint, with the config that the file had from which training started."""
+    names = {"sd_model_name": str(options.dit.dit), "vae_name": options.vae.vae and str(options.vae.vae)}
+    facts, title = run.facts(progress, **names), options.save.output_name
+    texts = checkpoint_metadata(facts, options.metadata, *vars(options).values(), title=title)
+    return texts | ({"config": json.dumps(source_config)} if source_config else {})
 
 
 if __name__ == "__main__":

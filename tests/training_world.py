@@ -118,6 +118,29 @@ def command(world: World, dit: Path, output: Path, *words: object) -> list[str]:
     return [*defaults, *map(str, words)]
 
 
+def tune(world: World, dit: Path, output: Path, *words: object) -> dict[str, torch.Tensor]:
+    """A short run of hv_train.py; returns the tensors of its last checkpoint, if it was written."""
+    run_training(full_command(world, dit, output, *words), "hv_train")
+    checkpoint = output / "full.safetensors"
+    return load_file(checkpoint) if checkpoint.exists() else {}
+
+
+def full_command(world: World, dit: Path, output: Path, *words: object) -> list[str]:
+    """Command-line words of a short run of hv_train.py; what stands in `words` wins."""
+    given = {
+        "dit": dit,
+        "dataset_config": world.config,
+        "learning_rate": 1e-3,
+        "max_data_loader_n_workers": 0,
+        "max_train_steps": 4,
+        "seed": 7,
+        "output_dir": output,
+        "output_name": "full",
+    }
+    defaults = [f"--{name}={value}" for name, value in given.items() if f"--{name}" not in words]
+    return [*defaults, *map(str, words)]
+
+
 def log_of(output: Path) -> list[dict]:
     """The lines of train_log.jsonl."""
     return [json.loads(line) for line in (output / "train_log.jsonl").read_text(encoding="utf-8").splitlines()]

@@ -1,4 +1,4 @@
-"""hv_train_network.py on a GPU: half precision, what saves memory, and exact resume.
+"""hv_train_network.py and hv_train.py on a GPU: half precision, what saves memory, and exact resume.
 
 pytest tests/gpu -m gpu
 """
@@ -6,7 +6,7 @@ pytest tests/gpu -m gpu
 import pytest
 import torch
 
-from tests.training_world import assert_same, log_of, train, write_world
+from tests.training_world import assert_same, log_of, train, tune, write_world
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")]
 
@@ -42,3 +42,26 @@ def test_resumed_is_undisturbed(world, tiny_models, tmp_path):
     through = train(world, tiny_models.dit, tmp_path / "through", *words)
     state = tmp_path / "through" / "lora-step00000003-state"
     assert_same(train(world, tiny_models.dit, tmp_path / "again", *words, "--resume", state), through)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--mixed_precision", "bf16", "--gradient_checkpointing"],
+        ["--full_bf16", "--optimizer_type", "adafactor"],
+        ["--mixed_precision", "bf16", "--trainable_modules", "single_blocks", "--dit_dtype", "bf16"],
+    ],
+    ids=lambda words: " ".join(map(str, words)),
+)
+def test_full_fine_tuning_has_losses_near_those_of_float32(world, tiny_models, tmp_path, words):
+    tune(world, tiny_models.dit, tmp_path / "exact", "--learning_rate", 1e-5)
+    tune(world, tiny_models.dit, tmp_path / "half", "--learning_rate", 1e-5, *words)
+    assert losses(tmp_path / "half") == pytest.approx(losses(tmp_path / "exact"), rel=0.05)
+
+
+def test_full_fp16_finds_a_scale_and_learns(world, tiny_models, tmp_path):
+    words = ["--full_fp16", "--mixed_precision", "fp16", "--optimizer_type", "adamw8bit", "--max_train_steps", 40]
+    tuned = tune(world, tiny_models.dit, tmp_path, *words, "--max_nonfinite_steps", 20)
+    found = [line["loss"] for line in log_of(tmp_path) if "loss" in line]
+    assert len(found) > 20 and sum(found[-5:]) < sum(found[:5])
+    assert {tensor.dtype for tensor in tuned.values()} == {torch.float16}

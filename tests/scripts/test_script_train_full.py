@@ -17,9 +17,11 @@ from tests.conftest import ROOT
 from tests.training_world import (
     assert_same,
     assert_same_course,
+    full_command,
     log_of,
     run_training,
     train,
+    tune,
     write_small_dit,
     write_world,
 )
@@ -43,32 +45,11 @@ def weights(dit):
     return torch.load(dit, weights_only=True)["module"]
 
 
-def command(world, dit, output, *words):
-    """Command-line words of a short run; what stands in `words` wins."""
-    given = {
-        "dit": dit,
-        "dataset_config": world.config,
-        "learning_rate": 1e-3,
-        "max_data_loader_n_workers": 0,
-        "max_train_steps": 4,
-        "seed": 7,
-        "output_dir": output,
-        "output_name": "full",
-    }
-    defaults = [f"--{name}={value}" for name, value in given.items() if f"--{name}" not in words]
-    return [*defaults, *map(str, words)]
-
-
-def tune(world, dit, output, *words):
-    """A short run in this process; returns the tensors of its last checkpoint, if it was written."""
-    run_training(command(world, dit, output, *words), "hv_train")
-    checkpoint = output / "full.safetensors"
-    return load_file(checkpoint) if checkpoint.exists() else {}
-
-
 def test_the_script_learns_and_what_it_writes_is_a_dit_for_the_other_scripts(world, dit, weights, tmp_path):
     secret = "hf_never_write_me"
-    words = command(world, dit, tmp_path, "--max_train_steps", 12, "--max_train_epochs", 12, "--learning_rate", 3e-3)
+    words = full_command(
+        world, dit, tmp_path, "--max_train_steps", 12, "--max_train_epochs", 12, "--learning_rate", 3e-3
+    )
     script = [sys.executable, str(ROOT / "hv_train.py"), *words, "--metadata_title", "T", "--huggingface_token", secret]
     subprocess.run(script, check=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL)
     epochs = [sum(line["loss"] for line in log_of(tmp_path)[at : at + 5]) / 5 for at in (0, 55)]
@@ -187,6 +168,21 @@ def test_frozen_weights_may_be_bfloat16_beside_trained_float32(world, dit, weigh
         assert torch.equal(tensor, (trained if name in trained else weights)[name].bfloat16()), name
 
 
+def test_frozen_embedders_may_wait_on_the_cpu(world, dit, tmp_path):
+    words = ["--trainable_modules", "double_blocks", "time_in"]
+    apart = tune(world, dit, tmp_path / "a", *words, "--img_in_txt_in_offloading")
+    assert_same(apart, tune(world, dit, tmp_path / "b", *words))
+
+
+def test_running_out_of_memory_says_what_to_try(world, dit, tmp_path, monkeypatch):
+    def out_of_memory(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr("modules.training_model.TrainingModel.velocity", out_of_memory)
+    with pytest.raises(UserError, match="out of GPU memory in training: give --gradient_checkpointing"):
+        tune(world, dit, tmp_path)
+
+
 def test_the_saved_settings_make_the_same_model(world, dit, tmp_path):
     tuned = tune(world, dit, tmp_path / "a", "--timestep_sampling", "shift", "--trainable_modules", "double_blocks")
     run_training(["--config_file", tmp_path / "a" / "full.settings.toml", "--output_dir", tmp_path / "b"], "hv_train")
@@ -207,7 +203,9 @@ def test_previews_and_dry_run(world, tiny_models, tmp_path, capsys):
     tune(world, tiny_models.dit, tmp_path / "out", *words, "--max_train_steps", 2)
     assert [path.suffix for path in (tmp_path / "out" / "sample").iterdir()] == [".png"]
     tune(world, tiny_models.dit, tmp_path / "absent", "--dry_run")
-    assert 'trainable_modules = ["."]' in capsys.readouterr().out and not (tmp_path / "absent").exists()
+    printed = capsys.readouterr().out
+    assert 'trainable_modules = ["."]' in printed and "their optimizer's states" in printed
+    assert not (tmp_path / "absent").exists()
 
 
 NOT_HERE = [
