@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from modules.full_training_options import (
+from training.full_options import (
     SAVE_MEMORY,
     FineTuningOptions,
     FullAttentionOptions,
