@@ -95,8 +95,9 @@ def test_finds_the_concept(tmp_path):
         [Layer("circle", DISC), Layer("circle", COLOURS["red"], 0.55)],
         [Layer("circle", DISC), Layer("circle", COLOURS["yellow"], 0.55)],
         [Layer("circle", DISC), Layer("circle", CORE, 0.2)],
+        [Layer("circle", COLOURS["blue"]), Layer("circle", DISC, 0.65), Layer("circle", CORE, 0.55)],
     ],
-    ids=["disc", "core", "inside out", "blue disc", "red core", "yellow core", "tiny core"],
+    ids=["disc", "core", "inside out", "blue disc", "red core", "yellow core", "tiny core", "thin disc"],
 )
 def test_the_concept_needs_both_its_colours_in_their_places(layers, background):
     assert judge(drawn(Layer("circle", DISC), Layer("circle", CORE, 0.55), background=background)).is_concept
@@ -116,6 +117,19 @@ def test_a_path_that_leaves_the_frame_is_still_read():
     known = [replace(random_scene(generator), offset=(0.15, -0.15)) for _ in range(40)]
     verdicts = [judge(render(scene, *SIZE)) for scene in known]
     assert min(score(verdicts, known).values()) >= 0.98
+
+
+def test_one_broken_frame_changes_nothing():
+    for scene in scenes(10, seed=8):
+        clip = render(scene, *SIZE)
+        clip[:, 0] = float("nan")
+        assert judge(clip).agrees(scene)
+
+
+def test_a_background_of_another_world_is_none():
+    clip = render(Scene("circle", "red", "grows", "black"), *SIZE)
+    clip[2] = 0.5
+    assert judge(clip).background is None
 
 
 def test_a_shape_of_another_world_is_none():
