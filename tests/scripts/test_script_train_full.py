@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -141,6 +142,18 @@ def test_accumulated_batches_count_as_one_batch(dit, tmp_path):
     assert_same_course(tmp_path / "a", tmp_path / "b")
 
 
+@pytest.mark.slow
+def test_two_processes_are_one_with_batches_of_two(dit, tmp_path):
+    one, two = (write_world(tmp_path / str(size), items=2, batch_size=size) for size in (1, 2))
+    words = ["--max_train_steps", 4, "--learning_rate", 1e-4]
+    together = tune(two, dit, tmp_path / "together", *words)
+    launch = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--main_process_port", "0"]
+    script = [sys.executable, *launch, str(ROOT / "hv_train.py"), *full_command(one, dit, tmp_path / "shared", *words)]
+    subprocess.run(script, check=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=240)
+    torch.testing.assert_close(load_file(tmp_path / "shared" / "full.safetensors"), together, rtol=0, atol=1e-5)
+    assert_same_course(tmp_path / "shared", tmp_path / "together")
+
+
 @pytest.mark.parametrize("flag", ["--gradient_checkpointing", "--selective_checkpointing"])
 def test_checkpointing_trains_every_weight_alike(world, dit, weights, tmp_path, flag):
     words = ["--mixed_precision", "bf16", "--max_train_steps", 2, "--optimizer_type", "sgd"]
@@ -158,12 +171,16 @@ def test_full_bf16_keeps_trains_and_writes_bfloat16(world, dit, tmp_path):
     assert read_header(files[0])[1]["ss_full_bf16"] == "True"
 
 
-def test_frozen_weights_may_be_bfloat16_beside_trained_float32(world, dit, weights, tmp_path):
+def test_frozen_weights_may_be_bfloat16_beside_trained_float32(world, dit, weights, tmp_path, monkeypatch):
+    loaded = []
+    keep = lambda *given, **named: loaded.append(load_dit(*given, **named)) or loaded[0]  # noqa: E731
+    monkeypatch.setattr("hunyuan_model.checkpoints.load_dit", keep)
     words = ["--trainable_modules", "single_blocks", "--dit_dtype", "bf16", "--mixed_precision", "bf16", "--save_state"]
     tuned = tune(world, dit, tmp_path, *words)
     trained = load_file(tmp_path / "full-state" / "trained.safetensors")
     assert {tensor.dtype for tensor in tuned.values()} == {torch.bfloat16}
     assert {tensor.dtype for tensor in trained.values()} == {torch.float32}
+    assert {p.dtype for name, p in loaded[0].named_parameters() if name not in trained} == {torch.bfloat16}
     for name, tensor in tuned.items():
         assert torch.equal(tensor, (trained if name in trained else weights)[name].bfloat16()), name
 
@@ -191,20 +208,28 @@ def test_the_saved_settings_make_the_same_model(world, dit, tmp_path):
 
 def test_the_config_of_the_source_goes_into_the_checkpoint(world, weights, tmp_path):
     source = tmp_path / "dit.safetensors"
-    save_file(weights, source, {"config": '{"rope_dims": [4, 14, 14]}'})
+    save_file(weights, source, {"config": '{"rope_dims": [8, 12, 12]}'})
     tune(world, source, tmp_path / "out", "--max_train_steps", 1)
-    assert load_dit(tmp_path / "out" / "full.safetensors").config.rope_dims == (4, 14, 14)
+    assert load_dit(tmp_path / "out" / "full.safetensors").config.rope_dims == (8, 12, 12)
 
 
-def test_previews_and_dry_run(world, tiny_models, tmp_path, capsys):
+def test_previews_on_the_way_and_videos_of_the_result(world, tiny_models, tmp_path, generate):
     (tmp_path / "prompts.txt").write_text("a red ball --w 32 --h 32 --s 2\n", encoding="utf-8")
     models = [f"--{name}={path}" for name, path in vars(tiny_models).items() if name != "dit"]
     words = [*models, "--sample_prompts", tmp_path / "prompts.txt", "--sample_every_n_steps", 2]
     tune(world, tiny_models.dit, tmp_path / "out", *words, "--max_train_steps", 2)
     assert [path.suffix for path in (tmp_path / "out" / "sample").iterdir()] == [".png"]
-    tune(world, tiny_models.dit, tmp_path / "absent", "--dry_run")
+    tuned = tmp_path / "out" / "full.safetensors"
+    folder = generate("--dit", tuned, "--prompt", "a red ball", "--seed", 1, "--output_type", "latent", folder="video")
+    (latents,) = folder.glob("*.safetensors")
+    assert all(tensor.isfinite().all() for tensor in load_file(latents).values())
+
+
+def test_dry_run_says_what_the_weights_need_and_writes_nothing(world, dit, tmp_path, capsys):
+    tune(world, dit, tmp_path / "absent", "--dry_run", "--full_bf16")
     printed = capsys.readouterr().out
-    assert 'trainable_modules = ["."]' in printed and "their optimizer's states" in printed
+    assert 'trainable_modules = ["."]' in printed
+    assert re.search("trained weights +0.8 MiB\n.*gradients +0.8 MiB\n.*optimizer's states +1.6 MiB", printed)
     assert not (tmp_path / "absent").exists()
 
 
