@@ -23,6 +23,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
+from modules.parking import Parking
+
 aten = torch.ops.aten
 # A product over fewer channels than this is a LoRA's: its result is made again for less than its memory is worth.
 SMALLEST_KEPT_INNER_SIZE = 256
@@ -55,6 +57,7 @@ def checkpoint_activations(blocks: Iterable[nn.Module], policy: str = "full", co
         policy: "full", "selective" or "offload".
         compiled: the blocks were compiled, so the compiler decides what the second run keeps.
     """
+    parking = Parking() if policy == "offload" else None
     for block in blocks:
         block.is_checkpointed = True
         if policy == "selective":
@@ -63,7 +66,7 @@ def checkpoint_activations(blocks: Iterable[nn.Module], policy: str = "full", co
             )
         else:
             run = block.forward if compiled else functools.partial(_run_with_recipes, block.forward)
-            block.forward = functools.partial(_run_again, run, policy == "offload")
+            block.forward = functools.partial(_run_again, run, parking)
 
 
 def _selective_contexts() -> tuple[Any, Any]:
@@ -86,7 +89,7 @@ class _RunAgain(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, run: Callable, park: bool, always: Tensor, *inputs: Any) -> Any:
+    def forward(ctx: Any, run: Callable, parking: Parking | None, always: Tensor, *inputs: Any) -> Any:
         ctx.run = run
         ctx.device = next(value.device for value in inputs if isinstance(value, Tensor))
         ctx.random_state = _random_state(ctx.device)
@@ -98,24 +101,26 @@ class _RunAgain(torch.autograd.Function):
         }
         ctx.needs_grad = ctx.needs_input_grad[3:]
         # Only inputs in the path of gradients differ from block to block; the rest is shared and stays where it is.
-        ctx.inputs = [
-            _parked(value) if park and needed else value for value, needed in zip(inputs, ctx.needs_grad, strict=True)
-        ]
+        own = [value for value, needed in zip(inputs, ctx.needs_grad, strict=True) if needed]
+        ctx.shared = [None if needed else value for value, needed in zip(inputs, ctx.needs_grad, strict=True)]
+        ctx.own = parking.park(own, ctx.device).taken if parking else functools.partial(contextlib.nullcontext, own)
         return run(*inputs)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple:
-        inputs = [
-            value.to(ctx.device, non_blocking=True).detach().requires_grad_() if needed else value
-            for value, needed in zip(ctx.inputs, ctx.needs_grad, strict=True)
-        ]
-        with torch.enable_grad(), torch.autocast(**ctx.autocast), _with_random_state(ctx.random_state, ctx.device):
-            outputs = ctx.run(*inputs)
-        pairs = zip(outputs if isinstance(outputs, tuple) else (outputs,), gradients, strict=True)
-        # Where nothing in the block is trained, an output may depend on nothing that needs a gradient.
-        needed = [(output, gradient) for output, gradient in pairs if output.requires_grad]
-        if needed:
-            torch.autograd.backward(*zip(*needed, strict=True))
+        with ctx.own() as own:
+            remaining = iter(own)
+            inputs = [
+                next(remaining).detach().requires_grad_() if needed else value
+                for value, needed in zip(ctx.shared, ctx.needs_grad, strict=True)
+            ]
+            with torch.enable_grad(), torch.autocast(**ctx.autocast), _with_random_state(ctx.random_state, ctx.device):
+                outputs = ctx.run(*inputs)
+            pairs = zip(outputs if isinstance(outputs, tuple) else (outputs,), gradients, strict=True)
+            # Where nothing in the block is trained, an output may depend on nothing that needs a gradient.
+            pairs = [(output, gradient) for output, gradient in pairs if output.requires_grad]
+            if pairs:
+                torch.autograd.backward(*zip(*pairs, strict=True))
         return (
             None,
             None,
@@ -124,17 +129,12 @@ class _RunAgain(torch.autograd.Function):
         )
 
 
-def _run_again(run: Callable, park: bool, *inputs: Any) -> Any:
+def _run_again(run: Callable, parking: Parking | None, *inputs: Any) -> Any:
     if not torch.is_grad_enabled():
         return run(*inputs)
     # The inputs of the first block need no gradient, but the LoRA inside does: this one always asks for it.
     always = torch.empty(0, requires_grad=True)
-    return _RunAgain.apply(run, park, always, *inputs)
-
-
-def _parked(value: Tensor) -> Tensor:
-    pinned = torch.empty_like(value, device="cpu", pin_memory=value.is_cuda, memory_format=torch.contiguous_format)
-    return pinned.copy_(value.detach(), non_blocking=True)
+    return _RunAgain.apply(run, parking, always, *inputs)
 
 
 def _random_state(device: torch.device) -> tuple[Tensor, Tensor | None]:

@@ -145,12 +145,15 @@ def predict(
     ring = max(gone.values(), default=0) * min(ring_size, len(gone))
     weights = usage.outside + sum(block.matrices + block.rest for block in usage.blocks) - sum(gone.values()) + ring
     kept = sum(block.kept for block in usage.blocks)
+    # A block that parks its inputs was measured with its outputs, which the next one parks: half is too much. On the
+    # device, the inputs of one block are on their way.
+    parked = kept // 2 if offload else 0
     return Prediction(
         weights,
         trained * (WEIGHT_AND_GRADIENT + moments),
-        usage.streams + (0 if offload else kept),
+        usage.streams + (usage.streams if offload else kept),
         max(block.working for block in usage.blocks),
-        sum(gone.values()) + (kept if offload else 0),
+        sum(gone.values()) + parked,
     )
 
 

@@ -3,6 +3,9 @@
 pytest tests/gpu -m gpu
 """
 
+import contextlib
+from collections.abc import Iterator
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -12,6 +15,7 @@ from hunyuan_model.block_swap import enable_block_swap, swapped_blocks
 from hunyuan_model.checkpoints import is_quantized_in_dit
 from hunyuan_model.memory import measure_dit
 from hunyuan_model.models import HYVideoDiffusionTransformer
+from modules import parking
 from modules.memory_plan import predict
 from tests.small_dit import prepare, random_dit, small_config
 from utils.fp8 import quantize_linears
@@ -73,6 +77,35 @@ def test_checkpointing_gives_the_same_gradients(checkpointing: str) -> None:
     for ours, plain in zip(
         train(new_model().to(DEVICE), checkpointing), train(new_model().to(DEVICE), "none"), strict=True
     ):
+        assert torch.equal(ours, plain)
+
+
+def test_offloaded_checkpoints_leave_the_gpu() -> None:
+    kept = {}
+    for checkpointing in ("full", "offload"):
+        dit = new_model().to(DEVICE)
+        network = prepare(dit, checkpointing).to(DEVICE)
+        before = torch.cuda.memory_allocated()
+        output = dit(**inputs(SHAPE, DEVICE))
+        kept[checkpointing] = torch.cuda.memory_allocated() - before
+        del dit, network, output
+    block_input = (5 * 32 * 32 + 32) * CONFIG.hidden_size * 2
+    assert kept["full"] - kept["offload"] >= 10 * block_input  # of 12: the first needs no gradient, the last is leaving
+
+
+def test_offloading_waits_for_slow_copies(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever does not wait reads tensors that are not there yet, or writes where a copy still reads."""
+    copies = parking._copies
+
+    @contextlib.contextmanager
+    def slow(device: torch.device) -> Iterator[None]:
+        with copies(device):
+            torch.cuda._sleep(20_000_000)
+            yield
+
+    expected = train(new_model().to(DEVICE), "none")
+    monkeypatch.setattr(parking, "_copies", slow)
+    for ours, plain in zip(train(new_model().to(DEVICE), "offload"), expected, strict=True):
         assert torch.equal(ours, plain)
 
 
