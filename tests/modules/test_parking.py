@@ -1,8 +1,18 @@
 """What blocks park in main memory; on the CPU everything but the overlap."""
 
-import torch
+import functools
+from collections.abc import Callable
+from typing import Any
 
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from benchmarks.saved_bytes import inputs
+from modules import parking
 from modules.parking import Parked, Parking
+from tests.small_dit import prepare, random_dit, small_config
 
 CPU = torch.device("cpu")
 
@@ -65,3 +75,44 @@ def test_a_block_without_anything_to_park() -> None:
     parking.park([], CPU)
     with park(parking, 1)[0].taken() as tensors:
         assert len(tensors) == 2
+
+
+class Later(TorchDispatchMode):
+    """Inside, copies only queue up, as those of a slow stream do."""
+
+    def __init__(self, queue: list[Callable[[], Tensor]]) -> None:
+        super().__init__()
+        self.queue = queue
+
+    def __torch_dispatch__(self, op: Callable, types: object, args: tuple = (), kwargs: dict | None = None) -> Any:
+        if op is torch.ops.aten.copy_.default:
+            self.queue.append(functools.partial(op, *args, **kwargs or {}))
+            return args[0]
+        return op(*args, **kwargs or {})
+
+
+def gradients(checkpointing: str) -> list[Tensor]:
+    dit = random_dit(small_config(depth_double=2, depth_single=3))
+    network = prepare(dit, checkpointing)
+    for parameter in network.parameters():
+        nn.init.normal_(parameter, std=0.1)
+    for seed in range(2):
+        torch.manual_seed(seed)
+        dit(**inputs((1, 4, 4), 40, torch.float32)).square().mean().backward()
+    return [parameter.grad for parameter in network.parameters()]
+
+
+def test_nothing_is_read_before_its_copy_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The order of copies and waits, as it is on CUDA, with copies as late as they may be."""
+    queue: list[Callable[[], Tensor]] = []
+
+    def wait(device: torch.device) -> None:
+        while queue:
+            queue.pop(0)()
+
+    monkeypatch.setattr(parking, "_copies", lambda device: Later(queue))
+    monkeypatch.setattr(parking, "_wait_for_copies", wait)
+    late = gradients("offload")
+    monkeypatch.undo()
+    for ours, plain in zip(late, gradients("none"), strict=True):
+        assert torch.equal(ours, plain)
