@@ -201,7 +201,7 @@ def load_model(options: Options, names: set[str], run: "Run") -> "HYVideoDiffusi
         offload_embedders(dit, device)
     if options.training.checkpointing_policy is not None:
         checkpoint_activations(dit.blocks, options.training.checkpointing_policy)
-    else:
+    elif device.type != "cpu":  # which has more memory than time
         recompute_cheap(dit.blocks)
     return dit
 

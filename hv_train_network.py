@@ -185,7 +185,13 @@ def plan_memory(options: Options, module: ModuleType, run: "Run", trained: int) 
     @functools.cache
     def measured(fp8: bool, checkpointing: str) -> "ModelUsage":
         return measure_dit(
-            config, shape, text_tokens, dtype, fp8, True, lambda dit: prepare(options, module, dit, checkpointing)
+            config,
+            shape,
+            text_tokens,
+            dtype,
+            fp8,
+            True,
+            lambda dit: prepare(options, module, dit, checkpointing, device),
         )
 
     def predicted(settings: planner.Settings) -> planner.Prediction:
@@ -215,7 +221,11 @@ def plan_memory(options: Options, module: ModuleType, run: "Run", trained: int) 
 
 
 def prepare(
-    options: Options, module: ModuleType, dit: "HYVideoDiffusionTransformer", checkpointing: str
+    options: Options,
+    module: ModuleType,
+    dit: "HYVideoDiffusionTransformer",
+    checkpointing: str,
+    device: "torch.device",
 ) -> "torch.nn.Module | None":
     """Applies to a DiT without data what `create_trained` applies to the real one."""
     from modules.network_module import OWN_MODULES
@@ -223,7 +233,7 @@ def prepare(
     made = new_network(options, module, dit) if module.__name__ in OWN_MODULES else None
     if made is not None:
         made.apply_to([], dit, False, True)
-    keep_less(options, dit, checkpointing)
+    keep_less(options, dit, checkpointing, device)
     return made
 
 
@@ -253,14 +263,17 @@ def new_network(options: Options, module: ModuleType, dit: "HYVideoDiffusionTran
         )
 
 
-def keep_less(options: Options, dit: "HYVideoDiffusionTransformer", checkpointing: str) -> None:
-    """Decides what the blocks keep for the backward pass; compiled blocks leave the cheap part to the compiler."""
+def keep_less(options: Options, dit: "HYVideoDiffusionTransformer", checkpointing: str, device: "torch.device") -> None:
+    """Decides what the blocks keep for the backward pass.
+
+    Compiled blocks leave the cheap part to the compiler; a CPU has more memory than time.
+    """
     from modules.activation_checkpointing import checkpoint_activations, recompute_cheap
 
     compiled = options.compile.compile
     if checkpointing != "none":
         checkpoint_activations(dit.blocks, checkpointing, compiled)
-    elif not compiled and not options.swap.blocks_to_swap:
+    elif device.type != "cpu" and not compiled and not options.swap.blocks_to_swap:
         recompute_cheap(dit.blocks)
 
 
@@ -337,7 +350,7 @@ def create_trained(
         enable_block_swap(dit, options.swap.blocks_to_swap, device, ring, training=True, pin=pin or None)
     if options.swap.img_in_txt_in_offloading:
         offload_embedders(dit, device)
-    keep_less(options, dit, options.training.checkpointing_policy or "none")
+    keep_less(options, dit, options.training.checkpointing_policy or "none", device)
     if options.training.checkpointing_policy is not None:
         trained.enable_gradient_checkpointing()
     return trained
