@@ -1,28 +1,51 @@
-"""Runs the benchmarks that this machine can run, one after the other, each in a process of its own.
+"""Runs the benchmarks that this machine can run, each in a process of its own, and prints one table of ratios.
 
-python -m benchmarks
+python -m benchmarks                      # all: about an hour on 2 cores
+python -m benchmarks saved_bytes dit_speed
 """
 
-import pkgutil
-import subprocess
+import argparse
+import multiprocessing
 import sys
-from pathlib import Path
+import traceback
+from concurrent.futures import ProcessPoolExecutor
 
-import torch
+from benchmarks.comparison import print_comparisons, run
 
-NEEDS_GPU = {"gpu_suite"}
+ON_A_CPU = (
+    "saved_bytes",
+    "dit_speed",
+    "vae_memory",
+    "planner_memory",
+    "training_overhead",
+    "caching",
+    "loading_memory",
+    "merge_memory",
+)
+ON_A_GPU = ("gpu_suite",)
+
+
+def all_that_run_here() -> tuple[str, ...]:
+    import torch
+
+    return ON_A_CPU + ON_A_GPU if torch.cuda.is_available() else ON_A_CPU
 
 
 def main() -> None:
-    has_gpu = torch.cuda.is_available()
-    names = sorted(module.name for module in pkgutil.iter_modules([str(Path(__file__).parent)]))
-    failed = []
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*", metavar="NAME", help=", ".join(ON_A_CPU + ON_A_GPU))
+    names = parser.parse_args().names or all_that_run_here()
+    comparisons, failed = [], []
     for name in names:
-        if name.startswith("_") or (name in NEEDS_GPU and not has_gpu):
-            continue
         print(f"\n=== python -m benchmarks.{name}", flush=True)
-        if subprocess.run([sys.executable, "-m", f"benchmarks.{name}"]).returncode:
-            failed.append(name)
+        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as alone:
+            try:
+                comparisons += alone.submit(run, name).result()
+            except Exception:
+                traceback.print_exc()
+                failed.append(name)
+    if comparisons:
+        print_comparisons("all benchmarks, medians", comparisons)
     if failed:
         sys.exit(f"failed: {', '.join(failed)}")
 

@@ -1,12 +1,14 @@
 """cache_latents.py against its limits: memory that does not grow, decoding hidden behind encoding, nothing done twice.
 
-    python benchmarks/caching.py memory     # peak of 50 clips of 5 s at 960x544, above torch and the model
-    python benchmarks/caching.py overlap    # wall time against the longer of decoding and encoding alone
-    python benchmarks/caching.py again      # 300 cached clips: the second run, beyond imports
+    python -m benchmarks.caching
+    python -m benchmarks.caching memory     # peak of 50 clips of 5 s at 960x544, above torch and the model
+    python -m benchmarks.caching overlap    # wall time against the longer of decoding and encoding alone
+    python -m benchmarks.caching again      # 300 cached clips: the second run, beyond imports
 
 The VAE is a stand-in that averages blocks of pixels, so that what is measured is everything around it.
 """
 
+import argparse
 import contextlib
 import io
 import os
@@ -16,22 +18,21 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 
+import torch
+
+from benchmarks.comparison import Comparison, print_comparisons
+from dataset.config_utils import load_dataset_config
+from dataset.intake import take_in
+from dataset.latent_caching import LatentWriter, Outcome, begin, encode, load_members, tasks_of
+from tests.media_samples import write_caption, write_video
+from utils.tiny_models import write_tiny_models
+
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
-import torch  # noqa: E402
-
-from dataset.config_utils import load_dataset_config  # noqa: E402
-from dataset.intake import take_in  # noqa: E402
-from dataset.latent_caching import LatentWriter, Outcome, begin, encode, load_members, tasks_of  # noqa: E402
-from tests.media_samples import write_caption, write_video  # noqa: E402
-from utils.cli import print_table  # noqa: E402
-from utils.tiny_models import write_tiny_models  # noqa: E402
-
-MEGABYTE = 1 << 20
+LIMIT_MB, LIMIT_SECONDS = 1500, 2
 
 
 class AveragingVae:
@@ -81,17 +82,15 @@ def peak() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
-def memory(folder: Path) -> None:
+def memory(folder: Path) -> Iterator[Comparison]:
     before = peak()
-    rows = []
     for count in (5, 50):
         (folder / str(count)).mkdir()
-        seconds = run_writer(write_clips(folder / str(count), count, 121, (960, 544)), AveragingVae())
-        rows.append([count, f"{before:.0f} MB", f"{peak():.0f} MB", f"{peak() - before:.0f} MB", f"{seconds:.1f} s"])
-    print_table("clips of 121 frames, 960x544", rows, ["clips", "before", "peak", "above", "time"])
+        run_writer(write_clips(folder / str(count), count, 121, (960, 544)), AveragingVae())
+        yield Comparison(f"caching {count} clips of 5 s, 960x544: memory", peak() - before, LIMIT_MB, "MB", "limit")
 
 
-def overlap(folder: Path) -> None:
+def overlap(folder: Path) -> Iterator[Comparison]:
     config = write_clips(folder, 12, 49, (960, 544))
     vae = AveragingVae(passes=6)
     _, tasks = tasks_from(config)
@@ -102,12 +101,11 @@ def overlap(folder: Path) -> None:
     for pixels in loaded:
         encode(vae, pixels, ["clip"], torch.device("cpu"), torch.float32)
     encoding = (time.perf_counter() - start) * len(tasks) / 4
-    both = run_writer(config, vae)
-    row = [f"{decoding:.1f} s", f"{encoding:.1f} s", f"{both:.1f} s", f"{both / max(decoding, encoding):.2f}"]
-    print_table("12 clips", [row], ["decoding", "encoding", "together", "of the longer"])
+    both, longer = run_writer(config, vae), max(decoding, encoding)
+    yield Comparison("caching 12 clips: time", both, longer, "s", "the longer of decoding and encoding alone", None)
 
 
-def again(folder: Path) -> None:
+def again(folder: Path) -> Iterator[Comparison]:
     config = write_clips(folder, 300, 9, (64, 32))
     vae = write_tiny_models(folder / "models").vae
     command = [sys.executable, "cache_latents.py", "--dataset_config", config, "--vae", vae, "--device", "cpu"]
@@ -118,17 +116,21 @@ def again(folder: Path) -> None:
         subprocess.run(list(map(str, words)), cwd=ROOT, check=True, capture_output=True)
         seconds[name] = time.perf_counter() - start
     beyond = seconds["second"] - seconds["imports"]
-    row = [f"{seconds[name]:.1f} s" for name in ("first", "second", "imports")] + [f"{beyond:.2f} s"]
-    print_table("300 clips", [row], ["first run", "second run", "imports", "second beyond imports"])
+    yield Comparison("caching 300 cached clips again: time beyond imports", beyond, LIMIT_SECONDS, "s", "limit")
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> list[Comparison]:
     measures = {"memory": memory, "overlap": overlap, "again": again}
-    if len(sys.argv) != 2 or sys.argv[1] not in measures:
-        sys.exit(__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("measure", nargs="?", choices=measures, help="default: all")
+    chosen = parser.parse_args(argv).measure
     torch.manual_seed(0)
-    with tempfile.TemporaryDirectory() as folder:
-        measures[sys.argv[1]](Path(folder))
+    comparisons = []
+    for measure in [measures[chosen]] if chosen else measures.values():
+        with tempfile.TemporaryDirectory() as folder:
+            comparisons += measure(Path(folder))
+    print_comparisons("cache_latents.py", comparisons)
+    return comparisons
 
 
 if __name__ == "__main__":

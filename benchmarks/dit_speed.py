@@ -2,23 +2,25 @@
 
     python -m benchmarks.dit_speed
 
-1 double and 2 single blocks of full width, float32, 1020 image tokens (latents 1 x 60 x 68), 64 of 256 text tokens
-valid; forward, and forward with backward to the latents. Runs alternate, medians are compared.
+1 double and 2 single blocks of full width, 1020 image tokens (latents 1 x 60 x 68), 64 of 256 text tokens valid;
+forward, and forward with backward to the latents; bfloat16 on a GPU, float32 without one. Runs alternate, medians are
+compared.
 """
 
 import argparse
 import statistics
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from diffusers import HunyuanVideoTransformer3DModel
 from torch import Tensor
 
+from benchmarks.comparison import Comparison, print_comparisons
+from benchmarks.gpu_suite import timed
 from benchmarks.saved_bytes import inputs, new_model
 from hunyuan_model.key_maps import dit_from_official
 from hunyuan_model.models import HYVideoDiffusionTransformer
-from utils.cli import print_table
+from utils.device_utils import dtype_word, resolve_device
 
 LIMIT = 0.85
 
@@ -40,17 +42,11 @@ def diffusers_twin(model: HYVideoDiffusionTransformer) -> HunyuanVideoTransforme
     return twin.requires_grad_(False).eval()
 
 
-def matrix_product_rate() -> float:
-    """Floating-point operations per second of a float32 product of the shape of a block's MLP."""
-    a, b = torch.randn(1084, 3072), torch.randn(3072, 12288)
-    seconds = min(timed(lambda: a @ b) for _ in range(5))
+def matrix_product_rate(device: torch.device, dtype: torch.dtype) -> float:
+    """Floating-point operations per second of a product of the shape of a block's MLP."""
+    a, b = (torch.randn(shape, device=device, dtype=dtype) for shape in ((1084, 3072), (3072, 12288)))
+    seconds = min(timed(lambda: a @ b, device) for _ in range(5))
     return 2 * 1084 * 3072 * 12288 / seconds
-
-
-def timed(run: Callable[[], object]) -> float:
-    start = time.perf_counter()
-    run()
-    return time.perf_counter() - start
 
 
 def with_backward(model: Callable[..., Tensor], given: dict[str, Tensor], latents: str) -> Callable[[], None]:
@@ -63,13 +59,15 @@ def with_backward(model: Callable[..., Tensor], given: dict[str, Tensor], latent
     return run
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> list[Comparison]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=6)
-    args = parser.parse_args()
-    model = new_model(torch.float32).eval()
+    args = parser.parse_args(argv)
+    device = resolve_device()
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    model = new_model(dtype).to(device).eval()
     twin = diffusers_twin(model)
-    ours = inputs((1, 60, 68), 64, torch.float32)
+    ours = {name: value.to(device) for name, value in inputs((1, 60, 68), 64, dtype).items()}
     renamed = {"x": "hidden_states", "text_states": "encoder_hidden_states", "text_mask": "encoder_attention_mask"}
     renamed |= {"text_states_2": "pooled_projections"}
     theirs = {renamed.get(name, name): value for name, value in ours.items()}
@@ -79,22 +77,23 @@ def main() -> None:
 
     with torch.no_grad():
         difference = (model(**ours) - run_twin(**theirs)).abs().max()
-    rows = []
+    comparisons = []
     for name, pair in {
         "forward": (torch.no_grad()(lambda: model(**ours)), torch.no_grad()(lambda: run_twin(**theirs))),
         "forward + backward": (with_backward(model, ours, "x"), with_backward(run_twin, theirs, "hidden_states")),
     }.items():
-        times = [[timed(run) for run in pair] for _ in range(args.repeats)]
+        times = [[timed(run, device) for run in pair] for _ in range(args.repeats)]
         mine, other = (statistics.median(column) for column in zip(*times, strict=True))
-        rows.append((name, f"{mine:.2f} s", f"{other:.2f} s", f"{mine / other:.3f}", LIMIT))
-    print_table("DiT, float32", rows, ("pass", "ours", "diffusers", "ratio", "limit"))
+        comparisons.append(Comparison(f"DiT, {name}: time", mine, other, "s", "diffusers", LIMIT))
     # 2 x weights x tokens, of the blocks' Linear layers alone
     image, text = 1020, 64
     double, single = 24 * 3072**2, 2 * 3072 * (21504 + 15360)
-    achieved = (double * (image + text) + 2 * single * (image + text)) / float(rows[0][1].split()[0])
-    rate = matrix_product_rate()
-    print(f"forward reaches {achieved / rate:.2f} of the measured matrix-product rate of {rate / 1e9:.0f} GFLOP/s")
+    achieved = (double + 2 * single) * (image + text) / comparisons[0].ours / 1e9
+    rate = matrix_product_rate(device, dtype) / 1e9
+    comparisons.append(Comparison("DiT, forward: matrix products", achieved, rate, "GFLOP/s", "measured rate", None))
+    print_comparisons(f"DiT, {dtype_word(dtype)}", comparisons)
     print(f"largest difference of outputs: {difference:.1e}")
+    return comparisons
 
 
 if __name__ == "__main__":

@@ -8,20 +8,21 @@ Writes a JSON file named after the GPU and prints a table for the README.
 import argparse
 import json
 import time
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from benchmarks.comparison import Comparison
 from hunyuan_model.block_swap import enable_block_swap, swapped_blocks
 from hunyuan_model.checkpoints import is_quantized_in_dit
 from hunyuan_model.memory import measure_dit
 from hunyuan_model.models import HunyuanVideoConfig, HYVideoDiffusionTransformer
-from modules.activation_checkpointing import checkpoint_activations, recompute_cheap
-from modules.memory_plan import GIB, MOMENTS, predict
-from networks.lora import create_arch_network
+from modules.memory_plan import GIB, MOMENTS, Prediction, predict
+from tests.small_dit import prepare
 from utils.cli import print_table
 from utils.device_utils import is_out_of_memory, release_memory
 from utils.files import write_text
@@ -30,6 +31,7 @@ from utils.fp8 import Fp8Linear, quantize_linears
 TEXT_TOKENS = 64
 RANK = 32
 WARMUP, MEASURED = 1, 3
+KINDS = ("none", "selective", "full", "offload")
 SHAPES = {  # latents (B, C, f, h, w)
     "image 960x544": (1, 16, 1, 68, 120),
     "video 544x960x33": (1, 16, 9, 68, 120),
@@ -46,6 +48,13 @@ class Case:
     checkpointing: str
     swap: int
 
+    @property
+    def weights(self) -> str:
+        return "fp8" if self.fp8 else "bf16"
+
+    def __str__(self) -> str:
+        return f"{self.shape}, {self.weights}, checkpointing {self.checkpointing}, swap {self.swap}"
+
 
 @dataclass(frozen=True)
 class Result:
@@ -60,13 +69,13 @@ class Result:
 
 def cases() -> list[Case]:
     """Every shape plain and as lean as its users need it."""
-    stills = [Case("image 960x544", fp8, kind, 0) for fp8 in (False, True) for kind in ("none", "selective", "full")]
+    stills = [Case("image 960x544", fp8, kind, 0) for fp8 in (False, True) for kind in KINDS]
     swaps = [Case(shape, fp8, "full", swap) for shape in SHAPES for fp8 in (False, True) for swap in (0, 20, 36)]
     return list(dict.fromkeys(stills + swaps))
 
 
 def random_dit(config: HunyuanVideoConfig, device: torch.device, fp8: bool) -> HYVideoDiffusionTransformer:
-    """Random weights in bfloat16 in main memory, made block by block on the GPU."""
+    """Random weights in bfloat16, the blocks' quantised if `fp8`, made on the device."""
     with torch.device("meta"):
         dit = HYVideoDiffusionTransformer(config).to(torch.bfloat16).requires_grad_(False)
     for block in [dit.img_in, dit.txt_in, dit.time_in, dit.vector_in, dit.guidance_in, dit.final_layer, *dit.blocks]:
@@ -76,17 +85,6 @@ def random_dit(config: HunyuanVideoConfig, device: torch.device, fp8: bool) -> H
     if fp8:
         quantize_linears(dit, is_quantized_in_dit)
     return dit
-
-
-def prepare(dit: HYVideoDiffusionTransformer, checkpointing: str) -> nn.Module:
-    """Applies what a training run applies to the blocks; returns the network."""
-    network = create_arch_network(1.0, RANK, RANK, None, None, dit)
-    network.apply_to(None, dit, False, True)
-    if checkpointing == "none":
-        recompute_cheap(dit.blocks)
-    else:
-        checkpoint_activations(dit.blocks, checkpointing)
-    return network
 
 
 def batch(config: HunyuanVideoConfig, shape: tuple[int, ...], device: torch.device) -> dict[str, Tensor]:
@@ -123,7 +121,8 @@ def copy_bandwidth(device: torch.device) -> float:
     return host.numel() / min(timed(lambda: target.copy_(host, non_blocking=True), device) for _ in range(5))
 
 
-def timed(run, device: torch.device) -> float:
+def timed(run: Callable[[], object], device: torch.device) -> float:
+    """Seconds until the device has done it."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     start = time.perf_counter()
@@ -133,59 +132,69 @@ def timed(run, device: torch.device) -> float:
     return time.perf_counter() - start
 
 
-def measure(case: Case, config: HunyuanVideoConfig, device: torch.device) -> Result:
-    """Trains a few steps with AdamW and takes the fastest."""
-    shape = SHAPES[case.shape]
+@dataclass(frozen=True)
+class Training:
+    """A DiT with a LoRA, and a step that trains it with AdamW."""
+
+    dit: HYVideoDiffusionTransformer
+    trained: int
+    step: Callable[[], None]
+
+
+def start_training(case: Case, config: HunyuanVideoConfig, shape: tuple[int, ...], device: torch.device) -> Training:
+    """Builds what a training run with these settings builds."""
     dit = random_dit(config, device, case.fp8)
     if case.swap:
         dit.to("cpu")
         release_memory(device)
-        enable_block_swap(dit, case.swap, device, training=True)
-    network = prepare(dit, case.checkpointing).to(device)
+        enable_block_swap(dit, case.swap, device)
+    network = prepare(dit, case.checkpointing, RANK).to(device)
     optimizer = torch.optim.AdamW(network.parameters(), lr=1e-4)
     given = batch(config, shape, device)
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
 
     def step() -> None:
         dit(**given).float().square().mean().backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
-    seconds = [timed(step, device) for _ in range(WARMUP + MEASURED)][WARMUP:]
+    return Training(dit, sum(parameter.numel() for parameter in network.parameters()), step)
+
+
+def measure(case: Case, config: HunyuanVideoConfig, device: torch.device) -> Result:
+    """Trains a few steps and takes the fastest."""
+    shape = SHAPES[case.shape]
+    training = start_training(case, config, shape, device)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    seconds = [timed(training.step, device) for _ in range(WARMUP + MEASURED)][WARMUP:]
     tokens = shape[0] * (shape[2] * shape[3] * shape[4] // 4 + TEXT_TOKENS)
-    passes = 3 if case.checkpointing == "full" else 2  # forward, (again,) and backward to the inputs
-    trained = sum(parameter.numel() for parameter in network.parameters())
+    passes = 3 if case.checkpointing in ("full", "offload") else 2  # forward, (again,) and backward to the inputs
     return Result(
         case,
         min(seconds),
-        passes * linear_operations(dit, tokens) / min(seconds),
+        passes * linear_operations(training.dit, tokens) / min(seconds),
         torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0,
-        predicted(case, config, trained),
+        predicted(case, config, shape, training.trained).tensors,
     )
 
 
-def predicted(case: Case, config: HunyuanVideoConfig, trained: int) -> int:
-    """What the planner says torch will allocate."""
-    usage = measure_dit(
-        config,
-        SHAPES[case.shape],
-        TEXT_TOKENS,
-        torch.bfloat16,
-        case.fp8,
-        True,
-        lambda dit: prepare(dit, case.checkpointing),
-    )
+def predicted(case: Case, config: HunyuanVideoConfig, shape: tuple[int, ...], trained: int) -> Prediction:
+    """What the planner says of such a run."""
+
+    def apply(dit: HYVideoDiffusionTransformer) -> nn.Module:
+        return prepare(dit, case.checkpointing, RANK)
+
+    usage = measure_dit(config, shape, TEXT_TOKENS, torch.bfloat16, case.fp8, True, apply)
     swapped = swapped_blocks(case.swap, config.depth_double, config.depth_single)
-    return predict(usage, swapped, trained=trained, moments=MOMENTS).tensors
+    return predict(usage, swapped, trained=trained, moments=MOMENTS, offload=case.checkpointing == "offload")
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> list[Comparison]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results"))
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--depth", type=int, nargs=2, default=(20, 40), help="double and single blocks")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     device = torch.device(args.device)
     config = HunyuanVideoConfig(depth_double=args.depth[0], depth_single=args.depth[1])
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
@@ -199,16 +208,15 @@ def main() -> None:
                 raise
             failed.append(case)
         release_memory(device)
-    plain = {(r.case.shape, r.case.fp8, r.case.checkpointing): r.seconds for r in results if not r.case.swap}
+    plain = {result.case: result.seconds for result in results if not result.case.swap}
     rows = []
     for result in results:
         case = result.case
-        without = plain.get((case.shape, case.fp8, case.checkpointing))
+        without = plain.get(replace(case, swap=0))
         cost = f"{result.seconds / without - 1:+.0%}" if case.swap and without else ""
         memory = f"{result.peak_bytes / GIB:.1f}", f"{result.predicted_bytes / GIB:.1f}"
-        weights = "fp8" if case.fp8 else "bf16"
         speed = f"{result.seconds:.2f}", f"{result.rate / rate:.2f}"
-        rows.append((case.shape, weights, case.checkpointing, case.swap, *speed, cost, *memory))
+        rows.append((case.shape, case.weights, case.checkpointing, case.swap, *speed, cost, *memory))
     header = ("shape", "weights", "checkpointing", "swap", "s/step", "of rate", "swap costs", "peak GiB", "predicted")
     print_table(f"{name}: {rate / 1e12:.0f} TFLOP/s in products, {bandwidth / 1e9:.0f} GB/s from host", rows, header)
     for case in failed:
@@ -216,6 +224,19 @@ def main() -> None:
     record = {"device": name, "torch": torch.__version__, "matrix_product_rate": rate, "copy_bandwidth": bandwidth}
     record["results"] = [asdict(result) for result in results]
     write_text(args.output / f"{name.replace(' ', '_')}.json", json.dumps(record, indent=1) + "\n")
+    return comparisons_of(results, plain)
+
+
+def comparisons_of(results: Sequence[Result], plain: Mapping[Case, float]) -> list[Comparison]:
+    """Memory against the planner, and swapping against the same settings without; `plain`: seconds of the latter."""
+    comparisons = []
+    for result in results:
+        measured, planned = result.peak_bytes / GIB, result.predicted_bytes / GIB
+        comparisons.append(Comparison(f"{result.case}: memory", measured, planned, "GiB", "planner", 1.1))
+        without = plain.get(replace(result.case, swap=0))
+        if result.case.swap and without:
+            comparisons.append(Comparison(f"{result.case}: time", result.seconds, without, "s", "without swap", 1.1))
+    return comparisons
 
 
 if __name__ == "__main__":

@@ -13,12 +13,13 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
+from benchmarks.comparison import Comparison, print_comparisons
 from hunyuan_model.checkpoints import load_dit
-from utils.cli import print_table
 from utils.safetensors_utils import save_file
 from utils.tiny_models import DitSize, dit_shapes
 
@@ -49,17 +50,17 @@ def write_dit(folder: Path, double_blocks: int, single_blocks: int) -> tuple[lis
     return [folder / "dit.safetensors", folder / "dit.pt"], max(tensor.nbytes for tensor in weights.values())
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> list[Comparison]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--double_blocks", type=int, default=2)
     parser.add_argument("--single_blocks", type=int, default=3)
     parser.add_argument("--load", type=Path, help="only load this file and print peak and size (a process of its own)")
     parser.add_argument("--fp8", action="store_true", help="with --load: as fp8")
-    options = parser.parse_args()
+    options = parser.parse_args(argv)
     if options.load:
         load_and_measure(options.load, options.fp8)
-        return
-    rows = []
+        return []
+    comparisons = []
     with tempfile.TemporaryDirectory() as folder:
         paths, largest = write_dit(Path(folder), options.double_blocks, options.single_blocks)
         for path in paths:
@@ -68,9 +69,10 @@ def main() -> None:
                 output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
                 peak, size = map(int, output.splitlines()[-1].split())
                 allowed = LIMIT * size + (largest if fp8 else 0)
-                cells = [f"{number / MB:,.0f} MB" for number in (size, peak, allowed)]
-                rows.append((path.name, "fp8" if fp8 else "bfloat16", *cells, f"{peak / allowed:.2f}"))
-    print_table("Peak resident memory of loading", rows, ("file", "to", "model", "peak", "allowed", "peak / allowed"))
+                work = f"loading {path.name} to {'fp8' if fp8 else 'bfloat16'}, {size / MB:,.0f} MB: memory"
+                comparisons.append(Comparison(work, peak / MB, allowed / MB, "MB", "limit"))
+    print_comparisons("peak resident memory of loading", comparisons)
+    return comparisons
 
 
 if __name__ == "__main__":

@@ -11,12 +11,13 @@ import argparse
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
+from benchmarks.comparison import Comparison, print_comparisons
 from benchmarks.loading_memory import MB, resident
-from utils.cli import print_table
 from utils.safetensors_utils import iterate_tensors, load_file, save_file, streamed_file
 from utils.tiny_models import DitSize, dit_shapes
 
@@ -65,12 +66,12 @@ def share_equal(dit: Path, lora_path: Path, merged: Path) -> float:
     return equal / count
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> list[Comparison]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--double_blocks", type=int, default=4)
     parser.add_argument("--single_blocks", type=int, default=5)
-    options = parser.parse_args()
-    rows = []
+    options = parser.parse_args(argv)
+    comparisons = []
     with tempfile.TemporaryDirectory() as folder:
         dit, lora = write_inputs(Path(folder), options.double_blocks, options.single_blocks)
         merged = Path(folder) / "merged.safetensors"
@@ -80,10 +81,12 @@ def main() -> None:
             command = [sys.executable, "-c", program, *map(str, words)]
             output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
             peak = int(output.splitlines()[-1])
-            equal = "" if more else f"{share_equal(dit, lora, merged):.6%}"
-            size = f"{dit.stat().st_size / MB:,.0f} MB"
-            rows.append((size, " ".join(more) or "bfloat16", f"{peak / MB:,.0f} MB", f"{peak / LIMIT:.2f}", equal))
-    print_table("Peak resident memory of merging", rows, ("DiT", "output", "peak", "peak / 1 GB", "equal numbers"))
+            work = f"merging {dit.stat().st_size / MB:,.0f} MB to {'fp8' if more else 'bfloat16'}: memory"
+            comparisons.append(Comparison(work, peak / MB, LIMIT / MB, "MB", "limit"))
+            if not more:
+                print(f"equal to merging in memory: {share_equal(dit, lora, merged):.6%} of all numbers")
+    print_comparisons("peak resident memory of merging", comparisons)
+    return comparisons
 
 
 if __name__ == "__main__":

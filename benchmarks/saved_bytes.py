@@ -2,24 +2,25 @@
 
     python -m benchmarks.saved_bytes
 
-510 image tokens, 64 of 256 text tokens valid, bfloat16, LoRA of rank 32 on all targets; the reference tool keeps
-303 MB. Every storage that is still alive after the forward pass counts once and whole, parameters excluded.
+510 image tokens, 64 of 256 text tokens valid, bfloat16, LoRA of rank 32 on all targets. Every storage that is still
+alive after the forward pass counts once and whole, parameters excluded.
 """
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from benchmarks.comparison import Comparison, print_comparisons
 from hunyuan_model.models import HunyuanVideoConfig, HYVideoDiffusionTransformer
-from modules.activation_checkpointing import checkpoint_activations, recompute_cheap
-from networks.lora import create_arch_network
+from tests.small_dit import prepare
 from utils.cli import print_table
 
-LIMITS_MB = {"none": 303, "cheap": 185, "selective": 115, "full": 115}
+LIMITS_MB = {"none": 185, "selective": 115, "full": 115}
+REFERENCE_TOOL_MB = 303
 
 
 def new_model(dtype: torch.dtype = torch.bfloat16) -> HYVideoDiffusionTransformer:
@@ -68,12 +69,7 @@ def kept_bytes(checkpointing: str) -> tuple[int, dict[tuple, int]]:
     Saved-tensor hooks alone would not see what checkpointing keeps aside; storages that live on cannot hide.
     """
     model = new_model()
-    network = create_arch_network(1.0, 32, 32.0, None, None, model)
-    network.apply_to(None, model, False, True)
-    if checkpointing == "cheap":
-        recompute_cheap(model.blocks)
-    elif checkpointing != "none":
-        checkpoint_activations(model.blocks, checkpointing)
+    network = prepare(model, checkpointing, rank=32)
     given = inputs((1, 30, 68), 64, torch.bfloat16)
     excluded = {t.untyped_storage()._cdata for t in [*model.parameters(), *network.parameters(), *given.values()]}
     with _Allocations() as allocations:
@@ -86,18 +82,21 @@ def kept_bytes(checkpointing: str) -> tuple[int, dict[tuple, int]]:
     return sum(by_shape.values()), by_shape
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> list[Comparison]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--details", action="store_true", help="list the kept tensors by shape")
-    args = parser.parse_args()
-    rows = []
+    args = parser.parse_args(argv)
+    comparisons = []
     for kind, limit in LIMITS_MB.items():
         total, by_shape = kept_bytes(kind)
-        rows.append((kind, f"{total / 1e6:.1f} MB", f"{limit} MB", f"{total / 1e6 / 303:.2f}"))
+        work = f"kept for backward, checkpointing {kind}"
+        comparisons.append(Comparison(work, total / 1e6, limit, "MB", "limit"))
+        comparisons.append(Comparison(work, total / 1e6, REFERENCE_TOOL_MB, "MB", "reference tool"))
         if args.details:
             largest = sorted(by_shape.items(), key=lambda item: -item[1])[:24]
             print_table(kind, [(shape, dtype, f"{size / 1e6:.1f}") for (shape, dtype), size in largest])
-    print_table("kept for backward", rows, ("checkpointing", "kept", "limit", "of the reference tool's"))
+    print_comparisons("1 double and 2 single blocks", comparisons)
+    return comparisons
 
 
 if __name__ == "__main__":

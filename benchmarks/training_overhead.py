@@ -12,10 +12,13 @@ import io
 import statistics
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from benchmarks.comparison import Comparison, print_comparisons
 
 LIMIT = 1.25
 FIRST = 5  # steps that warm up
@@ -72,10 +75,10 @@ def measure(words: list[str]) -> Alternation:
     return alternation
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> list[Comparison]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=100, help="steps that are measured (default: 100)")
-    options = parser.parse_args()
+    options = parser.parse_args(argv)
 
     from tests.training_world import command, write_world
     from utils.tiny_models import write_tiny_models
@@ -86,7 +89,9 @@ def main() -> None:
         words = ["--max_train_steps", options.steps + FIRST, "--learning_rate", 1e-4, "--logging_dir", folder / "logs"]
         times = measure(command(world, write_tiny_models(folder / "models").dit, folder / "out", *words))
     whole, bare = (1000 * statistics.median(seconds[FIRST:]) for seconds in (times.whole, times.bare))
-    print(f"step {whole:.1f} ms, bare {bare:.1f} ms, ratio {whole / bare:.3f} (at most {LIMIT} is wanted)")
+    comparisons = [Comparison("training step of the small model: time", whole, bare, "ms", "bare step", LIMIT)]
+    print_comparisons("training loop", comparisons)
+    return comparisons
 
 
 if __name__ == "__main__":

@@ -3,7 +3,8 @@
     python -m benchmarks.vae_memory                # 17 x 256 x 256, no tiling; about 20 minutes and 8 GB on 2 cores
 
 Every run is a process of its own: VmHWM, the most that was ever resident, less VmRSS with the model loaded. Runs of
-ours and of diffusers alternate; memory is the worst of all runs, time the median. Linux only.
+ours and of diffusers alternate; memory is the worst of all runs, time the median. The limits are those of the default
+size. Linux only.
 """
 
 import argparse
@@ -13,14 +14,15 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from benchmarks.comparison import Comparison, print_comparisons
 from benchmarks.loading_memory import resident
 from hunyuan_model.vae import AutoencoderKLCausal3D, VaeConfig
-from utils.cli import print_table
 
 LIMITS_GB = {"encode": 1.8, "decode": 2.6}
 LIMIT_TIME = 1.1
@@ -75,8 +77,7 @@ def measured_in_a_process(contender: str, operation: str, options: argparse.Name
     return [float(word) for word in re.findall(r"\S+", output.splitlines()[-1])]
 
 
-def compare(operation: str, options: argparse.Namespace, folder: Path) -> list[tuple[str, ...]]:
-    """One row per contender."""
+def compare(operation: str, options: argparse.Namespace, folder: Path) -> list[Comparison]:
     results = {contender: folder / f"{operation}_{contender}.pt" for contender in CONTENDERS}
     runs = {contender: [] for contender in CONTENDERS}
     for _ in range(options.repeats):
@@ -84,42 +85,33 @@ def compare(operation: str, options: argparse.Namespace, folder: Path) -> list[t
             runs[contender].append(measured_in_a_process(contender, operation, options, results[contender]))
     memory = {contender: max(peak for peak, _ in runs[contender]) / GB for contender in CONTENDERS}
     seconds = {contender: statistics.median(time for _, time in runs[contender]) for contender in CONTENDERS}
-    outputs = {contender: torch.load(path, weights_only=True) for contender, path in results.items()}
-    plain = outputs["plain"]
+    chunked, plain = (torch.load(results[contender], weights_only=True) for contender in ("chunked", "plain"))
+    difference = ((chunked - plain).abs().max() / plain.abs().max()).item()
+    work = f"VAE {operation}, {options.frames} x {options.size} x {options.size}, chunks of {options.chunk_size}"
     return [
-        (
-            f"{operation}, {contender}",
-            f"{memory[contender]:.2f} GB",
-            f"{memory[contender] / memory['diffusers']:.2f}",
-            f"{seconds[contender]:.1f} s",
-            f"{seconds[contender] / seconds['diffusers']:.2f}",
-            f"{((outputs[contender] - plain).abs().max() / plain.abs().max()).item():.1e}",
-        )
-        for contender in CONTENDERS
+        Comparison(f"{work}: memory", memory["chunked"], LIMITS_GB[operation], "GB", "limit"),
+        Comparison(f"{work}: memory", memory["chunked"], memory["diffusers"], "GB", "diffusers"),
+        Comparison(f"{work}: time", seconds["chunked"], seconds["diffusers"], "s", "diffusers", LIMIT_TIME),
+        Comparison(f"{work}: relative difference from no chunks", difference, LIMIT_DIFFERENCE, "", "limit"),
     ]
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> list[Comparison]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--frames", type=int, default=17)
     parser.add_argument("--size", type=int, default=256, help="height and width in pixels")
-    parser.add_argument("--chunk_size", type=int, default=2, help="--vae_chunk_size of the chunked runs")
+    parser.add_argument("--chunk_size", type=int, default=4, help="--vae_chunk_size of the chunked runs")
     parser.add_argument("--repeats", type=int, default=1)
     parser.add_argument("--measure", nargs=2, metavar=("WHO", "OPERATION"), help="one run (a process of its own)")
     parser.add_argument("--result", type=Path, help="with --measure: where the output goes")
-    options = parser.parse_args()
+    options = parser.parse_args(argv)
     if options.measure:
         measure(*options.measure, options.frames, options.size, options.chunk_size, options.result)
-        return
+        return []
     with tempfile.TemporaryDirectory() as folder:
-        rows = [row for operation in LIMITS_GB for row in compare(operation, options, Path(folder))]
-    print_table(
-        f"VAE, {options.frames} x {options.size} x {options.size}, float32, chunks of {options.chunk_size} frames",
-        rows,
-        ("run", "peak", "/ diffusers", "time", "/ diffusers", "from plain"),
-    )
-    limits = ", ".join(f"{operation} {limit} GB" for operation, limit in LIMITS_GB.items())
-    print(f"wanted of the chunked runs: {limits}, time {LIMIT_TIME} x diffusers, difference {LIMIT_DIFFERENCE:.0e}")
+        comparisons = [row for operation in LIMITS_GB for row in compare(operation, options, Path(folder))]
+    print_comparisons("VAE, float32", comparisons)
+    return comparisons
 
 
 if __name__ == "__main__":

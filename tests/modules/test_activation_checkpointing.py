@@ -70,6 +70,6 @@ def test_blocks_without_trained_weights(way: str, patterns: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("way", "limit"), [("cheap", 185e6), ("selective", 115e6)])
+@pytest.mark.parametrize(("way", "limit"), [("none", 185e6), ("selective", 115e6)])
 def test_kept_bytes_at_full_width(way: str, limit: float) -> None:
     assert kept_bytes(way)[0] <= limit
