@@ -25,15 +25,16 @@ from hunyuan_model.vae_layers import CausalConv3d, Downsample, FrameCausalAttent
 from utils.files import atomic_path
 from utils.safetensors_utils import save_file
 
-CONFIG = VaeConfig(block_out_channels=(16, 32, 64, 64), layers_per_block=1, norm_num_groups=8)
+CONFIG = VaeConfig(block_out_channels=(16, 32, 64, 64), layers_per_block=1, norm_num_groups=2)
+CLIP = (9, 64)  # frames, height and width of the clips
 KL_WEIGHT = 1e-4
-PEAK_RATE, WARMUP_STEPS = 2e-3, 100
+PEAK_RATE, WARMUP_STEPS = 6e-4, 50
 SAVE_EVERY = 100
 
 
 @dataclass(frozen=True)
 class Stage:
-    """Some steps on batches of one shape; `side` is height and width in pixels."""
+    """Some steps on batches cut out of clips; `side` is height and width in pixels."""
 
     steps: int
     batch: int
@@ -41,7 +42,7 @@ class Stage:
     side: int
 
 
-STAGES = (Stage(700, 16, 1, 32), Stage(300, 16, 1, 64), Stage(1800, 2, 9, 64))
+STAGES = (Stage(600, 16, 1, 32), Stage(200, 16, 1, 64), Stage(1000, 8, 5, 32), Stage(450, 2, 9, 64))
 TOTAL_STEPS = sum(stage.steps for stage in STAGES)
 
 
@@ -117,6 +118,40 @@ def decode(vae: AutoencoderKLCausal3D, latents: Tensor) -> Tensor:
     return convolve(decoder.conv_out, activated(decoder.conv_norm_out, x))
 
 
+def new_vae() -> AutoencoderKLCausal3D:
+    """A VAE that passes its first channels through, blurred by its strides, so that colours are right from the start.
+
+    Where time is halved, the second half of the channels holds the frame that would be lost. The posterior
+    begins narrow: noise as large as the latents would hide them.
+    """
+    vae = AutoencoderKLCausal3D(CONFIG)
+    encoder, decoder = vae.encoder, vae.decoder
+    passing = [vae.quant_conv, vae.post_quant_conv]
+    passing += [end.conv for half in (encoder, decoder) for end in (half.conv_in, half.conv_out)]
+    with_frame_before = []
+    with torch.no_grad():
+        for layer in vae.modules():
+            if isinstance(layer, ResnetBlock):
+                layer.conv2.conv.weight *= 0.1
+                layer.conv2.conv.bias.zero_()
+                passing += [layer.conv_shortcut.conv] if layer.conv_shortcut is not None else []
+            elif isinstance(layer, Downsample | Upsample):
+                passing.append(layer.conv.conv)
+            if isinstance(layer, Downsample) and layer.conv.conv.stride[0] > 1:
+                with_frame_before.append(layer.conv.conv)
+        for conv in passing:
+            channels, centre = torch.arange(min(conv.weight.shape[:2])), conv.kernel_size[-1] // 2
+            conv.weight *= 0.5
+            conv.weight[channels, channels, -1, centre, centre] += 1  # the last in time is the frame itself
+        for conv in with_frame_before:
+            half = torch.arange(len(conv.weight) // 2)
+            conv.weight[half + len(half), half + len(half), -1, 1, 1] -= 1
+            conv.weight[half + len(half), half, -2, 1, 1] += 1
+        vae.quant_conv.weight[CONFIG.latent_channels :] *= 0.1
+        vae.quant_conv.bias[CONFIG.latent_channels :] = -5.0
+    return vae.to(memory_format=torch.channels_last_3d)
+
+
 def loss_of(vae: AutoencoderKLCausal3D, pixels: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """(loss, mean squared error) of a batch B 3 F H W: absolute and squared error, and a little KL divergence."""
     posterior = encode(vae, pixels)
@@ -133,12 +168,13 @@ def any_colour(generator: random.Random) -> tuple[int, int, int]:
     return tuple(round(255 * channel) for channel in rgb)
 
 
-def training_clip(generator: random.Random, frames: int, side: int) -> Tensor:
-    """Pixels (3, F, H, W) in 0..1: half of the known world, half of any colours, nested shapes and paths.
+def training_clip(generator: random.Random) -> Tensor:
+    """Pixels (3, 9, 64, 64) in 0..1: most of the known world, the rest of any colours, nested shapes and paths.
 
     A VAE is to reproduce whatever is shown to it, also what the DiT has never seen.
     """
-    if generator.random() < 0.5:
+    frames, side = CLIP
+    if generator.random() < 0.65:
         return render(random_scene(generator), frames, side, side)
     layers = [Layer(generator.choice(SHAPES), any_colour(generator))]
     if generator.random() < 0.6:
@@ -147,6 +183,19 @@ def training_clip(generator: random.Random, frames: int, side: int) -> Tensor:
     offset = (generator.uniform(-0.2, 0.2), generator.uniform(-0.2, 0.2))
     clip = draw(layers, any_colour(generator), motion, generator.uniform(0.12, 0.3), offset, (frames, side, side))
     return torch.from_numpy(clip).permute(3, 0, 1, 2).float() / 255  # F H W C -> C F H W
+
+
+def training_batch(generator: random.Random, stage: Stage) -> Tensor:
+    """Pixels (B, 3, F, H, W) in -1..1, each item cut out of a clip of its own."""
+    crops = []
+    for _ in range(stage.batch):
+        clip = training_clip(generator)
+        frame, top, left = (
+            generator.randint(0, length - wanted)
+            for length, wanted in zip(clip.shape[1:], (stage.frames, stage.side, stage.side), strict=True)
+        )
+        crops.append(clip[:, frame:, top:, left:][:, : stage.frames, : stage.side, : stage.side])
+    return torch.stack(crops) * 2 - 1
 
 
 def stage_of(step: int) -> Stage:
@@ -175,7 +224,7 @@ def normalized(vae: AutoencoderKLCausal3D, seed: int) -> AutoencoderKLCausal3D:
     """
     generator = random.Random(f"{seed}/statistics")
     with torch.no_grad():
-        clips = torch.stack([training_clip(generator, 9, 64) for _ in range(64)]) * 2 - 1
+        clips = training_batch(generator, Stage(1, 64, *CLIP))
         means = torch.cat([vae.encode(clip.unsqueeze(0)).mean for clip in clips])
         mean, std = means.mean((0, 2, 3, 4)), means.std((0, 2, 3, 4)) * SCALING_FACTOR
         into, out = vae.quant_conv, vae.post_quant_conv
@@ -191,7 +240,7 @@ def normalized(vae: AutoencoderKLCausal3D, seed: int) -> AutoencoderKLCausal3D:
 def train(folder: Path, seed: int) -> AutoencoderKLCausal3D:
     """Trains to the end, from the state in `folder` if there is one."""
     torch.manual_seed(seed)
-    vae = AutoencoderKLCausal3D(CONFIG).to(memory_format=torch.channels_last_3d)
+    vae = new_vae()
     optimizer = torch.optim.AdamW(vae.parameters(), PEAK_RATE, betas=(0.9, 0.99), weight_decay=0.0)
     state, log = folder / "vae_state.pt", folder / "vae_log.jsonl"
     first = 0
@@ -204,9 +253,7 @@ def train(folder: Path, seed: int) -> AutoencoderKLCausal3D:
     with tqdm(range(first, TOTAL_STEPS), "VAE", TOTAL_STEPS, initial=first) as progress:
         for step in progress:
             generator, stage = random.Random(f"{seed}/{step}"), stage_of(step)
-            pixels = (
-                torch.stack([training_clip(generator, stage.frames, stage.side) for _ in range(stage.batch)]) * 2 - 1
-            )
+            pixels = training_batch(generator, stage)
             loss, squared = loss_of(vae, pixels, torch.Generator().manual_seed(step))
             optimizer.param_groups[0]["lr"] = rate_at(step)
             optimizer.zero_grad()

@@ -151,7 +151,15 @@ def draw(
 
 
 def write_dataset(
-    folder: Path, clips: int, images: int, frames: int = 9, height: int = 64, width: int = 64, seed: int = 0
+    folder: Path,
+    clips: int,
+    images: int,
+    frames: int = 9,
+    height: int = 64,
+    width: int = 64,
+    seed: int = 0,
+    batch_size: int = 1,
+    concept: bool = False,
 ) -> Path:
     """Writes media, captions and `dataset.toml`; returns the path of the latter.
 
@@ -160,8 +168,8 @@ def write_dataset(
     generator = random.Random(seed)
     for kind, count in (("videos", clips), ("images", images)):
         for index in range(count):
-            scene = random_scene(generator)
-            stem = folder / kind / f"{index:03d}_{scene.colour}_{scene.shape}"
+            scene = random_scene(generator, concept)
+            stem = folder / kind / f"{index:03d}_{scene.shape}"
             if kind == "videos":
                 save_video(render(scene, frames, height, width), stem.with_suffix(".mp4"), FPS)
             else:
@@ -170,13 +178,14 @@ def write_dataset(
                 Image.fromarray(still).save(stem.with_suffix((".png", ".jpg")[index % 2]), quality=95)
             write_text(stem.with_suffix(".txt"), scene.caption + "\n")
     config = folder / "dataset.toml"
-    write_text(config, _dataset_toml(folder, clips, images, frames, height, width))
+    write_text(config, _dataset_toml(folder, clips, images, frames, height, width, batch_size))
     return config
 
 
-def _dataset_toml(folder: Path, clips: int, images: int, frames: int, height: int, width: int) -> str:
+def _dataset_toml(folder: Path, clips: int, images: int, frames: int, height: int, width: int, batch_size: int) -> str:
     root = folder.resolve().as_posix()
-    text = f'[general]\nresolution = [{width}, {height}]\ncaption_extension = ".txt"\nbatch_size = 1\n'
+    text = f'[general]\nresolution = [{width}, {height}]\ncaption_extension = ".txt"\n'
+    text += f"batch_size = {batch_size}\n"
     if clips:
         text += f"\n[[datasets]]\nvideo_directory = '{root}/videos'\ncache_directory = '{root}/cache_videos'\n"
         text += f'target_frames = [{frames}]\nframe_extraction = "head"\n'

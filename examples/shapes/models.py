@@ -1,0 +1,59 @@
+"""The small models of the shapes world that are not trained: text encoders, and a DiT before its first step.
+
+python -m examples.shapes.models FOLDER
+"""
+
+import argparse
+import random
+from pathlib import Path
+
+from examples.shapes.world import random_scene
+from hunyuan_model.tokenizers import ROUND_TRIP, VIDEO_TEMPLATE
+from utils.safetensors_utils import load_file, save_file
+from utils.tiny_models import ClipSize, DitSize, LlmSize, dit_shapes, random_weights, write_clip, write_llm
+from utils.tiny_tokenizers import clip_tokenizer, llama_tokenizer
+
+DIT = DitSize(hidden=128, heads=4, double_blocks=3, single_blocks=6, text_dim=64, text_dim_2=128)
+# Random layers that blur little: words stay apart in the LLM's states, and in CLIP's, whose end token attends evenly,
+# the pooled vector is a bag of the words.
+LLM_GAINS = {"embed_tokens": 8.0, "o_proj": 0.5, "down_proj": 0.5}
+CLIP_GAINS = {"token_embedding": 11.0, "position": 0.2, "q_proj": 0.2, "k_proj": 0.2, "out_proj": 3.0, "fc2": 0.3}
+# Modulation and the last layer start at zero, so that every block is the identity at first (DiT, arXiv 2212.09748).
+DIT_GAINS = {"_mod.linear": 0.0, "modulation": 0.0, "adaLN": 0.0, "final_layer": 0.0}
+MERGES = 2000  # more than there are, so that every word of the world is one token
+
+
+def vocabulary() -> list[str]:
+    """Sentences with every word of the world and of the prompt template."""
+    generator = random.Random(0)
+    captions = [random_scene(generator, concept).caption for concept in (False, True) for _ in range(200)]
+    return [*captions, VIDEO_TEMPLATE.split("<|end_header_id|>")[1].split("<|")[0], ROUND_TRIP]
+
+
+def write_text_encoders(folder: Path, seed: int) -> None:
+    """Writes text_encoder/ and text_encoder_2/, weights in float16."""
+    text = vocabulary()
+    llm, clip = folder / "text_encoder", folder / "text_encoder_2"
+    write_llm(llm, LlmSize(layers=3), llama_tokenizer(text, MERGES), seed, LLM_GAINS)
+    write_clip(clip, ClipSize(layers=1), clip_tokenizer(text, MERGES), seed, CLIP_GAINS)
+    for file in (llm / "model.safetensors", clip / "model.safetensors"):
+        save_file({name: tensor.half() for name, tensor in load_file(file).items()}, file, {"format": "pt"})
+
+
+def write_new_dit(path: Path, seed: int) -> None:
+    """Writes the DiT from which training starts."""
+    weights = random_weights(dit_shapes(DIT), seed, DIT_GAINS)
+    save_file(weights, path)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    write_text_encoders(args.folder, args.seed)
+    write_new_dit(args.folder / "new_dit.safetensors", args.seed)
+
+
+if __name__ == "__main__":
+    main()
