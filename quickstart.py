@@ -1,6 +1,6 @@
 """One command from a clone to a trained LoRA and a video, on any machine with Python 3.11.
 
-    python quickstart.py            # sets up .venv, then runs the five stages on a small model
+    python quickstart.py            # sets up .venv, then trains and tries a LoRA on a small model
     python quickstart.py test       # sets up .venv, then runs the tests
     python quickstart.py install    # sets up .venv only
 
@@ -22,8 +22,9 @@ ROOT = Path(__file__).resolve().parent
 VENV = ROOT / ".venv"
 OUTPUT = Path("quickstart_output")
 REQUIREMENTS = ("constraints.txt", "requirements.txt", "requirements-dev.txt")
-PROMPT = "A red circle moves to the right on a black background."
-FRAMES, HEIGHT, WIDTH = 9, 64, 64
+MODELS = Path("examples/shapes/models")
+VIDEOS = ("base", "zorb", "back")
+PROMPT = "A zorb moves to the right on a black background."
 
 
 def executable(name: str) -> Path:
@@ -80,28 +81,32 @@ def quoted(word: object) -> str:
 
 
 def stages() -> list[Stage]:
-    """The road from nothing to a video. Every command can be pasted and run alone."""
-    models, dataset, lora = OUTPUT / "models", OUTPUT / "dataset", OUTPUT / "lora"
-    config = dataset / "dataset.toml"
-    dit = models / "transformers" / "mp_rank_00_model_states.pt"
-    vae = models / "vae" / "pytorch_model.pt"
-    text_encoders = ["--text_encoder1", models / "text_encoder", "--text_encoder2", models / "text_encoder_2"]
-    accelerate = "accelerate launch --num_cpu_threads_per_process 1 --num_processes 1 --num_machines 1"
+    """The road from clips to videos with a LoRA. Every command can be pasted and run alone."""
+    dataset, lora, videos = OUTPUT / "dataset", OUTPUT / "lora", OUTPUT / "videos"
+    config, trained, converted = dataset / "dataset.toml", lora / "zorb.safetensors", lora / "zorb_comfyui.safetensors"
+    dit, vae = MODELS / "dit.safetensors", MODELS / "vae.safetensors"
+    text_encoders = ["--text_encoder1", MODELS / "text_encoder", "--text_encoder2", MODELS / "text_encoder_2"]
+    accelerate = "accelerate launch --num_cpu_threads_per_process 2 --num_processes 1 --num_machines 1"
     training = (
-        "--sdpa --mixed_precision no --optimizer_type adamw8bit --learning_rate 2e-3 --gradient_checkpointing "
-        "--max_data_loader_n_workers 1 --network_module networks.lora --network_dim 8 --network_alpha 8 "
-        "--timestep_sampling sigmoid --max_train_epochs 16 --save_every_n_epochs 8 --seed 42 --output_name shapes"
+        "--sdpa --mixed_precision no --optimizer_type adamw --learning_rate 1e-3 --lr_scheduler cosine "
+        "--max_data_loader_n_workers 1 --network_module networks.lora --network_dim 16 --network_alpha 16 "
+        "--guidance_scale 6.0 --timestep_sampling shift --discrete_flow_shift 3.0 --max_train_epochs 100 --seed 42 "
+        "--output_name zorb"
     )
-    sampling = f"--video_size {HEIGHT} {WIDTH} --video_length {FRAMES} --infer_steps 8 --seed 1234 --output_type both"
+    sampling = "--video_size 64 64 --video_length 9 --infer_steps 20 --flow_shift 3.0 --fps 8 --seed 1234"
+    models = ["--dit", dit, "--vae", vae, *text_encoders]
+    generate = ["python", "hv_generate_video.py", *models, "--prompt", PROMPT, *sampling.split()]
+    convert = ["python", "convert_lora.py"]
     return [
         Stage(
-            "models: a small set with random weights",
-            ["python", "-m", "utils.tiny_models", models],
-            lambda: found(models, "*/*.pt"),
-        ),
-        Stage(
-            "dataset: clips and images of moving shapes",
-            ["python", "-m", "examples.shapes.world", dataset],
+            "dataset: ten clips of a thing that the small model has never seen, a zorb",
+            [
+                "python",
+                "-m",
+                "examples.shapes.world",
+                dataset,
+                *["--clips", "10", "--images", "0", "--batch_size", "5", "--concept"],
+            ],
             lambda: found(dataset, "dataset.toml"),
         ),
         Stage(
@@ -122,24 +127,37 @@ def stages() -> list[Stage]:
                 *["--dit", dit, "--dataset_config", config, "--output_dir", lora],
                 *training.split(),
             ],
-            lambda: found(lora, "shapes.safetensors"),
+            lambda: found(lora, "zorb.safetensors"),
         ),
         Stage(
-            "4. generate a video",
-            [
-                *["python", "hv_generate_video.py", "--dit", dit, "--vae", vae, *text_encoders],
-                *["--prompt", PROMPT, "--save_path", OUTPUT / "videos"],
-                *["--lora_weight", lora / "shapes.safetensors", "--lora_multiplier", "1.0", *sampling.split()],
-            ],
-            lambda: found(OUTPUT / "videos", "*.mp4"),
+            "4. generate without and with the LoRA, side by side",
+            [*generate, "--save_path", videos / "both", "--compare", "--lora_weight", trained],
+            lambda: found(videos, "both/*.mp4") + found(videos, "both/*.png"),
+        ),
+        Stage(
+            "   the base model",
+            [*generate, "--save_path", videos / "base"],
+            lambda: found(videos, "base/*.mp4"),
+        ),
+        Stage(
+            "   the base model with the LoRA",
+            [*generate, "--save_path", videos / "zorb", "--lora_weight", trained],
+            lambda: found(videos, "zorb/*.mp4"),
         ),
         Stage(
             "5. convert the LoRA for ComfyUI",
-            [
-                *["python", "convert_lora.py", "--input", lora / "shapes.safetensors"],
-                *["--output", lora / "shapes_comfyui.safetensors", "--target", "other"],
-            ],
-            lambda: found(lora, "shapes_comfyui.safetensors"),
+            [*convert, "--input", trained, "--output", converted, "--target", "other"],
+            lambda: found(lora, "zorb_comfyui.safetensors"),
+        ),
+        Stage(
+            "   and back",
+            [*convert, "--input", converted, "--output", lora / "zorb_back.safetensors", "--target", "default"],
+            lambda: found(lora, "zorb_back.safetensors"),
+        ),
+        Stage(
+            "   the base model with the LoRA that was converted twice",
+            [*generate, "--save_path", videos / "back", "--lora_weight", lora / "zorb_back.safetensors"],
+            lambda: found(videos, "back/*.mp4"),
         ),
     ]
 
@@ -171,7 +189,11 @@ def report(done: list[Stage]) -> None:
         print("  " + " ".join(map(quoted, stage.command)))
     if losses := training_losses():
         print(f"\ntraining loss: {losses[0]:.3f} at the start, {losses[1]:.3f} at the end")
-    print(f"the models have random weights, so the video is noise; see README.md for the real ones. All in {OUTPUT}/")
+    print()
+    run([executable("python"), "-m", "examples.shapes.judge", *(OUTPUT / "videos" / name for name in VIDEOS)])
+    print(
+        f"\nequal pixels mean the same video: what ComfyUI is given is what was trained. Look at {OUTPUT}/videos/both"
+    )
     activate = r".venv\Scripts\activate" if os.name == "nt" else "source .venv/bin/activate"
     print(f"the commands above run after: {activate}")
 

@@ -18,7 +18,7 @@ from utils.safetensors_utils import load_file, save_file
 
 CLIPS = 960
 BATCH_SIZE = 16  # of each of the two processes
-STEPS = 5000
+STEPS = 4000
 # Guidance is what a distilled model is told, always the same here: in training, and by hv_generate_video's default.
 GUIDANCE = 6.0
 

@@ -161,7 +161,7 @@ def write_dataset(
     batch_size: int = 1,
     concept: bool = False,
 ) -> Path:
-    """Writes media, captions and `dataset.toml`; returns the path of the latter.
+    """Writes media, captions and `dataset.toml`, which has `batch_size`; returns the path of the latter.
 
     The clips are mp4, the images PNG and JPEG by turns; a caption file stands beside each.
     """
@@ -201,9 +201,13 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=2)
     parser.add_argument("--frames", type=int, default=9, help="frames of each clip, 4n+1")
     parser.add_argument("--size", type=int, default=64, help="height and width in pixels")
+    parser.add_argument("--batch_size", type=int, default=1)
+    parser.add_argument("--concept", action="store_true", help=f"clips of a {CONCEPT} instead of the known world")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    print(write_dataset(args.folder, args.clips, args.images, args.frames, args.size, args.size, args.seed))
+    size = {"frames": args.frames, "height": args.size, "width": args.size}
+    kind = {"seed": args.seed, "batch_size": args.batch_size, "concept": args.concept}
+    print(write_dataset(args.folder, args.clips, args.images, **size, **kind))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,116 @@
+"""The recipe of the small models: what trains them is what the toolkit runs."""
+
+import random
+
+import pytest
+import torch
+
+from examples.shapes.models import write_new_dit, write_text_encoders
+from examples.shapes.vae_training import (
+    CONFIG,
+    SAVE_EVERY,
+    STAGES,
+    TOTAL_STEPS,
+    Stage,
+    decode,
+    encode,
+    new_vae,
+    normalized,
+    rate_at,
+    stage_of,
+    training_batch,
+)
+from examples.shapes.world import COLOURS, CONCEPT, MOTIONS, SHAPES, Scene
+from hunyuan_model.checkpoints import load_dit, load_text_encoder_1, load_text_encoder_2
+from hunyuan_model.vae import SCALING_FACTOR
+
+
+@pytest.fixture(scope="module")
+def text_encoders(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("encoders")
+    write_text_encoders(folder, seed=0)
+    return (
+        load_text_encoder_1(folder / "text_encoder", dtype=torch.float32),
+        load_text_encoder_2(folder / "text_encoder_2", dtype=torch.float32),
+    )
+
+
+def scrambled_vae():
+    """A VAE whose every parameter matters."""
+    torch.manual_seed(0)
+    vae = new_vae()
+    with torch.no_grad():
+        for parameter in vae.parameters():
+            parameter += 0.02 * torch.randn_like(parameter)
+    return vae
+
+
+@pytest.mark.parametrize("frames", [1, 5, 9])
+def test_the_twin_with_a_backward_pass_is_the_vae(frames):
+    vae = scrambled_vae()
+    pixels = training_batch(random.Random(0), Stage(1, 2, frames, 32))
+    with torch.no_grad():
+        twin = encode(vae, pixels)
+        twin_pixels = decode(vae, twin.mean)
+    posterior = vae.encode(pixels.clone())
+    torch.testing.assert_close(twin.mean, posterior.mean, rtol=0, atol=5e-4)
+    torch.testing.assert_close(twin.logvar, posterior.logvar, rtol=0, atol=5e-4)
+    torch.testing.assert_close(twin_pixels, vae.decode(posterior.mean.clone()), rtol=0, atol=5e-4)
+
+
+def test_every_parameter_of_the_vae_learns():
+    vae = scrambled_vae()
+    pixels = training_batch(random.Random(0), Stage(1, 2, 5, 32))
+    posterior = encode(vae, pixels)
+    (decode(vae, posterior.mean).sum() + posterior.logvar.sum()).backward()
+    assert all(parameter.grad is not None and parameter.grad.any() for parameter in vae.parameters())
+
+
+def test_normalized_latents_have_unit_variance_and_the_same_pixels():
+    vae = scrambled_vae()
+    pixels = training_batch(random.Random("0/statistics"), Stage(1, 64, 9, 64))  # those that `normalized` looks at
+    before = vae.decode(vae.encode(pixels.clone()).mean)
+    posterior = vae.encode(pixels.clone())
+    noise_before = (0.5 * posterior.logvar).exp() / posterior.mean.std((0, 2, 3, 4), keepdim=True)
+    normalized(vae, seed=0)
+    posterior = vae.encode(pixels.clone())
+    torch.testing.assert_close(vae.decode(posterior.mean), before, rtol=0, atol=1e-3)
+    assert ((posterior.mean * SCALING_FACTOR).std((0, 2, 3, 4)) - 1).abs().max() < 1e-2
+    noise_after = (0.5 * posterior.logvar).exp() / posterior.mean.std((0, 2, 3, 4), keepdim=True)
+    torch.testing.assert_close(noise_after, noise_before, rtol=1e-3, atol=0)
+
+
+def test_stages_follow_each_other_and_the_rate_falls():
+    assert sum(stage.steps for stage in STAGES) == TOTAL_STEPS
+    assert (
+        stage_of(0) == STAGES[0] and stage_of(STAGES[0].steps) == STAGES[1] and stage_of(TOTAL_STEPS - 1) == STAGES[-1]
+    )
+    assert rate_at(TOTAL_STEPS - 1) < 0.02 * max(map(rate_at, range(TOTAL_STEPS)))
+    assert TOTAL_STEPS % SAVE_EVERY in range(SAVE_EVERY)
+    assert CONFIG.latent_channels == 16
+
+
+@pytest.mark.parametrize("name, words", [("shape", SHAPES), ("colour", list(COLOURS)), ("motion", list(MOTIONS))])
+def test_the_pooled_text_tells_scenes_apart(text_encoders, name, words):
+    scenes = [
+        Scene(**{"shape": "star", "colour": "red", "motion": "grows", "background": "gray", name: word})
+        for word in words
+    ]
+    pooled = text_encoders[1].encode([scene.caption for scene in scenes])
+    distances = torch.cdist(pooled, pooled) + 1e9 * torch.eye(len(words))
+    assert distances.min() > 0.05 * pooled.norm(dim=1).mean()
+
+
+def test_every_word_is_one_token(text_encoders):
+    llm, _ = text_encoders
+    _, mask = llm.encode([Scene(CONCEPT, "", "grows", "gray").caption, Scene("star", "red", "grows", "gray").caption])
+    # "A zorb grows on a gray background." has eight, end of turn included; a colour is one more.
+    assert (mask.sum(1)[1] - mask.sum(1)[0]).item() == 1
+
+
+def test_a_new_dit_predicts_zero(tmp_path):
+    write_new_dit(tmp_path / "dit.safetensors", seed=0)
+    dit = load_dit(tmp_path / "dit.safetensors", "cpu", torch.float32)
+    text = torch.randn(1, 256, 64), torch.ones(1, 256, dtype=torch.long), torch.randn(1, 128)
+    velocity = dit(torch.randn(1, 16, 3, 8, 8), torch.tensor([500.0]), *text, torch.tensor([6000.0]))
+    assert not velocity.any()
