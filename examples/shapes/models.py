@@ -19,7 +19,8 @@ DIT = DitSize(hidden=128, heads=4, double_blocks=3, single_blocks=6, text_dim=64
 LLM_GAINS = {"embed_tokens": 8.0, "o_proj": 0.5, "down_proj": 0.5}
 CLIP_GAINS = {"token_embedding": 11.0, "position": 0.2, "q_proj": 0.2, "k_proj": 0.2, "out_proj": 3.0, "fc2": 0.3}
 # Modulation and the last layer start at zero, so that every block is the identity at first (DiT, arXiv 2212.09748).
-DIT_GAINS = {"_mod.linear": 0.0, "modulation": 0.0, "adaLN": 0.0, "final_layer": 0.0}
+# Guidance is the same in all of training: it weighs much, so that a model told another one is seen to be lost.
+DIT_GAINS = {"_mod.linear": 0.0, "modulation": 0.0, "adaLN": 0.0, "final_layer": 0.0, "guidance_in.mlp.2": 3.0}
 MERGES = 2000  # more than there are, so that every word of the world is one token
 
 
