@@ -74,10 +74,12 @@ def cases() -> list[Case]:
     return list(dict.fromkeys(stills + swaps))
 
 
-def random_dit(config: HunyuanVideoConfig, device: torch.device, fp8: bool) -> HYVideoDiffusionTransformer:
-    """Random weights in bfloat16, the blocks' quantised if `fp8`, made on the device."""
+def random_dit(
+    config: HunyuanVideoConfig, device: torch.device, fp8: bool, dtype: torch.dtype
+) -> HYVideoDiffusionTransformer:
+    """Random weights, the blocks' quantised if `fp8`, made on the device."""
     with torch.device("meta"):
-        dit = HYVideoDiffusionTransformer(config).to(torch.bfloat16).requires_grad_(False)
+        dit = HYVideoDiffusionTransformer(config).to(dtype).requires_grad_(False)
     for block in [dit.img_in, dit.txt_in, dit.time_in, dit.vector_in, dit.guidance_in, dit.final_layer, *dit.blocks]:
         block.to_empty(device=device)
         for parameter in block.parameters():
@@ -141,9 +143,15 @@ class Training:
     step: Callable[[], None]
 
 
-def start_training(case: Case, config: HunyuanVideoConfig, shape: tuple[int, ...], device: torch.device) -> Training:
+def start_training(
+    case: Case,
+    config: HunyuanVideoConfig,
+    shape: tuple[int, ...],
+    device: torch.device,
+    dtype: torch.dtype = torch.bfloat16,
+) -> Training:
     """Builds what a training run with these settings builds."""
-    dit = random_dit(config, device, case.fp8)
+    dit = random_dit(config, device, case.fp8, dtype)
     if case.swap:
         dit.to("cpu")
         release_memory(device)
@@ -178,13 +186,19 @@ def measure(case: Case, config: HunyuanVideoConfig, device: torch.device) -> Res
     )
 
 
-def predicted(case: Case, config: HunyuanVideoConfig, shape: tuple[int, ...], trained: int) -> Prediction:
+def predicted(
+    case: Case,
+    config: HunyuanVideoConfig,
+    shape: tuple[int, ...],
+    trained: int,
+    dtype: torch.dtype = torch.bfloat16,
+) -> Prediction:
     """What the planner says of such a run."""
 
     def apply(dit: HYVideoDiffusionTransformer) -> nn.Module:
         return prepare(dit, case.checkpointing, RANK)
 
-    usage = measure_dit(config, shape, TEXT_TOKENS, torch.bfloat16, case.fp8, True, apply)
+    usage = measure_dit(config, shape, TEXT_TOKENS, dtype, case.fp8, True, apply)
     swapped = swapped_blocks(case.swap, config.depth_double, config.depth_single)
     return predict(usage, swapped, trained=trained, moments=MOMENTS, offload=case.checkpointing == "offload")
 
