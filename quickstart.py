@@ -23,7 +23,7 @@ VENV = ROOT / ".venv"
 OUTPUT = Path("quickstart_output")
 REQUIREMENTS = ("constraints.txt", "requirements.txt", "requirements-dev.txt")
 MODELS = Path("examples/shapes/models")
-VIDEOS = ("base", "zorb", "back")
+VIDEOS = ("without", "with", "converted")
 PROMPT = "A zorb moves to the right on a black background."
 
 
@@ -130,19 +130,22 @@ def stages() -> list[Stage]:
             lambda: found(lora, "zorb.safetensors"),
         ),
         Stage(
-            "4. generate without and with the LoRA, side by side",
-            [*generate, "--save_path", videos / "both", "--compare", "--lora_weight", trained],
-            lambda: found(videos, "both/*.mp4") + found(videos, "both/*.png"),
+            "4. generate a video without the LoRA",
+            [*generate, "--save_path", videos / "without"],
+            lambda: found(videos, "without/*.mp4"),
         ),
         Stage(
-            "   the base model",
-            [*generate, "--save_path", videos / "base"],
-            lambda: found(videos, "base/*.mp4"),
+            "   and the same with it",
+            [*generate, "--save_path", videos / "with", "--lora_weight", trained],
+            lambda: found(videos, "with/*.mp4"),
         ),
         Stage(
-            "   the base model with the LoRA",
-            [*generate, "--save_path", videos / "zorb", "--lora_weight", trained],
-            lambda: found(videos, "zorb/*.mp4"),
+            "   both on one sheet",
+            [
+                *["python", "-m", "examples.shapes.sheet", OUTPUT / "before_and_after"],
+                *[f"without the LoRA={(videos / 'without').as_posix()}", f"with it={(videos / 'with').as_posix()}"],
+            ],
+            lambda: found(OUTPUT, "before_and_after.*"),
         ),
         Stage(
             "5. convert the LoRA for ComfyUI",
@@ -155,9 +158,9 @@ def stages() -> list[Stage]:
             lambda: found(lora, "zorb_back.safetensors"),
         ),
         Stage(
-            "   the base model with the LoRA that was converted twice",
-            [*generate, "--save_path", videos / "back", "--lora_weight", lora / "zorb_back.safetensors"],
-            lambda: found(videos, "back/*.mp4"),
+            "   and generate with what came back",
+            [*generate, "--save_path", videos / "converted", "--lora_weight", lora / "zorb_back.safetensors"],
+            lambda: found(videos, "converted/*.mp4"),
         ),
     ]
 

@@ -99,8 +99,12 @@ class Page:
         background = self.background()
         video, sheet = (path.with_name(path.name + suffix) for suffix in (".mp4", ".png"))
         write_frames((self.frame(background, index) for index in range(self.frames)), video, fps, metadata)
-        write_image(self.frame(background, self.frames // 2), sheet, metadata)
+        self.save_frame(sheet, self.frames // 2, metadata)
         return [video, sheet]
+
+    def save_frame(self, path: Path, index: int, metadata: Mapping[str, object] | None = None) -> None:
+        """Writes the page at one moment as a PNG."""
+        write_image(self.frame(self.background(), index), path, metadata)
 
 
 def _font() -> ImageFont.FreeTypeFont:

@@ -201,7 +201,7 @@ def _median_slope(times: np.ndarray, values: np.ndarray) -> np.ndarray:
     return np.median((values[second] - values[first]) / (times[second] - times[first])[:, None], axis=0)
 
 
-def _videos(path: Path) -> list[Path]:
+def videos_in(path: Path) -> list[Path]:
     """The file itself, or the mp4s of a folder."""
     videos = sorted(path.glob("*.mp4")) if path.is_dir() else [path]
     if not videos:
@@ -212,7 +212,7 @@ def _videos(path: Path) -> list[Path]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("paths", type=Path, nargs="+", metavar="FILE_OR_FOLDER")
-    videos = [video for path in parser.parse_args().paths for video in _videos(path)]
+    videos = [video for path in parser.parse_args().paths for video in videos_in(path)]
     rows = []
     for video in videos:
         pixels = read_video(video)[0]

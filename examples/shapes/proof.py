@@ -74,10 +74,15 @@ def concept_dataset(models: TinyModels, folder: Path) -> Path:
     return config
 
 
+def training_options(models: TinyModels, config: Path, folder: Path) -> list[str]:
+    """What hv_train_network.py is called with; it writes {CONCEPT}.safetensors into the folder."""
+    files = ["--dit", models.dit, "--dataset_config", config, "--output_dir", folder, "--output_name", CONCEPT]
+    return [*map(str, files), *TRAINING.split()]
+
+
 def train_lora(models: TinyModels, config: Path, folder: Path, *options: object) -> Path:
     """Trains the LoRA of the concept; options given here win over the usual ones."""
-    files = ["--dit", models.dit, "--dataset_config", config, "--output_dir", folder, "--output_name", CONCEPT]
-    run("hv_train_network.py", *files, *TRAINING.split(), *options)
+    run("hv_train_network.py", *training_options(models, config, folder), *options)
     return folder / f"{CONCEPT}.safetensors"
 
 

@@ -1,0 +1,71 @@
+"""Shows clips of the shapes world beside each other: every frame on a PNG sheet, and an mp4 in which all play.
+
+    python -m examples.shapes.sheet OUT LABEL=VIDEO ...
+
+writes OUT.png and OUT.mp4. VIDEO may be a folder with one mp4.
+"""
+
+import argparse
+from pathlib import Path
+
+from torch import Tensor
+
+from examples.shapes.judge import Verdict, judge, videos_in
+from modules.compare import Page, Row
+from utils.cli import run_script
+from utils.errors import UserError
+from utils.video_io import read_video, to_uint8
+
+SCALE = 2  # of the clips' 64 pixels
+FPS = 8
+
+
+def enlarged(pixels: Tensor, scale: int) -> Tensor:
+    """(3, F, H, W) in 0..1 -> frames (F, H x scale, W x scale, 3) uint8."""
+    return to_uint8(pixels).repeat_interleave(scale, dim=1).repeat_interleave(scale, dim=2)
+
+
+def seen(verdict: Verdict) -> str:
+    """A verdict in words."""
+    if verdict == Verdict():
+        return "nothing"
+    thing = " ".join(filter(None, (verdict.colour, verdict.shape or "thing")))
+    return f"a {thing} that {verdict.motion or 'moves oddly'} on {verdict.background or 'some colour'}"
+
+
+def write_sheet(out: Path, clips: dict[str, Tensor], fps: float) -> list[Path]:
+    """Writes both files; clips (3, F, H, W) in 0..1 by label, all of one length."""
+    count = next(iter(clips.values())).shape[1]
+    frames = [f"frame {index + 1}" for index in range(count)]
+    strips = [
+        Row(f"{label}: the judge sees {seen(judge(pixels))}", list(enlarged(pixels, SCALE).split(1)))
+        for label, pixels in clips.items()
+    ]
+    side_by_side = Page(list(clips), [Row("", [enlarged(pixels, 4 * SCALE) for pixels in clips.values()])])
+    video, sheet = side_by_side.save(out, fps, None)
+    Page(frames, strips).save_frame(sheet, 0)
+    return [video, sheet]
+
+
+def labelled(word: str) -> tuple[str, Tensor]:
+    """ "LABEL=VIDEO" -> label and pixels (3, F, H, W) in 0..1."""
+    label, separator, place = word.partition("=")
+    if not separator:
+        raise UserError(f"{word}: LABEL=VIDEO is expected")
+    videos = videos_in(Path(place))
+    if len(videos) != 1:
+        raise UserError(f"{place}: holds {len(videos)} mp4s; name one of them")
+    return label, read_video(videos[0])[0]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("clips", nargs="+", metavar="LABEL=VIDEO")
+    args = parser.parse_args()
+    for path in write_sheet(args.out, dict(map(labelled, args.clips)), FPS):
+        print(path)
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -1,0 +1,134 @@
+"""That a LoRA trained here changes videos the right way, and that four classic mistakes would be seen."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import hv_train_network
+from examples.shapes import proof
+from examples.shapes.judge import score
+from examples.shapes.proof import (
+    concept_dataset,
+    concept_scenes,
+    known_scenes,
+    models_in,
+    share_of_concept,
+    train_lora,
+    training_options,
+    watch,
+)
+from examples.shapes.vae_training import Stage, psnr, training_batch
+from hunyuan_model.checkpoints import load_vae
+
+MODELS = models_in()
+LARGEST = 16e6  # bytes of all small models together
+PROCESSES = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--main_process_port", "0"]
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory) -> Path:
+    """The concept's clips and their caches."""
+    return concept_dataset(MODELS, tmp_path_factory.mktemp("concept"))
+
+
+def presence(folder: Path, lora: Path | None = None) -> float:
+    """In how many videos of the concept's prompts the judge sees it."""
+    options = [] if lora is None else ["--lora_weight", lora]
+    return share_of_concept(watch(MODELS, concept_scenes(), folder, *options))
+
+
+@pytest.fixture(scope="module")
+def lora(config, tmp_path_factory) -> Path:
+    return train_lora(MODELS, config, tmp_path_factory.mktemp("lora"))
+
+
+def test_the_small_models_are_small():
+    files = [path for path in proof.SHIPPED.rglob("*") if path.is_file()]
+    assert sum(path.stat().st_size for path in files) <= LARGEST
+    assert {"LICENSE", "vae_log.jsonl", "dit_log.jsonl"} <= {path.name for path in files}
+
+
+def test_the_vae_reproduces_unseen_clips():
+    import random
+
+    vae = load_vae(MODELS.vae)
+    pixels = training_batch(random.Random("unseen"), Stage(1, 12, 9, 64))
+    decoded = torch.cat([vae.decode(vae.encode(clip[None].clone()).mean) for clip in pixels]).clamp(-1, 1)
+    assert psnr((decoded - pixels).square().mean().item()) >= 27
+
+
+@pytest.mark.slow
+def test_the_base_model_shows_what_the_prompt_says(tmp_path):
+    scenes = known_scenes()
+    found = score(watch(MODELS, scenes, tmp_path), scenes)
+    assert found["colour"] >= 0.9 and found["shape"] >= 0.8 and found["motion"] >= 0.8
+
+
+@pytest.mark.slow
+def test_a_lora_adds_the_concept_and_keeps_the_rest(tmp_path, lora):
+    assert presence(tmp_path / "before") <= 0.1
+    assert presence(tmp_path / "after", lora) >= 0.8
+    scenes = known_scenes()
+    before = score(watch(MODELS, scenes, tmp_path / "known_before"), scenes)
+    after = score(watch(MODELS, scenes, tmp_path / "known_after", "--lora_weight", lora), scenes)
+    assert all(after[name] >= before[name] - 0.15 for name in before)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "options",
+    [["--fp8_base"], ["--blocks_to_swap", "2"], ["--gradient_checkpointing"]],
+    ids=lambda options: options[0],
+)
+def test_what_saves_memory_teaches_the_same(tmp_path, config, options):
+    assert presence(tmp_path / "videos", train_lora(MODELS, config, tmp_path / "lora", *options)) >= 0.8
+
+
+def trained_in_process(monkeypatch, config: Path, folder: Path) -> Path:
+    """Trains in this process, in which a test may have broken something."""
+    arguments = ["hv_train_network.py", *training_options(MODELS, config, folder)]
+    monkeypatch.setattr(sys, "argv", arguments)
+    hv_train_network.main()
+    return folder / "zorb.safetensors"
+
+
+def turn_the_sign(monkeypatch):
+    monkeypatch.setattr("modules.trainer.velocity_target", lambda latents, noise: latents - noise)
+
+
+def scale_latents_twice(monkeypatch):
+    scaled = proof_latents()
+    monkeypatch.setattr(
+        "modules.training_model.TrainingModel.latents", lambda model, batch: scaled(model, batch) * model.latent_scale
+    )
+
+
+def proof_latents():
+    from modules.training_model import TrainingModel
+
+    return TrainingModel.latents
+
+
+def swap_noise_and_data(monkeypatch):
+    from modules.flow_matching import interpolate
+
+    monkeypatch.setattr("modules.trainer.interpolate", lambda latents, noise, sigma: interpolate(noise, latents, sigma))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mistake", [turn_the_sign, scale_latents_twice, swap_noise_and_data], ids=lambda m: m.__name__)
+def test_a_mistake_in_training_is_seen(tmp_path, monkeypatch, config, mistake):
+    mistake(monkeypatch)
+    broken = trained_in_process(monkeypatch, config, tmp_path / "lora")
+    monkeypatch.undo()
+    assert presence(tmp_path / "videos", broken) < 0.4
+
+
+@pytest.mark.slow
+def test_a_forgotten_guidance_factor_is_seen(tmp_path):
+    scenes = known_scenes()
+    right = score(watch(MODELS, scenes, tmp_path / "right"), scenes)
+    forgotten = score(watch(MODELS, scenes, tmp_path / "forgotten", "--embedded_cfg_scale", 6.0 / 1000), scenes)
+    assert sum(forgotten.values()) < sum(right.values()) / 2
