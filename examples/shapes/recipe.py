@@ -7,6 +7,7 @@ float16 weights to FOLDER/models. Seeded; started again it goes on where it was 
 """
 
 import argparse
+import json
 import shutil
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from pathlib import Path
 
 from examples.shapes.models import write_new_dit, write_text_encoders
 from examples.shapes.world import write_dataset
+from utils.files import write_text
 from utils.safetensors_utils import load_file, save_file
 
 CLIPS = 960
@@ -62,6 +64,13 @@ def train_dit(folder: Path, new_dit: Path, config: Path, seed: int) -> Path:
     return folder / "dit" / "dit.safetensors"
 
 
+def shortened_log(path: Path) -> str:
+    """Step, smoothed loss and learning rate of every 50th step."""
+    lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    kept = [line for line in lines if "smoothed_loss" in line and line["step"] % 50 == 0]
+    return "".join(json.dumps({key: line[key] for key in ("step", "smoothed_loss", "lr")}) + "\n" for line in kept)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
@@ -78,7 +87,9 @@ def main() -> None:
     config = prepare_data(folder, vae, models, seed)
     dit = train_dit(folder, new_dit, config, seed)
     shutil.copyfile(vae, models / "vae.safetensors")
+    shutil.copyfile(folder / "vae_log.jsonl", models / "vae_log.jsonl")
     save_file({name: tensor.half() for name, tensor in load_file(dit).items()}, models / "dit.safetensors")
+    write_text(models / "dit_log.jsonl", shortened_log(dit.with_name("train_log.jsonl")))
     print(f"the models are in {models}")
 
 
