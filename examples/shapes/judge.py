@@ -7,6 +7,7 @@ forgiven, as generated clips have them; what cannot be read is None. Lengths are
 """
 
 import argparse
+import functools
 import hashlib
 import math
 from collections.abc import Sequence
@@ -24,7 +25,6 @@ from examples.shapes.world import (
     CONCEPT_COLOURS,
     MOTIONS,
     SHAPES,
-    SUBPIXEL_BITS,
     Scene,
     outline,
 )
@@ -37,7 +37,9 @@ SMOOTHING = 1 / 64  # sigma of the Gaussian against noise
 LEAST_CONTRAST = 0.15  # RGB distance from the background; the weakest pair, purple on gray, has 0.4
 LEAST_AREA = 0.01  # in squared sides; the smallest shape of the world has 0.05
 LEAST_CHROMA = 0.15  # distance from gray in CHROMA_PLANE; green, the palest, has 0.46
-LEAST_OVERLAP = 0.7  # intersection over union with the ideal shape
+GRID = 48  # pixels of the square in which shapes are compared
+LEAST_LIKENESS = 0.36  # 1 is a shape as it is drawn, 0 a disc
+LEAST_OVERLAP = 0.6  # intersection over union with the ideal shape
 MOTION_TOLERANCE = 0.6  # 1 is as far from a motion of the world as standing still is
 PALETTE = np.float32([*COLOURS.values(), *CONCEPT_COLOURS]) / 255
 CHROMA_PLANE = np.float32([(1, 0), (-0.5, 0.75**0.5), (-0.5, -(0.75**0.5))])  # RGB -> a plane where hue is the angle
@@ -163,22 +165,34 @@ def _shows_concept(labels: np.ndarray, mask: np.ndarray) -> bool:
 
 
 def _shape(masks: np.ndarray) -> str | None:
-    """The shape that overlaps the masks (F, H, W) best on average, if well enough."""
-    overlaps = {shape: np.mean([_overlap(mask, shape) for mask in masks]) for shape in SHAPES}
-    best = max(overlaps, key=overlaps.get)
-    return best if overlaps[best] > LEAST_OVERLAP else None
+    """The shape of the masks (F, H, W): the one towards which their mean differs most from a disc, or the disc.
+
+    Frames are averaged before they are compared, and only a direction is looked for: so neither ragged edges, which
+    differ from frame to frame, nor blur, which takes from every corner, hides what they have in common.
+    """
+    mean, disc = np.mean([_canonical(mask) for mask in masks], axis=0), _ideal("circle")
+    corners = {shape: _ideal(shape) - disc for shape in SHAPES if shape != "circle"}
+    likeness = {shape: np.sum((mean - disc) * ideal) / np.sum(ideal**2) for shape, ideal in corners.items()}
+    best = max(likeness, key=likeness.get)
+    shape = best if likeness[best] > LEAST_LIKENESS else "circle"
+    overlap = np.minimum(mean, _ideal(shape)).sum() / np.maximum(mean, _ideal(shape)).sum()
+    return shape if overlap > LEAST_OVERLAP else None
 
 
-def _overlap(mask: np.ndarray, shape: str) -> float:
-    """Intersection over union of (H, W) bool with the ideal shape of its centre and area."""
-    centre = np.argwhere(mask).mean(axis=0)[::-1]
-    radius = math.sqrt(mask.sum() / cv2.contourArea(np.float32(outline(shape, (0, 0), 1))))
-    ideal = np.zeros(mask.shape, np.uint8)
-    corners = np.round(outline(shape, centre, radius) * (1 << SUBPIXEL_BITS)).astype(np.int32)
-    cv2.fillPoly(ideal, [corners], 255, cv2.LINE_AA, SUBPIXEL_BITS)
-    ideal = _smooth(ideal.astype(np.float32))
-    ideal = ideal >= np.sort(ideal, axis=None)[-mask.sum()]  # the same area, though drawing thickens a shape
-    return (mask & ideal).sum() / (mask | ideal).sum()
+def _canonical(mask: np.ndarray) -> np.ndarray:
+    """(H, W) bool -> (GRID, GRID) float32 in 0..1: moved to the middle, as large as a disc of a quarter of the grid."""
+    x, y = np.argwhere(mask).mean(axis=0)[::-1] + 0.5
+    scale = GRID / 4 / math.sqrt(mask.sum() / math.pi)
+    matrix = np.float32([[scale, 0, GRID / 2 - scale * x], [0, scale, GRID / 2 - scale * y]])
+    return cv2.warpAffine(mask.astype(np.float32), matrix, (GRID, GRID), flags=cv2.INTER_LINEAR)
+
+
+@functools.cache
+def _ideal(shape: str) -> np.ndarray:
+    """A shape of the world as `_canonical` shows it."""
+    large = np.zeros((256, 256), np.uint8)
+    cv2.fillPoly(large, [np.round(outline(shape, (128, 128), 60)).astype(np.int32)], 1)
+    return _canonical(cv2.resize(large, (64, 64), interpolation=cv2.INTER_AREA).astype(bool))
 
 
 def _motion(masks: np.ndarray, times: np.ndarray) -> str | None:
