@@ -86,38 +86,34 @@ def stages() -> list[Stage]:
     config, trained, converted = dataset / "dataset.toml", lora / "zorb.safetensors", lora / "zorb_comfyui.safetensors"
     dit, vae = MODELS / "dit.safetensors", MODELS / "vae.safetensors"
     text_encoders = ["--text_encoder1", MODELS / "text_encoder", "--text_encoder2", MODELS / "text_encoder_2"]
-    accelerate = "accelerate launch --num_cpu_threads_per_process 2 --num_processes 1 --num_machines 1"
+    accelerate = "accelerate launch --num_cpu_threads_per_process 1 --num_processes 1 --num_machines 1"
     training = (
-        "--sdpa --mixed_precision no --optimizer_type adamw --learning_rate 1e-3 --lr_scheduler cosine "
+        "--sdpa --mixed_precision no --optimizer_type adamw --learning_rate 8e-4 --lr_scheduler cosine "
         "--max_data_loader_n_workers 1 --network_module networks.lora --network_dim 16 --network_alpha 16 "
-        "--guidance_scale 6.0 --timestep_sampling shift --discrete_flow_shift 3.0 --max_train_epochs 100 --seed 42 "
+        "--guidance_scale 6.0 --timestep_sampling shift --discrete_flow_shift 3.0 --max_train_epochs 200 --seed 42 "
         "--output_name zorb"
     )
-    sampling = "--video_size 64 64 --video_length 9 --infer_steps 20 --flow_shift 3.0 --fps 8 --seed 1234"
+    sampling = (
+        "--video_size 64 64 --video_length 9 --infer_steps 20 --flow_shift 3.0 --fps 8 --seed 1234 --output_type both"
+    )
     models = ["--dit", dit, "--vae", vae, *text_encoders]
     generate = ["python", "hv_generate_video.py", *models, "--prompt", PROMPT, *sampling.split()]
     convert = ["python", "convert_lora.py"]
     return [
         Stage(
-            "dataset: ten clips of a thing that the small model has never seen, a zorb",
-            [
-                "python",
-                "-m",
-                "examples.shapes.world",
-                dataset,
-                *["--clips", "10", "--images", "0", "--batch_size", "5", "--concept"],
-            ],
+            "dataset: ten clips of a thing that the small model has never seen, a zorb, and ten that it knows",
+            ["python", "-m", "examples.shapes.proof", dataset, "--dataset_only"],
             lambda: found(dataset, "dataset.toml"),
         ),
         Stage(
             "1. cache latents",
             ["python", "cache_latents.py", "--dataset_config", config, "--vae", vae],
-            lambda: found(dataset, "cache_*/*_hv.safetensors"),
+            lambda: found(dataset, "*/cache_*/*_hv.safetensors"),
         ),
         Stage(
             "2. cache text encoder outputs",
             ["python", "cache_text_encoder_outputs.py", "--dataset_config", config, *text_encoders],
-            lambda: found(dataset, "cache_*/*_hv_te.safetensors"),
+            lambda: found(dataset, "*/cache_*/*_hv_te.safetensors"),
         ),
         Stage(
             "3. train a LoRA",
@@ -170,6 +166,12 @@ def found(folder: Path, pattern: str) -> list[Path]:
     return sorted(path.relative_to(ROOT) for path in (ROOT / folder).glob(pattern))
 
 
+def tensors(path: Path) -> bytes:
+    """What a safetensors file holds after its header."""
+    content = (ROOT / path).read_bytes()
+    return content[8 + int.from_bytes(content[:8], "little") :]
+
+
 def training_losses() -> tuple[float, float] | None:
     """Mean loss of the first and of the last tenth of the training steps."""
     log = ROOT / OUTPUT / "lora" / "train_log.jsonl"
@@ -192,11 +194,11 @@ def report(done: list[Stage]) -> None:
         print("  " + " ".join(map(quoted, stage.command)))
     if losses := training_losses():
         print(f"\ntraining loss: {losses[0]:.3f} at the start, {losses[1]:.3f} at the end")
-    print()
+    print(flush=True)
     run([executable("python"), "-m", "examples.shapes.judge", *(OUTPUT / "videos" / name for name in VIDEOS)])
-    print(
-        f"\nequal pixels mean the same video: what ComfyUI is given is what was trained. Look at {OUTPUT}/videos/both"
-    )
+    same = len({tensors(found(OUTPUT, f"videos/{name}/*_latent.safetensors")[0]) for name in VIDEOS[1:]}) == 1
+    print(f"\nthe LoRA that was converted to ComfyUI's layout and back makes the same video: {'yes' if same else 'NO'}")
+    print(f"look at {OUTPUT}/before_and_after.png and .mp4")
     activate = r".venv\Scripts\activate" if os.name == "nt" else "source .venv/bin/activate"
     print(f"the commands above run after: {activate}")
 

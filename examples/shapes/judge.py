@@ -2,13 +2,12 @@
 
     python -m examples.shapes.judge FILE_OR_FOLDER...
 
-prints one line for each mp4, with a digest of its pixels. Soft edges, weak noise and colours that are a little off are
-forgiven, as generated clips have them; what cannot be read is None. Lengths are in parts of the frame's shorter side.
+prints one line for each mp4. Soft edges, weak noise and colours that are a little off are forgiven, as generated clips
+have them; what cannot be read is None. Lengths are in parts of the frame's shorter side.
 """
 
 import argparse
 import functools
-import hashlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -227,12 +226,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("paths", type=Path, nargs="+", metavar="FILE_OR_FOLDER")
     videos = [video for path in parser.parse_args().paths for video in videos_in(path)]
-    rows = []
-    for video in videos:
-        pixels = read_video(video)[0]
-        verdict, digest = judge(pixels), hashlib.sha256(pixels.numpy().tobytes()).hexdigest()[:8]
-        rows.append((video, *(getattr(verdict, name) or "-" for name in PROPERTIES), digest))
-    print_table("What the clips show", rows, ("clip", *PROPERTIES, "pixels"))
+    verdicts = [(video, judge_video(video)) for video in videos]
+    rows = [(video, *(getattr(verdict, name) or "-" for name in PROPERTIES)) for video, verdict in verdicts]
+    print_table("What the clips show", rows, ("clip", *PROPERTIES))
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ CLIPS, KNOWN_PROMPTS, CONCEPT_SEEDS = 10, 50, 20
 SAMPLING = "--video_size 64 64 --video_length 9 --infer_steps 20 --flow_shift 3.0 --output_type video --fps 8"
 TRAINING = (
     "--sdpa --mixed_precision no --guidance_scale 6.0 --timestep_sampling shift --discrete_flow_shift 3.0 "
-    "--optimizer_type adamw --learning_rate 1e-3 --lr_scheduler cosine --max_train_epochs 100 "
+    "--optimizer_type adamw --learning_rate 8e-4 --lr_scheduler cosine --max_train_epochs 200 "
     "--network_module networks.lora --network_dim 16 --network_alpha 16 --max_data_loader_n_workers 1 --seed 0"
 )
 
@@ -65,9 +65,18 @@ def watch(models: TinyModels, scenes: Sequence[Scene], folder: Path, *options: o
     return [judge_video(videos[seed]) for seed in range(len(scenes))]
 
 
+def write_clips(folder: Path) -> Path:
+    """Clips of the concept, and as many of the known world, which keep that from being forgotten; returns the TOML."""
+    concept = write_dataset(folder / "concept", CLIPS, images=0, seed=1, batch_size=5, concept=True)
+    known = write_dataset(folder / "known", CLIPS, images=0, seed=500, batch_size=5)
+    config, header = folder / "dataset.toml", "[[datasets]]"
+    write_text(config, concept.read_text("utf-8") + "\n" + header + known.read_text("utf-8").split(header)[1])
+    return config
+
+
 def concept_dataset(models: TinyModels, folder: Path) -> Path:
-    """Clips of the concept, cached; returns the dataset's TOML file."""
-    config = write_dataset(folder, CLIPS, images=0, seed=1, batch_size=5, concept=True)
+    """The clips with their caches; returns the dataset's TOML file."""
+    config = write_clips(folder)
     run("cache_latents.py", "--dataset_config", config, "--vae", models.vae, "--vae_dtype", "float32")
     encoders = ["--text_encoder1", models.text_encoder1, "--text_encoder2", models.text_encoder2]
     run("cache_text_encoder_outputs.py", "--dataset_config", config, *encoders, "--text_encoder_dtype", "float32")
@@ -122,7 +131,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--models", type=Path, default=SHIPPED, help="folder of the small models")
+    parser.add_argument("--dataset_only", action="store_true", help="only write the training clips")
     args = parser.parse_args()
+    if args.dataset_only:
+        print(write_clips(args.folder))
+        return
     print_table("before -> after the LoRA", prove(models_in(args.models), args.folder).rows)
 
 

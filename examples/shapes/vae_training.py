@@ -40,19 +40,15 @@ class Stage:
     batch: int
     frames: int
     side: int
-    trains_encoder: bool = True
 
 
-# The decoder learns on after the encoder, so that the DiT's training, which needs only the latter, can begin.
 STAGES = (
     Stage(600, 16, 1, 32),
     Stage(200, 16, 1, 64),
     Stage(1000, 8, 5, 32),
     Stage(450, 2, 9, 64),
-    Stage(3000, 2, 9, 64, False),
 )
 TOTAL_STEPS = sum(stage.steps for stage in STAGES)
-ENCODER_STEPS = sum(stage.steps for stage in STAGES if stage.trains_encoder)
 
 
 def convolve(layer: CausalConv3d, x: Tensor) -> Tensor:
@@ -216,12 +212,8 @@ def stage_of(step: int) -> Stage:
 
 
 def rate_at(step: int) -> float:
-    """For the encoder's steps and again for the rest: warmup, then half a cosine down to a hundredth."""
-    if step >= ENCODER_STEPS:
-        step, steps = step - ENCODER_STEPS, TOTAL_STEPS - ENCODER_STEPS
-    else:
-        steps = ENCODER_STEPS
-    falling = 0.5 * (1 + math.cos(math.pi * step / steps))
+    """Warmup, then half a cosine down to a hundredth."""
+    falling = 0.5 * (1 + math.cos(math.pi * step / TOTAL_STEPS))
     return PEAK_RATE * min(1.0, (step + 1) / WARMUP_STEPS) * (0.01 + 0.99 * falling)
 
 
@@ -266,8 +258,6 @@ def train(folder: Path, seed: int) -> AutoencoderKLCausal3D:
     with tqdm(range(first, TOTAL_STEPS), "VAE", TOTAL_STEPS, initial=first) as progress:
         for step in progress:
             generator, stage = random.Random(f"{seed}/{step}"), stage_of(step)
-            for half in (vae.encoder, vae.quant_conv):
-                half.requires_grad_(stage.trains_encoder)
             pixels = training_batch(generator, stage)
             loss, squared = loss_of(vae, pixels, torch.Generator().manual_seed(step))
             optimizer.param_groups[0]["lr"] = rate_at(step)

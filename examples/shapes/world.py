@@ -90,7 +90,7 @@ def random_scene(generator: random.Random, concept: bool = False) -> Scene:
         "" if concept else generator.choice(list(COLOURS)),
         generator.choice(list(MOTIONS)),
         generator.choice(list(BACKGROUNDS)),
-        generator.uniform(0.19, 0.24),
+        generator.uniform(0.26, 0.3) if concept else generator.uniform(0.19, 0.24),
         (generator.uniform(-0.06, 0.06), generator.uniform(-0.06, 0.06)),
     )
 

@@ -204,14 +204,12 @@ def test_command_prints_a_line_for_each_clip(tmp_path, monkeypatch, capsys):
     scene = Scene("star", "purple", "shrinks", "gray")
     save_video(render(scene, *SIZE), tmp_path / "star.mp4", FPS)
     save_video(torch.zeros(3, *SIZE), tmp_path / "void.mp4", FPS)
-    save_video(torch.zeros(3, *SIZE), tmp_path / "void_again.mp4", FPS)
     monkeypatch.setattr(sys, "argv", ["judge", str(tmp_path)])
     judging.main()
     lines = capsys.readouterr().out.splitlines()
-    star, void, void_again = (line.split() for line in lines[-3:])
-    assert star[:-1] == [str(tmp_path / "star.mp4"), "star", "purple", "shrinks", "gray"]
-    assert void[1:-1] == ["-", "-", "-", "-"]
-    assert void[-1] == void_again[-1] != star[-1]  # the digest of the pixels
+    star, void = (line.split() for line in lines[-2:])
+    assert star == [str(tmp_path / "star.mp4"), "star", "purple", "shrinks", "gray"]
+    assert void[1:] == ["-", "-", "-", "-"]
 
 
 @pytest.mark.parametrize("name", [".", "missing.mp4"])
