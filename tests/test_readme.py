@@ -258,6 +258,6 @@ def test_the_two_commands_stand_at_the_top(name):
 def test_files_named_in_documents_exist(name):
     named = re.findall(r"`((?:[\w.]+/)+[\w.]*|\w+\.(?:py|md|txt|toml))`", read(name))
     assert named
-    folders = [ROOT, *(ROOT / room for room in ROOMS)]
+    folders = [ROOT, *(ROOT / room for room in (*ROOMS, "examples/shapes"))]
     missing = [path for path in named if not any((folder / path).exists() for folder in folders)]
     assert missing == []
