@@ -2,7 +2,7 @@
 
 import importlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -98,23 +98,19 @@ def train(world: World, dit: Path, output: Path, *words: object) -> dict[str, to
 
 def command(world: World, dit: Path, output: Path, *words: object) -> list[str]:
     """Command-line words of a short run; what stands in `words` wins."""
-    given = {
-        "dit": dit,
-        "dataset_config": world.config,
-        "network_module": "networks.lora",
-        "network_dim": 4,
-        "network_alpha": 4,
-        "learning_rate": 1e-2,
-        "max_data_loader_n_workers": 0,
-        "max_train_steps": 4,
-        "seed": 7,
-        "output_dir": output,
-        "output_name": "lora",
-    }
-    typed = {str(word).removeprefix("--") for word in words}
-    if "dim_from_weights" in typed:
-        typed |= {"network_dim", "network_alpha"}
-    defaults = [f"--{name}={value}" for name, value in given.items() if name not in typed]
+    network = {"network_module": "networks.lora", "network_dim": 4, "network_alpha": 4}
+    if "--dim_from_weights" in words:
+        del network["network_dim"], network["network_alpha"]
+    return _short_run(world, dit, output, words, {**network, "learning_rate": 1e-2, "output_name": "lora"})
+
+
+def _short_run(
+    world: World, dit: Path, output: Path, words: Sequence[object], given: Mapping[str, object]
+) -> list[str]:
+    """`given` and what every short run has, unless `words` say otherwise, then `words`."""
+    run = {"max_data_loader_n_workers": 0, "max_train_steps": 4, "seed": 7}
+    given = {"dit": dit, "dataset_config": world.config, **given, **run, "output_dir": output}
+    defaults = [f"--{name}={value}" for name, value in given.items() if f"--{name}" not in words]
     return [*defaults, *map(str, words)]
 
 
@@ -127,18 +123,7 @@ def tune(world: World, dit: Path, output: Path, *words: object) -> dict[str, tor
 
 def full_command(world: World, dit: Path, output: Path, *words: object) -> list[str]:
     """Command-line words of a short run of hv_train.py; what stands in `words` wins."""
-    given = {
-        "dit": dit,
-        "dataset_config": world.config,
-        "learning_rate": 1e-3,
-        "max_data_loader_n_workers": 0,
-        "max_train_steps": 4,
-        "seed": 7,
-        "output_dir": output,
-        "output_name": "full",
-    }
-    defaults = [f"--{name}={value}" for name, value in given.items() if f"--{name}" not in words]
-    return [*defaults, *map(str, words)]
+    return _short_run(world, dit, output, words, {"learning_rate": 1e-3, "output_name": "full"})
 
 
 def log_of(output: Path) -> list[dict]:

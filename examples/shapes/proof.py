@@ -8,19 +8,17 @@ what the judge reads in them. Everything is done by the toolkit's scripts, as a 
 
 import argparse
 import random
-import subprocess
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from examples.shapes.judge import Verdict, judge_video, score
+from examples.shapes.scripts import cache, models_in, run
 from examples.shapes.world import CONCEPT, Scene, random_scene, write_dataset
 from utils.cli import print_table
 from utils.files import write_text
 from utils.tiny_models import TinyModels
 
-ROOT = Path(__file__).resolve().parents[2]
 SHIPPED = Path(__file__).parent / "models"
 CLIPS, KNOWN_PROMPTS, CONCEPT_SEEDS = 10, 50, 20
 # The models were made with these; see recipe.py.
@@ -30,18 +28,6 @@ TRAINING = (
     "--optimizer_type adamw --learning_rate 8e-4 --lr_scheduler cosine --max_train_epochs 200 "
     "--network_module networks.lora --network_dim 16 --network_alpha 16 --max_data_loader_n_workers 1 --seed 0"
 )
-
-
-def models_in(folder: Path = SHIPPED) -> TinyModels:
-    """The paths of the small models."""
-    return TinyModels(
-        folder / "dit.safetensors", folder / "vae.safetensors", folder / "text_encoder", folder / "text_encoder_2"
-    )
-
-
-def run(script: str, *options: object) -> None:
-    """Runs one of the toolkit's scripts; raises CalledProcessError if it fails."""
-    subprocess.run([sys.executable, ROOT / script, *map(str, options)], check=True, cwd=ROOT)
 
 
 def known_scenes() -> list[Scene]:
@@ -77,21 +63,14 @@ def write_clips(folder: Path) -> Path:
 def concept_dataset(models: TinyModels, folder: Path) -> Path:
     """The clips with their caches; returns the dataset's TOML file."""
     config = write_clips(folder)
-    run("cache_latents.py", "--dataset_config", config, "--vae", models.vae, "--vae_dtype", "float32")
-    encoders = ["--text_encoder1", models.text_encoder1, "--text_encoder2", models.text_encoder2]
-    run("cache_text_encoder_outputs.py", "--dataset_config", config, *encoders, "--text_encoder_dtype", "float32")
+    cache(config, models)
     return config
-
-
-def training_options(models: TinyModels, config: Path, folder: Path) -> list[str]:
-    """What hv_train_network.py is called with; it writes {CONCEPT}.safetensors into the folder."""
-    files = ["--dit", models.dit, "--dataset_config", config, "--output_dir", folder, "--output_name", CONCEPT]
-    return [*map(str, files), *TRAINING.split()]
 
 
 def train_lora(models: TinyModels, config: Path, folder: Path, *options: object) -> Path:
     """Trains the LoRA of the concept; options given here win over the usual ones."""
-    run("hv_train_network.py", *training_options(models, config, folder), *options)
+    files = ["--dit", models.dit, "--dataset_config", config, "--output_dir", folder, "--output_name", CONCEPT]
+    run("hv_train_network.py", *files, *TRAINING.split(), *options)
     return folder / f"{CONCEPT}.safetensors"
 
 
@@ -136,7 +115,7 @@ def main() -> None:
     if args.dataset_only:
         print(write_clips(args.folder))
         return
-    print_table("before -> after the LoRA", prove(models_in(args.models), args.folder).rows)
+    print_table("before -> after the LoRA", prove(models_in(args.models.resolve()), args.folder.resolve()).rows)
 
 
 if __name__ == "__main__":

@@ -9,11 +9,10 @@ float16 weights to FOLDER/models. Seeded; started again it goes on where it was 
 import argparse
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
-from examples.shapes.models import write_new_dit, write_text_encoders
+from examples.shapes.scripts import cache, models_in, run
+from examples.shapes.untrained import write_new_dit, write_text_encoders
 from examples.shapes.world import write_dataset
 from utils.files import write_text
 from utils.safetensors_utils import load_file, save_file
@@ -23,25 +22,6 @@ BATCH_SIZE = 16  # of each of the two processes
 STEPS = 4000
 # Guidance is what a distilled model is told, always the same here: in training, and by hv_generate_video's default.
 GUIDANCE = 6.0
-
-
-def run(*command: object) -> None:
-    """Runs a script of the toolkit and ends this program with its exit code if it fails."""
-    words = [sys.executable, *map(str, command)]
-    print("\n" + " ".join(words), flush=True)
-    if code := subprocess.run(words).returncode:
-        sys.exit(code)
-
-
-def prepare_data(folder: Path, vae: Path, models: Path, seed: int) -> Path:
-    """Renders the training clips and caches them; returns the dataset's TOML file."""
-    config = folder / "dataset" / "dataset.toml"
-    if not config.exists():
-        write_dataset(config.parent, CLIPS, images=0, seed=seed, batch_size=BATCH_SIZE)
-    run("cache_latents.py", "--dataset_config", config, "--vae", vae, "--vae_dtype", "float32")
-    encoders = ["--text_encoder1", models / "text_encoder", "--text_encoder2", models / "text_encoder_2"]
-    run("cache_text_encoder_outputs.py", "--dataset_config", config, *encoders, "--text_encoder_dtype", "float32")
-    return config
 
 
 def train_dit(folder: Path, new_dit: Path, config: Path, seed: int) -> Path:
@@ -76,21 +56,24 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    folder, seed = args.folder, args.seed
-    models = folder / "models"
-    vae, new_dit = folder / "vae.safetensors", folder / "new_dit.safetensors"
-    if not vae.exists():
+    folder, seed = args.folder.resolve(), args.seed
+    models, new_dit = models_in(folder / "models"), folder / "new_dit.safetensors"
+    if not models.vae.exists():
         run("-m", "examples.shapes.vae_training", folder, "--seed", seed)
+        models.vae.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(folder / "vae.safetensors", models.vae)
+        shutil.copyfile(folder / "vae_log.jsonl", models.vae.with_name("vae_log.jsonl"))
     if not new_dit.exists():
-        write_text_encoders(models, seed)
+        write_text_encoders(models.vae.parent, seed)
         write_new_dit(new_dit, seed)
-    config = prepare_data(folder, vae, models, seed)
+    config = folder / "dataset" / "dataset.toml"
+    if not config.exists():
+        write_dataset(config.parent, CLIPS, images=0, seed=seed, batch_size=BATCH_SIZE)
+    cache(config, models)
     dit = train_dit(folder, new_dit, config, seed)
-    shutil.copyfile(vae, models / "vae.safetensors")
-    shutil.copyfile(folder / "vae_log.jsonl", models / "vae_log.jsonl")
-    save_file({name: tensor.half() for name, tensor in load_file(dit).items()}, models / "dit.safetensors")
-    write_text(models / "dit_log.jsonl", shortened_log(dit.with_name("train_log.jsonl")))
-    print(f"the models are in {models}")
+    save_file({name: tensor.half() for name, tensor in load_file(dit).items()}, models.dit)
+    write_text(models.dit.with_name("dit_log.jsonl"), shortened_log(dit.with_name("train_log.jsonl")))
+    print(f"the models are in {models.dit.parent}")
 
 
 if __name__ == "__main__":

@@ -45,8 +45,8 @@ class Stage:
 STAGES = (
     Stage(600, 16, 1, 32),
     Stage(200, 16, 1, 64),
-    Stage(1000, 8, 5, 32),
-    Stage(450, 2, 9, 64),
+    Stage(600, 8, 5, 32),
+    Stage(4600, 2, 9, 64),
 )
 TOTAL_STEPS = sum(stage.steps for stage in STAGES)
 

@@ -12,15 +12,15 @@ from examples.shapes.proof import (
     concept_dataset,
     concept_scenes,
     known_scenes,
-    models_in,
     share_of_concept,
     train_lora,
     watch,
 )
+from examples.shapes.scripts import models_in
 from examples.shapes.vae_training import Stage, psnr, training_batch
 from hunyuan_model.checkpoints import load_vae
 
-MODELS = models_in()
+MODELS = models_in(proof.SHIPPED)
 LARGEST = 16e6  # bytes of all small models together
 
 

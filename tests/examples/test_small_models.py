@@ -5,10 +5,8 @@ import random
 import pytest
 import torch
 
-from examples.shapes.models import write_new_dit, write_text_encoders
+from examples.shapes.untrained import write_new_dit, write_text_encoders
 from examples.shapes.vae_training import (
-    CONFIG,
-    SAVE_EVERY,
     STAGES,
     TOTAL_STEPS,
     Stage,
@@ -81,13 +79,10 @@ def test_normalized_latents_have_unit_variance_and_the_same_pixels():
 
 
 def test_stages_follow_each_other_and_the_rate_falls():
-    assert sum(stage.steps for stage in STAGES) == TOTAL_STEPS
     assert (
         stage_of(0) == STAGES[0] and stage_of(STAGES[0].steps) == STAGES[1] and stage_of(TOTAL_STEPS - 1) == STAGES[-1]
     )
     assert rate_at(TOTAL_STEPS - 1) < 0.02 * max(map(rate_at, range(TOTAL_STEPS)))
-    assert TOTAL_STEPS % SAVE_EVERY in range(SAVE_EVERY)
-    assert CONFIG.latent_channels == 16
 
 
 @pytest.mark.parametrize("name, words", [("shape", SHAPES), ("colour", list(COLOURS)), ("motion", list(MOTIONS))])

@@ -1,6 +1,6 @@
 """The small models of the shapes world that are not trained: text encoders, and a DiT before its first step.
 
-python -m examples.shapes.models FOLDER
+python -m examples.shapes.untrained FOLDER
 """
 
 import argparse
@@ -20,7 +20,7 @@ LLM_GAINS = {"embed_tokens": 8.0, "o_proj": 0.5, "down_proj": 0.5}
 CLIP_GAINS = {"token_embedding": 11.0, "position": 0.2, "q_proj": 0.2, "k_proj": 0.2, "out_proj": 3.0, "fc2": 0.3}
 # Modulation and the last layer start at zero, so that every block is the identity at first (DiT, arXiv 2212.09748).
 # Guidance is the same in all of training: it weighs much, so that a model told another one is seen to be lost.
-DIT_GAINS = {"_mod.linear": 0.0, "modulation": 0.0, "adaLN": 0.0, "final_layer": 0.0, "guidance_in.mlp.2": 3.0}
+DIT_GAINS = {"_mod.linear": 0.0, "modulation": 0.0, "adaLN": 0.0, "final_layer": 0.0, "guidance_in.mlp.2": 6.0}
 MERGES = 2000  # more than there are, so that every word of the world is one token
 
 

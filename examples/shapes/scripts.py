@@ -1,0 +1,28 @@
+"""Runs the toolkit's scripts as a user does."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+from utils.tiny_models import TinyModels
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def run(*command: object) -> None:
+    """Runs Python with these words in the project's root; raises CalledProcessError if that fails."""
+    subprocess.run([sys.executable, *map(str, command)], check=True, cwd=ROOT)
+
+
+def cache(config: Path, models: TinyModels) -> None:
+    """Caches latents and text of a dataset's TOML file, in float32."""
+    run("cache_latents.py", "--dataset_config", config, "--vae", models.vae, "--vae_dtype", "float32")
+    encoders = ["--text_encoder1", models.text_encoder1, "--text_encoder2", models.text_encoder2]
+    run("cache_text_encoder_outputs.py", "--dataset_config", config, *encoders, "--text_encoder_dtype", "float32")
+
+
+def models_in(folder: Path) -> TinyModels:
+    """The paths of the small models, as the recipe leaves them."""
+    return TinyModels(
+        folder / "dit.safetensors", folder / "vae.safetensors", folder / "text_encoder", folder / "text_encoder_2"
+    )
