@@ -1,4 +1,4 @@
-"""What several tests of scripts use: generation on the small models, in this process."""
+"""What several tests of scripts use: generation on the small models, in this process, and what to train on."""
 
 import gc
 import sys
@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
+
+from tests.training_world import World, write_small_dit, write_world
 
 SMALL = ["--video_size", "32", "48", "--video_length", "5", "--infer_steps", "3", "--device", "cpu"]
 
@@ -44,3 +46,14 @@ def loras(tiny_models, tmp_path_factory):
         paths.append(tmp_path_factory.mktemp("loras") / f"lora{seed}.safetensors")
         network.save_weights(paths[-1], torch.float32, {})
     return paths
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory) -> World:
+    """A dataset of five cached images."""
+    return write_world(tmp_path_factory.mktemp("world"))
+
+
+@pytest.fixture(scope="module")
+def dit(tmp_path_factory) -> Path:
+    return write_small_dit(tmp_path_factory.mktemp("dit"))

@@ -14,21 +14,10 @@ from tests.training_world import (
     log_of,
     run_training,
     train,
-    write_small_dit,
     write_world,
 )
 from utils.errors import UserError
 from utils.safetensors_utils import load_file, read_header
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory):
-    return write_world(tmp_path_factory.mktemp("world"))
-
-
-@pytest.fixture(scope="module")
-def dit(tmp_path_factory):
-    return write_small_dit(tmp_path_factory.mktemp("dit"))
 
 
 @pytest.fixture(scope="module")

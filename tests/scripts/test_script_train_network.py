@@ -5,13 +5,8 @@ import importlib.util
 import pytest
 import torch
 
-from tests.training_world import assert_same, log_of, train, write_world
+from tests.training_world import assert_same, log_of, train
 from utils.safetensors_utils import load_file, read_header
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory):
-    return write_world(tmp_path_factory.mktemp("world"))
 
 
 @pytest.fixture(scope="module")

@@ -5,13 +5,8 @@ import pytest
 import torch
 
 import hv_train_network
-from tests.training_world import assert_same, log_of, run_training, train, write_world
+from tests.training_world import assert_same, log_of, run_training, train
 from utils.errors import UserError
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory):
-    return write_world(tmp_path_factory.mktemp("world"))
 
 
 @pytest.fixture

@@ -21,11 +21,6 @@ WORDS = [
 ]  # fmt: skip
 
 
-@pytest.fixture(scope="module")
-def world(tmp_path_factory):
-    return write_world(tmp_path_factory.mktemp("world"), items=5)
-
-
 def start(*words: object, launcher: tuple[str, ...] = ()) -> subprocess.Popen:
     """The script as a user starts it, in a process group of its own."""
     environment = os.environ | {"OMP_NUM_THREADS": "1"}

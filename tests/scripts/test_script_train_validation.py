@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tests.training_world import assert_same, log_of, train, write_small_dit, write_world
+from tests.training_world import assert_same, log_of, train, write_world
 from utils.safetensors_utils import load_file, read_header
 from utils.tiny_models import DitSize, dit_shapes, random_weights
 
@@ -11,11 +11,6 @@ from utils.tiny_models import DitSize, dit_shapes, random_weights
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
     return write_world(tmp_path_factory.mktemp("world"), items=6)
-
-
-@pytest.fixture(scope="module")
-def dit(tmp_path_factory):
-    return write_small_dit(tmp_path_factory.mktemp("dit"))
 
 
 def validations(output, name="validation_loss"):
