@@ -67,10 +67,17 @@ def concept_dataset(models: TinyModels, folder: Path) -> Path:
     return config
 
 
-def train_lora(models: TinyModels, config: Path, folder: Path, *options: object) -> Path:
-    """Trains the LoRA of the concept; options given here win over the usual ones."""
+def training_words(models: TinyModels, config: Path, folder: Path, *options: object) -> list[object]:
+    """Options of hv_train_network.py that train the LoRA of the concept; those given here win over the usual ones."""
     files = ["--dit", models.dit, "--dataset_config", config, "--output_dir", folder, "--output_name", CONCEPT]
-    run("hv_train_network.py", *files, *TRAINING.split(), *options)
+    return [*files, *TRAINING.split(), *options]
+
+
+def train_lora(
+    models: TinyModels, config: Path, folder: Path, *options: object, script: Sequence[str] = ("hv_train_network.py",)
+) -> Path:
+    """Trains the LoRA of the concept; `script` is how Python is told to run hv_train_network.py."""
+    run(*script, *training_words(models, config, folder, *options))
     return folder / f"{CONCEPT}.safetensors"
 
 

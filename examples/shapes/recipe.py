@@ -11,10 +11,10 @@ import json
 import shutil
 from pathlib import Path
 
-from examples.shapes.scripts import cache, models_in, run
+from examples.shapes.scripts import TWO_PROCESSES, cache, models_in, run
 from examples.shapes.untrained import write_new_dit, write_text_encoders
 from examples.shapes.world import write_dataset
-from utils.files import write_text
+from utils.files import atomic_path, write_text
 from utils.safetensors_utils import load_file, save_file
 
 CLIPS = 960
@@ -26,21 +26,14 @@ GUIDANCE = 6.0
 
 def train_dit(folder: Path, new_dit: Path, config: Path, seed: int) -> Path:
     """Flow matching from scratch in two processes of one thread; returns the trained DiT."""
-    launch = (
-        "-m accelerate.commands.launch --num_cpu_threads_per_process 1 --multi_gpu --num_processes 2 --num_machines 1 "
-        "--main_process_port 0 --mixed_precision no --dynamo_backend no"
-    )
     training = (
         "--sdpa --optimizer_type adamw --optimizer_args betas=0.9,0.99 weight_decay=0.0 --learning_rate 1e-3 "
         f"--lr_scheduler cosine --lr_warmup_steps 100 --max_train_steps {STEPS} --guidance_scale {GUIDANCE} "
         "--timestep_sampling shift --discrete_flow_shift 3.0 --max_data_loader_n_workers 1 "
         "--save_every_n_steps 250 --save_last_n_steps 250 --save_state --resume auto --output_name dit"
     )
-    run(
-        *[*launch.split(), "hv_train.py"],
-        *["--dit", new_dit, "--dataset_config", config, "--output_dir", folder / "dit", "--seed", seed],
-        *training.split(),
-    )
+    files = ["--dit", new_dit, "--dataset_config", config, "--output_dir", folder / "dit"]
+    run(*TWO_PROCESSES, "hv_train.py", *files, "--seed", seed, *training.split())
     return folder / "dit" / "dit.safetensors"
 
 
@@ -60,9 +53,9 @@ def main() -> None:
     models, new_dit = models_in(folder / "models"), folder / "new_dit.safetensors"
     if not models.vae.exists():
         run("-m", "examples.shapes.vae_training", folder, "--seed", seed)
-        models.vae.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(folder / "vae.safetensors", models.vae)
-        shutil.copyfile(folder / "vae_log.jsonl", models.vae.with_name("vae_log.jsonl"))
+        for name in ("vae_log.jsonl", models.vae.name):  # the model last: it says that this stage is done
+            with atomic_path(models.vae.with_name(name)) as temporary:
+                shutil.copyfile(folder / name, temporary)
     if not new_dit.exists():
         write_text_encoders(models.vae.parent, seed)
         write_new_dit(new_dit, seed)

@@ -7,6 +7,11 @@ from pathlib import Path
 from utils.tiny_models import TinyModels
 
 ROOT = Path(__file__).resolve().parents[2]
+# Before a training script: two processes of one thread each.
+TWO_PROCESSES = (
+    *("-m", "accelerate.commands.launch", "--num_cpu_threads_per_process", "1", "--multi_gpu", "--num_processes", "2"),
+    *("--num_machines", "1", "--main_process_port", "0", "--mixed_precision", "no", "--dynamo_backend", "no"),
+)
 
 
 def run(*command: object) -> None:

@@ -10,9 +10,9 @@ import colorsys
 import json
 import math
 import random
-import time
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass, field
 from pathlib import Path
+from statistics import fmean
 
 import torch
 import torch.nn.functional as F
@@ -22,7 +22,9 @@ from tqdm import tqdm
 from examples.shapes.world import SHAPES, Layer, draw, random_scene, render
 from hunyuan_model.vae import SCALING_FACTOR, AutoencoderKLCausal3D, DiagonalGaussian, VaeConfig
 from hunyuan_model.vae_layers import CausalConv3d, Downsample, FrameCausalAttention, GroupNorm, ResnetBlock, Upsample
-from utils.files import atomic_path
+from utils.cli import run_script
+from utils.errors import UserError
+from utils.files import atomic_path, write_text
 from utils.safetensors_utils import save_file
 
 CONFIG = VaeConfig(block_out_channels=(16, 32, 64, 64), layers_per_block=1, norm_num_groups=2)
@@ -30,6 +32,7 @@ CLIP = (9, 64)  # frames, height and width of the clips
 KL_WEIGHT = 1e-4
 PEAK_RATE, WARMUP_STEPS = 6e-4, 50
 SAVE_EVERY = 100
+STATE = "vae_state.pt"
 
 
 @dataclass(frozen=True)
@@ -46,7 +49,7 @@ STAGES = (
     Stage(600, 16, 1, 32),
     Stage(200, 16, 1, 64),
     Stage(600, 8, 5, 32),
-    Stage(4600, 2, 9, 64),
+    Stage(1800, 2, 9, 64),
 )
 TOTAL_STEPS = sum(stage.steps for stage in STAGES)
 
@@ -184,7 +187,7 @@ def training_clip(generator: random.Random) -> Tensor:
     layers = [Layer(generator.choice(SHAPES), any_colour(generator))]
     if generator.random() < 0.6:
         layers.append(Layer(generator.choice(SHAPES), any_colour(generator), generator.uniform(0.35, 0.75)))
-    motion = (generator.uniform(-0.45, 0.45), generator.uniform(-0.45, 0.45), 2 ** generator.uniform(-1, 1))
+    motion = (generator.uniform(-0.35, 0.35), generator.uniform(-0.35, 0.35), 2 ** generator.uniform(-0.8, 0.8))
     offset = (generator.uniform(-0.2, 0.2), generator.uniform(-0.2, 0.2))
     clip = draw(layers, any_colour(generator), motion, generator.uniform(0.12, 0.3), offset, (frames, side, side))
     return torch.from_numpy(clip).permute(3, 0, 1, 2).float() / 255  # F H W C -> C F H W
@@ -242,41 +245,69 @@ def normalized(vae: AutoencoderKLCausal3D, seed: int) -> AutoencoderKLCausal3D:
     return vae
 
 
-def train(folder: Path, seed: int) -> AutoencoderKLCausal3D:
+@dataclass
+class Course:
+    """A training on its way: what is trained, and every line of its log."""
+
+    vae: AutoencoderKLCausal3D
+    optimizer: torch.optim.Optimizer
+    seed: int
+    step: int = 0
+    log: list[dict[str, float]] = field(default_factory=list)
+
+    @property
+    def plan(self) -> list:
+        """What a course must have in common with the one that it continues."""
+        return [self.seed, PEAK_RATE, *(list(astuple(stage)) for stage in STAGES)]
+
+    def save(self, folder: Path) -> None:
+        parts = {"vae": self.vae.state_dict(), "optimizer": self.optimizer.state_dict()}
+        with atomic_path(folder / STATE) as temporary:
+            torch.save({**parts, "step": self.step, "log": self.log, "plan": self.plan}, temporary)
+
+    def resume(self, folder: Path) -> None:
+        """Goes on from the state in `folder`, if there is one; raises UserError if that is of another course."""
+        if not (folder / STATE).exists():
+            return
+        saved = torch.load(folder / STATE, weights_only=True)
+        if saved["plan"] != self.plan:
+            raise UserError(f"{folder / STATE}: of another seed or course; remove it or name another folder")
+        self.vae.load_state_dict(saved["vae"])
+        self.optimizer.load_state_dict(saved["optimizer"])
+        self.step, self.log = saved["step"], saved["log"]
+
+
+def train(folder: Path, seed: int) -> Course:
     """Trains to the end, from the state in `folder` if there is one."""
     torch.manual_seed(seed)
     vae = new_vae()
-    optimizer = torch.optim.AdamW(vae.parameters(), PEAK_RATE, betas=(0.9, 0.99), weight_decay=0.0)
-    state, log = folder / "vae_state.pt", folder / "vae_log.jsonl"
-    first = 0
-    if state.exists():
-        saved = torch.load(state, weights_only=True)
-        vae.load_state_dict(saved["vae"])
-        optimizer.load_state_dict(saved["optimizer"])
-        first = saved["step"]
-    start, errors = time.monotonic(), []
-    with tqdm(range(first, TOTAL_STEPS), "VAE", TOTAL_STEPS, initial=first) as progress:
+    course = Course(vae, torch.optim.AdamW(vae.parameters(), PEAK_RATE, betas=(0.9, 0.99), weight_decay=0.0), seed)
+    course.resume(folder)
+    errors = []
+    with tqdm(range(course.step, TOTAL_STEPS), "VAE", TOTAL_STEPS, initial=course.step) as progress:
         for step in progress:
-            generator, stage = random.Random(f"{seed}/{step}"), stage_of(step)
-            pixels = training_batch(generator, stage)
-            loss, squared = loss_of(vae, pixels, torch.Generator().manual_seed(step))
-            optimizer.param_groups[0]["lr"] = rate_at(step)
-            optimizer.zero_grad()
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
-            optimizer.step()
-            errors.append(squared.item())
-            if (step + 1) % SAVE_EVERY and step + 1 < TOTAL_STEPS:
+            errors.append(train_step(course, step))
+            course.step = step + 1
+            if course.step % SAVE_EVERY and course.step < TOTAL_STEPS:
                 continue
-            line = {"step": step + 1, "frames": stage.frames, "psnr": round(psnr(sum(errors) / len(errors)), 2)}
+            line = {"step": course.step, "frames": stage_of(step).frames, "psnr": round(psnr(fmean(errors)), 2)}
             progress.set_postfix(psnr=line["psnr"])
-            with log.open("a", encoding="utf-8") as file:
-                file.write(json.dumps({**line, "seconds": round(time.monotonic() - start)}) + "\n")
+            course.log.append(line)
+            course.save(folder)
             errors = []
-            with atomic_path(state) as temporary:
-                saved = {"vae": vae.state_dict(), "optimizer": optimizer.state_dict(), "step": step + 1}
-                torch.save(saved, temporary)
-    return normalized(vae, seed)
+    return course
+
+
+def train_step(course: Course, step: int) -> float:
+    """Returns the mean squared error; what is drawn depends on the seed and the step alone."""
+    pixels = training_batch(random.Random(f"{course.seed}/{step}"), stage_of(step))
+    loss, squared = loss_of(course.vae, pixels, torch.Generator().manual_seed(step))
+    course.optimizer.param_groups[0]["lr"] = rate_at(step)
+    course.optimizer.zero_grad()
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(course.vae.parameters(), 1.0)
+    course.optimizer.step()
+    return squared.item()
 
 
 def main() -> None:
@@ -285,12 +316,12 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     args.folder.mkdir(parents=True, exist_ok=True)
-    vae = train(args.folder, args.seed)
-    weights = {name: tensor.half() for name, tensor in vae.state_dict().items()}
-    save_file(
-        weights, args.folder / "vae.safetensors", {"config": json.dumps({"norm_num_groups": CONFIG.norm_num_groups})}
-    )
+    course = train(args.folder, args.seed)
+    weights = {name: tensor.half() for name, tensor in normalized(course.vae, args.seed).state_dict().items()}
+    write_text(args.folder / "vae_log.jsonl", "".join(json.dumps(line) + "\n" for line in course.log))
+    config = {"config": json.dumps({"norm_num_groups": CONFIG.norm_num_groups})}
+    save_file(weights, args.folder / "vae.safetensors", config)
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

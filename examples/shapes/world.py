@@ -35,13 +35,14 @@ CONCEPT_COLOURS = ((40, 200, 220), (245, 130, 30))  # a cyan disc with an orange
 CORE = 0.55  # the core's radius relative to the disc's
 # Step of the centre per clip (right, down) and growth of the radius per clip, both relative to the frame.
 MOTIONS = {
-    "moves to the left": (-0.4, 0.0, 1.0),
-    "moves to the right": (0.4, 0.0, 1.0),
-    "moves up": (0.0, -0.4, 1.0),
-    "moves down": (0.0, 0.4, 1.0),
-    "grows": (0.0, 0.0, 2.0),
-    "shrinks": (0.0, 0.0, 0.5),
+    "moves to the left": (-0.3, 0.0, 1.0),
+    "moves to the right": (0.3, 0.0, 1.0),
+    "moves up": (0.0, -0.3, 1.0),
+    "moves down": (0.0, 0.3, 1.0),
+    "grows": (0.0, 0.0, 1.7),
+    "shrinks": (0.0, 0.0, 0.6),
 }
+SOFTNESS = 1 / 64  # sigma of the lens's blur, in parts of the frame: no camera shows an edge sharper than a pixel
 FPS = 24
 SUBPIXEL_BITS = 6  # cv2 draws polygons at 1/64 pixel, so that slow motion is smooth
 
@@ -147,6 +148,7 @@ def draw(
         for layer in layers:
             corners = np.round(outline(layer.shape, centre, grown * layer.size) * (1 << SUBPIXEL_BITS))
             cv2.fillPoly(clip[index], [corners.astype(np.int32)], layer.colour, cv2.LINE_AA, SUBPIXEL_BITS)
+        cv2.GaussianBlur(clip[index], (0, 0), SOFTNESS * side, clip[index])
     return clip
 
 
