@@ -184,7 +184,7 @@ class AutoencoderKLCausal3D(nn.Module):
         """Trades time for memory.
 
         Args:
-            chunk_size: frames that a causal convolution computes at once; None leaves the choice to each. Exact.
+            chunk_size: most frames that a causal convolution computes at once; None leaves the choice to each. Exact.
             tile_size: pixels of a square tile (rounded down to a multiple of 8, at least 32), a quarter of it
                 overlapping; longer clips are also cut into tiles of 129 frames, so that memory is bounded. None takes
                 each clip whole. Tiles change the result, since each has its own statistics.

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-# A convolution's window and its piece of the output, each 512 MB in float32, where no chunk size is set; also keeps
+# A convolution's window and its piece of the output, each 512 MB in float32, whatever chunk size is set; also keeps
 # every index below 2**31.
 WINDOW_ELEMENTS = 2**27
 
@@ -93,7 +93,8 @@ class Upsampled(Clip):
 class CausalConv3d(nn.Module):
     """3D convolution whose padding repeats the edges: in space on both sides, in time the first frame before itself.
 
-    `chunk_size` is the number of frames computed at once, None as many as WINDOW_ELEMENTS allow. Any number is exact.
+    `chunk_size` is the number of frames computed at once, unless WINDOW_ELEMENTS allow fewer; None is as many as they
+    allow. Any number is exact.
     """
 
     def __init__(
@@ -122,7 +123,8 @@ class CausalConv3d(nn.Module):
         stride, past = self.conv.stride[0], self.conv.kernel_size[0] - 1
         total = (f - 1) // stride + 1
         widest = max(C, self.conv.out_channels)
-        step = self.chunk_size or max(1, WINDOW_ELEMENTS // (widest * h * w * stride))
+        most = max(1, WINDOW_ELEMENTS // (widest * h * w * stride))
+        step = min(self.chunk_size or most, most)
         for start in reversed(range(0, total, step)):
             stop = min(start + step, total)
             yield slice(start, stop), self.conv(padded(clip, start * stride - past, (stop - 1) * stride + 1))

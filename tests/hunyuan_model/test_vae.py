@@ -127,10 +127,13 @@ def test_chunks_are_exact(vae, chunk_size):
     assert difference(vae.decode(latents), decoded) < 1e-5
 
 
+@pytest.mark.parametrize("chunk_size", [None, 32])
 @pytest.mark.parametrize("channels", [(3, 128), (128, 3)])
-def test_no_piece_of_a_large_clip_is_larger_than_a_window(channels):
+def test_no_piece_of_a_large_clip_is_larger_than_a_window(channels, chunk_size):
     with torch.device("meta"):
-        pieces = CausalConv3d(*channels).windows(Clip(torch.empty(1, channels[0], 33, 544, 960)))
+        convolution = CausalConv3d(*channels)
+        convolution.chunk_size = chunk_size
+        pieces = convolution.windows(Clip(torch.empty(1, channels[0], 33, 544, 960)))
         assert max(piece.numel() for _, piece in pieces) <= WINDOW_ELEMENTS
 
 
