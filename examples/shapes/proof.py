@@ -11,11 +11,13 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 
 from examples.shapes.judge import Verdict, judge_video, score
 from examples.shapes.scripts import cache, models_in, run
 from examples.shapes.world import CONCEPT, Scene, random_scene, write_dataset
-from utils.cli import print_table
+from utils.cli import print_table, run_script
+from utils.errors import UserError
 from utils.files import write_text
 from utils.tiny_models import TinyModels
 
@@ -82,7 +84,12 @@ def train_lora(
 
 
 def share_of_concept(verdicts: Sequence[Verdict]) -> float:
-    return sum(verdict.is_concept for verdict in verdicts) / len(verdicts)
+    return fmean(verdict.is_concept for verdict in verdicts)
+
+
+def share_agreeing(verdicts: Sequence[Verdict], scenes: Sequence[Scene]) -> float:
+    """In how many clips everything is as told, in 0..1."""
+    return fmean(verdict.agrees(scene) for verdict, scene in zip(verdicts, scenes, strict=True))
 
 
 @dataclass(frozen=True)
@@ -119,6 +126,8 @@ def main() -> None:
     parser.add_argument("--models", type=Path, default=SHIPPED, help="folder of the small models")
     parser.add_argument("--dataset_only", action="store_true", help="only write the training clips")
     args = parser.parse_args()
+    if args.folder.exists() and any(args.folder.iterdir()):
+        raise UserError(f"{args.folder}: is not empty; name a new folder, so that no old video is judged")
     if args.dataset_only:
         print(write_clips(args.folder))
         return
@@ -126,4 +135,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -4,6 +4,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+from utils.errors import UserError
 from utils.tiny_models import TinyModels
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -15,8 +16,11 @@ TWO_PROCESSES = (
 
 
 def run(*command: object) -> None:
-    """Runs Python with these words in the project's root; raises CalledProcessError if that fails."""
-    subprocess.run([sys.executable, *map(str, command)], check=True, cwd=ROOT)
+    """Runs Python with these words in the project's root; raises UserError if that fails, which has said why."""
+    code = subprocess.run([sys.executable, *map(str, command)], cwd=ROOT).returncode
+    if code:
+        script = next(word for word in map(str, command) if word.endswith(".py") or not word.startswith("-"))
+        raise UserError(f"{script} ended with exit code {code}; its own message stands above")
 
 
 def cache(config: Path, models: TinyModels) -> None:

@@ -6,6 +6,7 @@ writes H.264 clips, PNG and JPEG images, a caption file beside each, and `datase
 """
 
 import argparse
+import json
 import math
 import random
 from collections.abc import Sequence
@@ -17,6 +18,8 @@ import numpy as np
 import torch
 from PIL import Image
 
+from utils.cli import run_script
+from utils.errors import UserError
 from utils.files import write_text
 from utils.video_io import save_video, to_uint8
 
@@ -185,14 +188,16 @@ def write_dataset(
 
 
 def _dataset_toml(folder: Path, clips: int, images: int, frames: int, height: int, width: int, batch_size: int) -> str:
-    root = folder.resolve().as_posix()
+    def path(name: str) -> str:
+        return json.dumps((folder.resolve() / name).as_posix(), ensure_ascii=False)  # a string of JSON is one of TOML
+
     text = f'[general]\nresolution = [{width}, {height}]\ncaption_extension = ".txt"\n'
     text += f"batch_size = {batch_size}\n"
     if clips:
-        text += f"\n[[datasets]]\nvideo_directory = '{root}/videos'\ncache_directory = '{root}/cache_videos'\n"
+        text += f"\n[[datasets]]\nvideo_directory = {path('videos')}\ncache_directory = {path('cache_videos')}\n"
         text += f'target_frames = [{frames}]\nframe_extraction = "head"\n'
     if images:
-        text += f"\n[[datasets]]\nimage_directory = '{root}/images'\ncache_directory = '{root}/cache_images'\n"
+        text += f"\n[[datasets]]\nimage_directory = {path('images')}\ncache_directory = {path('cache_images')}\n"
     return text
 
 
@@ -207,10 +212,12 @@ def main() -> None:
     parser.add_argument("--concept", action="store_true", help=f"clips of a {CONCEPT} instead of the known world")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
+    if args.size % 16 or args.frames % 4 != 1:
+        raise UserError(f"--size {args.size} --frames {args.frames}: a multiple of 16, and 4n+1, are expected")
     size = {"frames": args.frames, "height": args.size, "width": args.size}
     kind = {"seed": args.seed, "batch_size": args.batch_size, "concept": args.concept}
     print(write_dataset(args.folder, args.clips, args.images, **size, **kind))
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -1,6 +1,10 @@
 """That the small models show what they are told, and that a LoRA trained here changes videos the right way."""
 
 import random
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -12,15 +16,34 @@ from examples.shapes.proof import (
     concept_dataset,
     concept_scenes,
     known_scenes,
+    share_agreeing,
     share_of_concept,
     train_lora,
+    training_words,
     watch,
 )
-from examples.shapes.scripts import models_in
-from examples.shapes.vae_training import Stage, psnr, training_batch
+from examples.shapes.scripts import ROOT, TWO_PROCESSES, models_in
+from examples.shapes.vae_training import psnr
+from examples.shapes.world import random_scene, render
 from hunyuan_model.checkpoints import load_vae
 
 MODELS = models_in(proof.SHIPPED)
+SAVINGS = (["--fp8_base"], ["--blocks_to_swap", "4"], ["--gradient_checkpointing"])
+SHORT = ("--max_train_epochs", 40)
+MISTAKES = {
+    "the target's sign is turned": "trainer.velocity_target = lambda latents, noise: latents - noise",
+    "noise and data are swapped": "trainer.interpolate = lambda latents, noise, sigma: right(noise, latents, sigma)",
+    "latents are scaled twice": "TrainingModel.latents = lambda model, batch: batch.latents * model.latent_scale**2",
+}
+WITH_MISTAKE = """
+from hv_train_network import main
+from modules import trainer
+from modules.training_model import TrainingModel
+
+right = trainer.interpolate
+{}
+main()
+"""
 LARGEST = 16e6  # bytes of all small models together
 
 
@@ -48,10 +71,10 @@ def test_the_small_models_are_small():
 
 
 def test_the_vae_reproduces_unseen_clips():
-    vae = load_vae(MODELS.vae)
-    pixels = training_batch(random.Random("unseen"), Stage(1, 12, 9, 64))
-    decoded = torch.cat([vae.decode(vae.encode(clip[None].clone()).mean) for clip in pixels]).clamp(-1, 1)
-    assert psnr((decoded - pixels).square().mean().item()) >= 22
+    vae, generator = load_vae(MODELS.vae), random.Random("unseen")
+    clips = [render(random_scene(generator, concept), 9, 64, 64) * 2 - 1 for concept in (False, True) for _ in range(6)]
+    errors = [vae.decode(vae.encode(clip[None].clone()).mean).clamp(-1, 1)[0] - clip for clip in clips]
+    assert psnr(torch.stack(errors).square().mean().item()) >= 27
 
 
 @pytest.mark.slow
@@ -64,8 +87,63 @@ def test_the_base_model_shows_what_the_prompt_says(tmp_path):
 @pytest.mark.slow
 def test_a_lora_adds_the_concept_and_keeps_the_rest(tmp_path, lora):
     assert presence(tmp_path / "before") <= 0.1
-    assert presence(tmp_path / "after", lora) >= 0.2
+    assert presence(tmp_path / "after", lora) >= 0.8
     scenes = known_scenes()
     before = score(watch(MODELS, scenes, tmp_path / "known_before"), scenes)
     after = score(watch(MODELS, scenes, tmp_path / "known_after", "--lora_weight", lora), scenes)
-    assert all(after[name] >= before[name] - 0.25 for name in before)
+    assert all(after[name] >= before[name] - 0.15 for name in before)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("options", SAVINGS, ids=" ".join)
+def test_what_saves_memory_learns_the_same(tmp_path, config, options):
+    lora = train_lora(MODELS, config, tmp_path / "lora", *options)
+    assert presence(tmp_path / "after", lora) >= 0.7
+
+
+@pytest.mark.slow
+def test_two_processes_learn_the_same(tmp_path, config):
+    lora = train_lora(MODELS, config, tmp_path / "lora", script=(*TWO_PROCESSES, "hv_train_network.py"))
+    assert presence(tmp_path / "after", lora) >= 0.7
+
+
+@pytest.mark.slow
+def test_a_training_that_was_killed_and_resumed_learns_the_same(tmp_path, config):
+    folder, states = tmp_path / "lora", ("--save_state", "--save_every_n_steps", 100)
+    words = training_words(MODELS, config, folder, *states)
+    training = subprocess.Popen([sys.executable, "hv_train_network.py", *map(str, words)], cwd=ROOT)
+    while training.poll() is None and not list(folder.glob("*00000300-state")):
+        time.sleep(0.1)
+    training.kill()
+    assert training.wait() == -signal.SIGKILL
+    lora = train_lora(MODELS, config, folder, *states, "--resume", "auto")
+    assert presence(tmp_path / "after", lora) >= 0.7
+
+
+@pytest.fixture(scope="module")
+def right_share(config, tmp_path_factory) -> float:
+    """How much of the known world is shown as told after a training as short as the wrong ones."""
+    return known_share(config, tmp_path_factory.mktemp("right"), "")
+
+
+def known_share(config: Path, folder: Path, mistake: str) -> float:
+    """Trains for a while with a mistake in the trainer; returns in how many known videos everything is as told."""
+    script = ("-c", WITH_MISTAKE.format(mistake))
+    lora = train_lora(MODELS, config, folder / "lora", *SHORT, script=script)
+    return agreeing(folder / "videos", "--lora_weight", lora)
+
+
+def agreeing(folder: Path, *options: object) -> float:
+    scenes = known_scenes()
+    return share_agreeing(watch(MODELS, scenes, folder, *options), scenes)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mistake", MISTAKES.values(), ids=MISTAKES)
+def test_a_mistake_in_training_cannot_hide(tmp_path, config, right_share, mistake):
+    assert known_share(config, tmp_path, mistake) < 0.5 * right_share
+
+
+@pytest.mark.slow
+def test_a_forgotten_guidance_factor_cannot_hide(tmp_path):
+    assert agreeing(tmp_path / "wrong", "--embedded_cfg_scale", 0.006) < 0.5 * agreeing(tmp_path / "right")
