@@ -174,7 +174,7 @@ def _image_metadata(path: Path) -> str:
 
     try:
         with Image.open(path) as image:
-            return image.text[METADATA_KEY]
+            return image.info[METADATA_KEY]
     except (UnidentifiedImageError, OSError) as error:
         raise UserError(f"{path}: cannot be read as an image: {one_line(error)}") from None
 

@@ -6,6 +6,7 @@ import av
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from utils.errors import UserError
 from utils.video_io import read_metadata, read_video, save_images, save_video
@@ -65,8 +66,6 @@ def test_first_frames_only(tmp_path):
 
 
 def test_images_are_exact_and_carry_the_settings(tmp_path):
-    from PIL import Image
-
     clip = (smooth_clip(3, 16, 32) * 255).round() / 255
     save_images(clip, tmp_path / "frames", SETTINGS)
     assert sorted(path.name for path in (tmp_path / "frames").iterdir()) == ["00000.png", "00001.png", "00002.png"]
@@ -80,7 +79,8 @@ def test_without_metadata_and_broken_files_are_errors_in_one_line(tmp_path):
     save_video(smooth_clip(1, 16, 16), tmp_path / "bare.mp4", 24)
     (tmp_path / "broken.mp4").write_bytes(b"no video")
     (tmp_path / "broken.png").write_bytes(b"no image")
-    for name in ("bare.mp4", "broken.mp4", "broken.png"):
+    Image.new("RGB", (16, 16)).save(tmp_path / "renamed.png", "JPEG")
+    for name in ("bare.mp4", "broken.mp4", "broken.png", "renamed.png"):
         with pytest.raises(UserError, match=name):
             read_metadata(tmp_path / name)
     with pytest.raises(UserError, match=r"broken\.mp4"):
