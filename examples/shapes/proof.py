@@ -126,11 +126,11 @@ def main() -> None:
     parser.add_argument("--models", type=Path, default=SHIPPED, help="folder of the small models")
     parser.add_argument("--dataset_only", action="store_true", help="only write the training clips")
     args = parser.parse_args()
-    if args.folder.exists() and any(args.folder.iterdir()):
-        raise UserError(f"{args.folder}: is not empty; name a new folder, so that no old video is judged")
     if args.dataset_only:
         print(write_clips(args.folder))
         return
+    if args.folder.exists() and any(args.folder.iterdir()):
+        raise UserError(f"{args.folder}: is not empty; name a new folder, so that no old video is judged")
     print_table("before -> after the LoRA", prove(models_in(args.models.resolve()), args.folder.resolve()).rows)
 
 
