@@ -1,5 +1,6 @@
 """That the small models show what they are told, and that a LoRA trained here changes videos the right way."""
 
+import json
 import random
 import signal
 import subprocess
@@ -22,8 +23,9 @@ from examples.shapes.proof import (
     training_words,
     watch,
 )
+from examples.shapes.recipe import STEPS
 from examples.shapes.scripts import ROOT, TWO_PROCESSES, models_in
-from examples.shapes.vae_training import psnr
+from examples.shapes.vae_training import TOTAL_STEPS, psnr
 from examples.shapes.world import random_scene, render
 from hunyuan_model.checkpoints import load_vae
 
@@ -67,7 +69,13 @@ def lora(config, tmp_path_factory) -> Path:
 def test_the_small_models_are_small():
     files = [path for path in proof.SHIPPED.rglob("*") if path.is_file()]
     assert sum(path.stat().st_size for path in files) <= LARGEST
-    assert {"LICENSE", "vae_log.jsonl", "dit_log.jsonl"} <= {path.name for path in files}
+    assert proof.SHIPPED / "LICENSE" in files
+
+
+@pytest.mark.parametrize(("name", "steps"), [("vae_log.jsonl", TOTAL_STEPS), ("dit_log.jsonl", STEPS)])
+def test_the_small_models_went_the_whole_course_of_the_recipe(name, steps):
+    last = (proof.SHIPPED / name).read_text(encoding="utf-8").splitlines()[-1]
+    assert json.loads(last)["step"] == steps
 
 
 def test_the_vae_reproduces_unseen_clips():

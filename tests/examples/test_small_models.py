@@ -5,6 +5,7 @@ import random
 import pytest
 import torch
 
+from examples.shapes import vae_training
 from examples.shapes.untrained import write_new_dit, write_text_encoders
 from examples.shapes.vae_training import (
     STAGES,
@@ -21,6 +22,7 @@ from examples.shapes.vae_training import (
 from examples.shapes.world import COLOURS, CONCEPT, MOTIONS, SHAPES, Scene
 from hunyuan_model.checkpoints import load_dit, load_text_encoder_1, load_text_encoder_2
 from hunyuan_model.vae import SCALING_FACTOR
+from utils.errors import UserError
 
 
 @pytest.fixture(scope="module")
@@ -76,6 +78,33 @@ def test_normalized_latents_have_unit_variance_and_the_same_pixels():
     assert ((posterior.mean * SCALING_FACTOR).std((0, 2, 3, 4)) - 1).abs().max() < 1e-2
     noise_after = (0.5 * posterior.logvar).exp() / posterior.mean.std((0, 2, 3, 4), keepdim=True)
     torch.testing.assert_close(noise_after, noise_before, rtol=1e-3, atol=0)
+
+
+def stopped_at(last_step, train_step):
+    """`train_step`, interrupted by the user at that step."""
+
+    def step_or_stop(course, step):
+        if step == last_step:
+            raise KeyboardInterrupt
+        return train_step(course, step)
+
+    return step_or_stop
+
+
+def test_a_course_goes_on_where_it_was_stopped_but_only_the_same_one(tmp_path, monkeypatch):
+    monkeypatch.setattr(vae_training, "STAGES", (Stage(2, 2, 1, 32), Stage(2, 1, 5, 32)))
+    monkeypatch.setattr(vae_training, "TOTAL_STEPS", 4)
+    monkeypatch.setattr(vae_training, "SAVE_EVERY", 1)
+    whole = vae_training.train(tmp_path / "whole", seed=0).vae.state_dict()
+    real_step = vae_training.train_step
+    monkeypatch.setattr(vae_training, "train_step", stopped_at(3, real_step))
+    with pytest.raises(KeyboardInterrupt):
+        vae_training.train(tmp_path / "stopped", seed=0)
+    monkeypatch.setattr(vae_training, "train_step", real_step)
+    stopped = vae_training.train(tmp_path / "stopped", seed=0).vae.state_dict()
+    assert all(torch.equal(whole[name], stopped[name]) for name in whole)
+    with pytest.raises(UserError, match="another seed or course"):
+        vae_training.train(tmp_path / "stopped", seed=1)
 
 
 def test_stages_follow_each_other_and_the_rate_falls():
