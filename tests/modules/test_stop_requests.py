@@ -1,6 +1,5 @@
 """Stopping a run: what asks for it, and what stops at once."""
 
-import os
 import signal
 
 import pytest
@@ -8,23 +7,19 @@ import pytest
 from modules.stop_requests import StopRequests
 
 
-def send(number):
-    os.kill(os.getpid(), number)
-
-
 def test_a_launchers_sigterm_after_ctrl_c_still_lets_the_run_save(tmp_path):
     with StopRequests(tmp_path) as requests:
-        send(signal.SIGINT)
-        send(signal.SIGTERM)
-        send(signal.SIGTERM)
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGTERM)
+        signal.raise_signal(signal.SIGTERM)
         assert requests.quit
 
 
 def test_ctrl_c_twice_stops_at_once(tmp_path):
     with StopRequests(tmp_path) as requests:
-        send(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
         with pytest.raises(KeyboardInterrupt):
-            send(signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)
     assert requests.quit
 
 

@@ -1,6 +1,5 @@
 """hv_train_network.py: what a run leaves on disk, and what it does not depend on."""
 
-import os
 import shutil
 import signal
 
@@ -8,6 +7,7 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from tests.platforms import needs_posix
 from tests.training_world import (
     assert_same,
     assert_same_course,
@@ -125,7 +125,7 @@ def test_a_file_save_makes_a_checkpoint_and_save_quit_ends_the_run(world, dit, t
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_saves_and_the_resumed_run_equals_an_undisturbed_one(world, dit, plain, tmp_path, monkeypatch, number):
-    ask(monkeypatch, {2: lambda: os.kill(os.getpid(), number)})
+    ask(monkeypatch, {2: lambda: signal.raise_signal(number)})
     assert train(world, dit, tmp_path) == {}
     monkeypatch.undo()
     assert (tmp_path / "lora-step00000003.safetensors").exists()
@@ -145,6 +145,7 @@ def ask(monkeypatch, actions):
     monkeypatch.setattr(TrainingLog, "step", step)
 
 
+@needs_posix
 def test_a_full_disk_ends_in_one_line_with_the_last_checkpoint_whole(world, dit, tmp_path, monkeypatch):
     import resource
 

@@ -5,7 +5,6 @@ import os
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -274,8 +273,3 @@ def test_the_script_itself_ends_with_2_and_one_line_without_torch(words):
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, encoding="utf-8")
     assert done.returncode == 2 and done.stdout == ""
     assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
-
-
-def test_the_script_reads_top_down():
-    lines = Path(ROOT / "hv_train.py").read_text(encoding="utf-8").splitlines()
-    assert len(lines) < 300 and not [line for line in lines if "import hv_train_network" in line]

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from tests.conftest import ROOT
+from tests.platforms import needs_posix
 from tests.training_world import assert_same, assert_same_course, command, log_of, train, write_world
 from utils.safetensors_utils import load_file, read_header
 
@@ -51,6 +52,7 @@ def run_in_two_processes(words: list[str]) -> None:
             os.killpg(process.pid, signal.SIGKILL)
 
 
+@needs_posix
 @pytest.mark.parametrize("optimizer", ["adamw", pytest.param("adamw8bit", marks=pytest.mark.slow)])
 def test_killed_and_resumed_is_undisturbed(world, tiny_models, tmp_path, optimizer):
     prompts = tmp_path / "prompts.txt"
@@ -93,6 +95,7 @@ def flat(value: object) -> object:
     return (value.dtype, value.tolist()) if isinstance(value, torch.Tensor) else value
 
 
+@needs_posix
 def test_two_processes_with_a_batch_of_one_are_one_process_with_a_batch_of_two(tiny_models, tmp_path):
     one = write_world(tmp_path / "one", items=2, batch_size=1)
     two = write_world(tmp_path / "two", items=2, batch_size=2)
@@ -104,6 +107,7 @@ def test_two_processes_with_a_batch_of_one_are_one_process_with_a_batch_of_two(t
     assert_same_course(shared, tmp_path / "together")
 
 
+@needs_posix
 @pytest.mark.slow
 def test_uneven_tails_over_two_processes_with_accumulation(tiny_models, tmp_path):
     """5 batches: of the second step of an epoch rank 1 has one batch less, or none."""

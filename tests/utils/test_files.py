@@ -1,12 +1,12 @@
 """Files are whole or not there, and read as the user meant them."""
 
-import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from tests.platforms import needs_posix
 from utils.errors import UserError, did_you_mean, one_line
 from utils.files import atomic_path, clean_path, read_text, read_toml, write_text
 
@@ -96,7 +96,7 @@ def test_messages() -> None:
     assert did_you_mean("xyz", ["seed", "learning_rate"]) == ""
 
 
-@pytest.mark.skipif(os.name == "nt", reason="Windows has no such permissions")
+@needs_posix
 def test_files_are_as_readable_as_the_umask_says(tmp_path: Path) -> None:
     from utils.safetensors_utils import save_file
 

@@ -3,13 +3,13 @@
 import errno
 import json
 import struct
-import sys
 from pathlib import Path
 
 import pytest
 import safetensors.torch
 import torch
 
+from tests.platforms import needs_posix
 from utils.errors import UserError
 from utils.safetensors_utils import TORCH_DTYPES, iterate_tensors, load_file, read_header, save_file
 
@@ -108,7 +108,7 @@ def test_missing_file_and_folder(tmp_path: Path) -> None:
             read_header(path)
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="limits the size of files by a POSIX limit")
+@needs_posix
 def test_a_full_disk_leaves_the_old_file(tmp_path: Path) -> None:
     import resource
 
