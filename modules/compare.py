@@ -96,11 +96,15 @@ class Page:
 
     def save(self, path: Path, fps: float, metadata: Mapping[str, object] | None) -> list[Path]:
         """Writes `path`.mp4 and, with the middle frame of every video, `path`.png."""
-        background = self.background()
         video, sheet = (path.with_name(path.name + suffix) for suffix in (".mp4", ".png"))
-        write_frames((self.frame(background, index) for index in range(self.frames)), video, fps, metadata)
+        self.save_video(video, fps, metadata)
         self.save_frame(sheet, self.frames // 2, metadata)
         return [video, sheet]
+
+    def save_video(self, path: Path, fps: float, metadata: Mapping[str, object] | None = None) -> None:
+        """Writes an mp4 in which all videos play."""
+        background = self.background()
+        write_frames((self.frame(background, index) for index in range(self.frames)), path, fps, metadata)
 
     def save_frame(self, path: Path, index: int, metadata: Mapping[str, object] | None = None) -> None:
         """Writes the page at one moment as a PNG."""

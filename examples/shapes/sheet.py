@@ -6,6 +6,7 @@ writes OUT.png and OUT.mp4. VIDEO may be a folder with one mp4.
 """
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 
 from torch import Tensor
@@ -34,28 +35,45 @@ def seen(verdict: Verdict) -> str:
 
 
 def write_sheet(out: Path, clips: dict[str, Tensor], fps: float) -> list[Path]:
-    """Writes both files; clips (3, F, H, W) in 0..1 by label, all of one length."""
-    count = next(iter(clips.values())).shape[1]
-    frames = [f"frame {index + 1}" for index in range(count)]
+    """Writes both files; clips (3, F, H, W) in 0..1 by label.
+
+    Raises:
+        UserError: the clips differ in length.
+    """
+    counts = {label: pixels.shape[1] for label, pixels in clips.items()}
+    if len(set(counts.values())) > 1:
+        lengths = ", ".join(f"{label} {count}" for label, count in counts.items())
+        raise UserError(f"the clips differ in length, one number of frames is expected: {lengths}")
+    frames = [f"frame {index + 1}" for index in range(max(counts.values()))]
     strips = [
         Row(f"{label}: the judge sees {seen(judge(pixels))}", list(enlarged(pixels, SCALE).split(1)))
         for label, pixels in clips.items()
     ]
     side_by_side = Page(list(clips), [Row("", [enlarged(pixels, 4 * SCALE) for pixels in clips.values()])])
-    video, sheet = side_by_side.save(out, fps, None)
+    video, sheet = (out.with_name(out.name + suffix) for suffix in (".mp4", ".png"))
+    side_by_side.save_video(video, fps)
     Page(frames, strips).save_frame(sheet, 0)
     return [video, sheet]
 
 
-def labelled(word: str) -> tuple[str, Tensor]:
-    """ "LABEL=VIDEO" -> label and pixels (3, F, H, W) in 0..1."""
-    label, separator, place = word.partition("=")
-    if not separator:
-        raise UserError(f"{word}: LABEL=VIDEO is expected")
-    videos = videos_in(Path(place))
-    if len(videos) != 1:
-        raise UserError(f"{place}: holds {len(videos)} mp4s; name one of them")
-    return label, read_video(videos[0])[0]
+def read_clips(words: Sequence[str]) -> dict[str, Tensor]:
+    """Pixels (3, F, H, W) in 0..1 by label, from words LABEL=VIDEO.
+
+    Raises:
+        UserError: a word has another form or names no single video, or two have the same label.
+    """
+    clips: dict[str, Tensor] = {}
+    for word in words:
+        label, separator, place = word.partition("=")
+        if not separator:
+            raise UserError(f"{word}: LABEL=VIDEO is expected")
+        if label in clips:
+            raise UserError(f"{word}: another clip has the label '{label}'; give each its own")
+        videos = videos_in(Path(place))
+        if len(videos) != 1:
+            raise UserError(f"{place}: holds {len(videos)} mp4s; name one of them")
+        clips[label] = read_video(videos[0])[0]
+    return clips
 
 
 def main() -> None:
@@ -63,7 +81,7 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("clips", nargs="+", metavar="LABEL=VIDEO")
     args = parser.parse_args()
-    for path in write_sheet(args.out, dict(map(labelled, args.clips)), FPS):
+    for path in write_sheet(args.out, read_clips(args.clips), FPS):
         print(path)
 
 
