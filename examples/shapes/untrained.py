@@ -1,9 +1,5 @@
-"""The small models of the shapes world that are not trained: text encoders, and a DiT before its first step.
+"""The small models of the shapes world that are not trained: text encoders, and a DiT before its first step."""
 
-python -m examples.shapes.untrained FOLDER
-"""
-
-import argparse
 import random
 from pathlib import Path
 
@@ -45,16 +41,3 @@ def write_new_dit(path: Path, seed: int) -> None:
     """Writes the DiT from which training starts."""
     weights = random_weights(dit_shapes(DIT), seed, DIT_GAINS)
     save_file(weights, path)
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args()
-    write_text_encoders(args.folder, args.seed)
-    write_new_dit(args.folder / "new_dit.safetensors", args.seed)
-
-
-if __name__ == "__main__":
-    main()
