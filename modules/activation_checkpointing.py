@@ -121,6 +121,8 @@ class _RunAgain(torch.autograd.Function):
             pairs = [(output, gradient) for output, gradient in pairs if output.requires_grad]
             if pairs:
                 torch.autograd.backward(*zip(*pairs, strict=True))
+        # Used once, as saved tensors are: whoever still holds the output shall not hold what the blocks were given.
+        ctx.own = ctx.shared = None
         return (
             None,
             None,

@@ -64,7 +64,7 @@ class StepResult:
 
     def add(self, losses: Tensor, sigma: Tensor, batch: Any) -> None:
         """losses and sigma (B,) of a batch."""
-        self.losses.append(losses.detach())
+        self.losses.append(losses)
         self.sigmas.append(sigma)
         self.items += [f"{name} (bucket {batch.bucket})" for name in batch.names]
 
@@ -91,30 +91,19 @@ def train(trainer: Trainer) -> None:
     Raises:
         UserError: too many steps in a row were not finite, or a file could not be written.
     """
-    options, accelerator, plan = trainer.options, trainer.accelerator, trainer.plan
-    progress, model = trainer.progress, trainer.model
-    seed, batches = progress.seed, delivered(trainer.loader)
+    plan, progress, batches = trainer.plan, trainer.progress, delivered(trainer.loader)
     begin(trainer)
     summary = None
     while progress.step < plan.total_steps and not (summary and summary.quit):
         micro_batches = [next(batches) for _ in range(plan.accumulation)]
         names = [batch.names if batch is not None else [] for batch in micro_batches]
-        positions_of, samples = global_positions(accelerator, names)
+        positions_of, samples = global_positions(trainer.accelerator, names)
         trainer.trained.start_step()
         result = StepResult()
         for batch, positions in zip(micro_batches, positions_of, strict=True):
             if batch is None:  # the epoch has no batch left for this rank
                 continue
-            latents = model.latents(batch)  # B C f h w
-            generators = step_generators(seed, progress.step, positions)
-            sigma = sample_sigmas(options.timesteps, generators, [progress.samples + at for at in positions], seed)
-            sigma, noise = sigma.to(latents.device), draw_noise(latents, generators)
-            seed_dropout(seed, progress.step, min(positions))
-            with accelerator.autocast():
-                prediction = model.velocity(interpolate(latents, noise, sigma), sigma, batch)
-            weight = loss_weight(sigma, options.timesteps.weighting_scheme)
-            losses = weighted_mse(prediction, velocity_target(latents, noise), weight)  # B
-            accelerator.backward(losses.sum() / samples)
+            losses, sigma = train_batch(trainer, batch, positions, samples)
             result.add(losses, sigma, batch)
         summary = summarize(trainer, result, samples)
         update(trainer, result, summary)
@@ -122,6 +111,31 @@ def train(trainer: Trainer) -> None:
         progress.samples += samples
         after_step(trainer, summary)
     finish(trainer, stopped=progress.step < plan.total_steps)
+
+
+def train_batch(trainer: Trainer, batch: Any, positions: Sequence[int], samples: int) -> tuple[Tensor, Tensor]:
+    """Adds the gradients of a batch; its graph ends with this function, before the next batch needs the memory.
+
+    Args:
+        positions: where its items stand in the global batch.
+        samples: how many items that has.
+
+    Returns:
+        The losses and the sigmas of the items, both (B,), outside of any graph.
+    """
+    options, accelerator, progress, model = trainer.options, trainer.accelerator, trainer.progress, trainer.model
+    latents = model.latents(batch)  # B C f h w
+    generators = step_generators(progress.seed, progress.step, positions)
+    samples_so_far = [progress.samples + at for at in positions]
+    sigma = sample_sigmas(options.timesteps, generators, samples_so_far, progress.seed)
+    sigma, noise = sigma.to(latents.device), draw_noise(latents, generators)
+    seed_dropout(progress.seed, progress.step, min(positions))
+    with accelerator.autocast():
+        prediction = model.velocity(interpolate(latents, noise, sigma), sigma, batch)
+    weight = loss_weight(sigma, options.timesteps.weighting_scheme)
+    losses = weighted_mse(prediction, velocity_target(latents, noise), weight)  # B
+    accelerator.backward(losses.sum() / samples)
+    return losses.detach(), sigma
 
 
 def rehearse(trainer: Trainer, batch: Any) -> None:

@@ -10,6 +10,7 @@ from benchmarks.saved_bytes import inputs, kept_bytes
 from modules.activation_checkpointing import checkpoint_activations, recompute_cheap
 from networks.lora import create_arch_network
 from tests.small_dit import random_dit, small_config
+from utils.memory_meter import MemoryMeter
 
 WAYS: dict[str, Callable[[list[nn.Module]], None]] = {
     "cheap": recompute_cheap,
@@ -67,6 +68,26 @@ def test_blocks_without_trained_weights(way: str, patterns: str) -> None:
     expected = gradients(None, torch.float32, None, exclude_patterns=patterns)
     for ours, plain in zip(gradients(WAYS[way], torch.float32, None, exclude_patterns=patterns), expected, strict=True):
         assert torch.equal(ours, plain)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_backward_pass_leaves_no_more_than_plain_autograd(way: str) -> None:
+    assert left_behind(WAYS[way]) == left_behind(None)
+
+
+def left_behind(way: Callable[[list[nn.Module]], None] | None) -> int:
+    """Bytes alive after a backward pass whose output is still referenced: the output, and the gradients of a LoRA."""
+    model = random_dit(small_config(depth_double=2, depth_single=3))
+    network = create_arch_network(1.0, 4, 4.0, None, None, model)
+    network.apply_to(None, model, False, True)
+    if way:
+        way(model.blocks)
+    given = inputs((1, 4, 4), 40, torch.float32)
+    with MemoryMeter() as meter:
+        output = model(**given)
+        output.sum().backward()
+        meter.forget_released()
+    return meter.live
 
 
 @pytest.mark.slow

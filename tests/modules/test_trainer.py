@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from modules import trainer
 from modules.step_noise import draw_noise, generator_for, seed_for, step_generators
@@ -103,12 +104,28 @@ def test_the_logged_loss_is_the_objective_computed_by_hand(tiny_models, tmp_path
 
 
 def test_the_loop_is_short_and_two_calls_from_the_script():
-    source = inspect.getsource(trainer.train)
-    assert source.count("\n") < 80
+    loop, source = inspect.getsource(trainer.train), inspect.getsource(trainer.train_batch)
+    assert loop.count("\n") < 40 and "train_batch(" in loop
     assert "weighted_mse(" in source and "interpolate(" in source and "velocity_target(" in source
     import hv_train_network
 
     assert "train(trainer)" in inspect.getsource(hv_train_network.main)
+
+
+def test_the_graph_of_a_batch_is_gone_before_the_next(tiny_models, tmp_path, monkeypatch):
+    """Else the activations of two batches need memory at once."""
+    original, alive = TrainingModel.velocity, []
+
+    def velocity(self, *arguments):
+        assert all(storage.expired() for storage in alive)
+        prediction = original(self, *arguments)
+        alive.append(StorageWeakRef(prediction.untyped_storage()))
+        return prediction
+
+    monkeypatch.setattr(TrainingModel, "velocity", velocity)
+    words = ["--max_train_steps", 2, "--gradient_accumulation_steps", 2]
+    train(write_world(tmp_path / "world", items=4), tiny_models.dit, tmp_path / "out", *words)
+    assert len(alive) == 5  # the first tries the largest batch
 
 
 def test_noise_is_standard_normal_and_belongs_to_its_key():
