@@ -25,10 +25,13 @@ class HalfGradScaler(torch.amp.GradScaler):
 def try_optimizer(options: OptimizerOptions, dtype: torch.dtype, device: torch.device) -> float:
     """Takes a step with small gradients, and none, on a matrix of a dtype; returns the bytes of state per weight.
 
+    What the optimizer keeps in main memory does not count.
+
     Raises:
         UserError: the optimizer cannot, or its states become zero and it divides by them.
     """
-    weight = nn.Parameter(torch.zeros(256, 256, dtype=dtype, device=device))
+    # bitsandbytes pages the states of 100,000 weights and more.
+    weight = nn.Parameter(torch.zeros(512, 512, dtype=dtype, device=device))
     weight.grad = torch.full_like(weight, SMALL_GRADIENT)
     weight.grad[0] = 0
     optimizer = create_optimizer(options, [{"params": [weight]}])
@@ -42,5 +45,5 @@ def try_optimizer(options: OptimizerOptions, dtype: torch.dtype, device: torch.d
             f"--optimizer_type {options.description}: does not work with {dtype_word(dtype)} weights: {problem}; give "
             "--optimizer_type adafactor or adamw8bit, or a larger eps"
         )
-    tensors = [value for value in optimizer.state[weight].values() if isinstance(value, torch.Tensor)]
-    return sum(tensor.nbytes for tensor in tensors) / weight.numel()
+    states = [value for value in optimizer.state[weight].values() if isinstance(value, torch.Tensor)]
+    return sum(state.nbytes for state in states if state.device == weight.device) / weight.numel()

@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader
 from modules.checkpoint_saver import CheckpointSaver
 from modules.distributed import global_positions, sum_gradients, sum_over_processes
 from modules.flow_matching import interpolate, velocity_target, weighted_mse
+from modules.half_precision import try_optimizer
 from modules.optimizers import averaged_weights
 from modules.previews import Previewer
 from modules.step_noise import draw_noise, seed_dropout, step_generators
@@ -139,14 +140,21 @@ def train_batch(trainer: Trainer, batch: Any, positions: Sequence[int], samples:
 
 
 def rehearse(trainer: Trainer, batch: Any) -> None:
-    """Forward and backward on the largest batch, so that too little memory shows now and not in an hour."""
-    model = trainer.model
+    """Forward and backward on the largest batch, so that too little memory shows now and not in an hour.
+
+    Every step but the first has the optimizer's states beside it; before there are any, as many bytes take their place.
+    """
+    model, optimizer = trainer.model, trainer.optimizer
+    weights = list(trainer.trained.tensors.values())
+    state_bytes = 0 if optimizer.state else try_optimizer(trainer.options.optimizer, weights[0].dtype, model.device)
+    reserved = torch.empty(int(sum(map(torch.numel, weights)) * state_bytes), dtype=torch.uint8, device=model.device)
     latents = model.latents(batch)
     sigma = torch.full((len(latents),), 0.5, device=latents.device)
     with trainer.accelerator.autocast():
         prediction = model.velocity(latents, sigma, batch)
     weighted_mse(prediction, latents).sum().backward()
-    trainer.optimizer.zero_grad(set_to_none=True)
+    optimizer.zero_grad(set_to_none=True)
+    del reserved
 
 
 def summarize(trainer: Trainer, result: StepResult, samples: int) -> StepSummary:

@@ -1,5 +1,6 @@
 """The training loop and its parts, against formulas."""
 
+import contextlib
 import inspect
 import signal
 from dataclasses import dataclass, field
@@ -11,6 +12,7 @@ import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from modules import trainer
+from modules.optimizers import OptimizerOptions
 from modules.step_noise import draw_noise, generator_for, seed_for, step_generators
 from modules.step_plan import StepPlan, batch_loader, delivered
 from modules.timestep_sampling import TimestepOptions, sample_sigmas
@@ -18,6 +20,7 @@ from modules.training_model import TrainingModel
 from modules.training_state import Progress, load_state, save_state
 from tests.training_world import log_of, train, write_world
 from utils.errors import UserError
+from utils.memory_meter import MemoryMeter
 
 SCALE = 0.476986
 
@@ -126,6 +129,38 @@ def test_the_graph_of_a_batch_is_gone_before_the_next(tiny_models, tmp_path, mon
     words = ["--max_train_steps", 2, "--gradient_accumulation_steps", 2]
     train(write_world(tmp_path / "world", items=4), tiny_models.dit, tmp_path / "out", *words)
     assert len(alive) == 5  # the first tries the largest batch
+
+
+def test_the_rehearsal_has_room_for_the_states_that_the_optimizer_has_not_made_yet():
+    weight = torch.nn.Parameter(torch.zeros(300, 100))
+    seen, optimizer = [], torch.optim.AdamW([weight])
+
+    class Model:
+        device = torch.device("cpu")
+
+        def latents(self, batch):
+            return batch
+
+        def velocity(self, x_t, sigma, batch):
+            meter.forget_released()
+            seen.append(meter.live)
+            return x_t + weight.sum()
+
+    run = SimpleNamespace(
+        model=Model(),
+        trained=SimpleNamespace(tensors={"weight": weight}),
+        optimizer=optimizer,
+        options=SimpleNamespace(optimizer=OptimizerOptions()),
+        accelerator=SimpleNamespace(autocast=contextlib.nullcontext),
+    )
+    batch = torch.zeros(1, 16, 1, 2, 2)
+    with MemoryMeter() as meter:
+        trainer.rehearse(run, batch)
+    assert weight.grad is None and not optimizer.state
+    optimizer.state[weight]["exp_avg"] = torch.zeros(300, 100)
+    with MemoryMeter() as meter:
+        trainer.rehearse(run, batch)
+    assert seen[0] - seen[1] == pytest.approx(8 * weight.numel(), rel=0.001)
 
 
 def test_noise_is_standard_normal_and_belongs_to_its_key():
