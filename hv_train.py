@@ -95,8 +95,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     run.open_outputs()
     source_config = identify(options.dit.dit).checkpoint.config
-    previewer = create_previewer(options, requests, run)
-    with out_of_memory_in_one_line("while the DiT is loaded", lambda: SAVE_MEMORY):
+    with out_of_memory_in_one_line("while the models are loaded", lambda: SAVE_MEMORY):
+        previewer = create_previewer(options, requests, run)
         dit = load_model(options, names, run)
         trainer = build_trainer(
             run,

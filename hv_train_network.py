@@ -95,17 +95,18 @@ def main(argv: Sequence[str] | None = None) -> None:
         return
 
     run.open_outputs()
-    previewer = create_previewer(options, requests, run)
-    dit = load_model(options, run.accelerator)
-    trained = create_trained(options, network_module, dit, run)
-    trainer = build_trainer(
-        run,
-        training_model(options, dit, run.accelerator),
-        trained,
-        previewer(dit),
-        lambda progress: metadata(options, run, trained, progress),
-        lambda path: write_formats(path, options.save.save_format),
-    )
+    with plan.explained("while the models are loaded"):
+        previewer = create_previewer(options, requests, run)
+        dit = load_model(options, run.accelerator)
+        trained = create_trained(options, network_module, dit, run)
+        trainer = build_trainer(
+            run,
+            training_model(options, dit, run.accelerator),
+            trained,
+            previewer(dit),
+            lambda progress: metadata(options, run, trained, progress),
+            lambda path: write_formats(path, options.save.save_format),
+        )
     with trainer.log, trainer.requests:
         with plan.explained("on the largest batch, tried before training"):
             rehearse(trainer, run.train_set.largest_batch())
@@ -173,6 +174,7 @@ def plan_memory(options: Options, module: ModuleType, run: "Run", trained: int) 
     from hunyuan_model.checkpoints import read_dit_config
     from hunyuan_model.memory import measure_dit
     from modules import memory_plan as planner
+    from modules.distributed import least_of_processes
     from training.hunyuan_video import dtype_of
 
     config, batch, device = read_dit_config(options.dit.dit), run.train_set.largest_batch(), run.accelerator.device
@@ -207,6 +209,8 @@ def plan_memory(options: Options, module: ModuleType, run: "Run", trained: int) 
     settings = planner.Settings(options.memory.fp8_base, policy or "none", swap or 0)
     ordered = planner.candidates(max_blocks_to_swap(*depths, training=True), settings.fp8, policy, swap)
     free, wanted = planner.free_memory(device), options.memory.vram_gb
+    if free is not None:
+        free = least_of_processes(free)
     if wanted == 0 and free is None:
         raise UserError(f"--vram_gb 0: {device} does not say how much memory is free; give a number")
     if wanted is not None:

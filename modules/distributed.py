@@ -31,6 +31,11 @@ def sum_over_processes(accelerator: Accelerator, values: Tensor) -> Tensor:
     return accelerator.reduce(values, "sum") if accelerator.num_processes > 1 else values
 
 
+def least_of_processes(number: int) -> int:
+    """The smallest that any process has, so that all decide alike."""
+    return min(gather_object([number]))
+
+
 @torch.no_grad()
 def sum_gradients(accelerator: Accelerator, parameters: Iterable[nn.Parameter]) -> None:
     """Adds up the gradients of all processes, in flat buffers; a rank that had no batch joins with zeros."""

@@ -31,10 +31,25 @@ def test_what_does_not_fit_ends_before_the_model_is_loaded(world, tiny_models, t
         train(world, tiny_models.dit, tmp_path, "--vram_gb", 0.1)
 
 
-def test_running_out_on_the_largest_batch_says_what_to_try(world, tiny_models, tmp_path, monkeypatch):
-    def out_of_memory(*_):
-        raise torch.OutOfMemoryError("CUDA out of memory")
+def test_all_processes_choose_by_the_gpu_that_has_the_least_free(world, tiny_models, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("modules.memory_plan.DEVICE_OVERHEAD", 0)
+    monkeypatch.setattr("modules.memory_plan.free_memory", lambda device: 10 << 30)
+    monkeypatch.setattr("modules.distributed.gather_object", lambda numbers: [*numbers, int(4.2 * (1 << 20))])
+    train(world, tiny_models.dit, tmp_path, "--vram_gb", 0, "--dry_run")
+    assert "--fp8_base" in capsys.readouterr().out
 
+
+def out_of_memory(*_):
+    raise torch.OutOfMemoryError("CUDA out of memory")
+
+
+def test_running_out_while_the_models_are_loaded_says_what_to_try(world, tiny_models, tmp_path, monkeypatch):
+    monkeypatch.setattr("hunyuan_model.checkpoints.load_dit", out_of_memory)
+    with pytest.raises(UserError, match=r"out of GPU memory while the models are loaded: batch of 1.*; lower"):
+        train(world, tiny_models.dit, tmp_path)
+
+
+def test_running_out_on_the_largest_batch_says_what_to_try(world, tiny_models, tmp_path, monkeypatch):
     monkeypatch.setattr(modules.trainer.TrainingModel, "velocity", out_of_memory)
     with pytest.raises(UserError, match=r"out of GPU memory on the largest batch.*batch of 1, latents 1x6x8"):
         train(world, tiny_models.dit, tmp_path)
