@@ -18,6 +18,8 @@ DTYPES = {
 def resolve_device(name: str | None = None) -> torch.device:
     """The device called `name`, or CUDA if available, else the CPU.
 
+    A GPU with a number becomes the current one: what names none, as pinning and Triton's kernels do, shall use it too.
+
     Raises:
         UserError: torch does not know the name or cannot reach the device.
     """
@@ -26,6 +28,8 @@ def resolve_device(name: str | None = None) -> torch.device:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"--device {name}: {str(error).splitlines()[0]}") from None
+    if device.type == "cuda" and device.index is not None:
+        torch.cuda.set_device(device)
     return device
 
 
@@ -36,6 +40,7 @@ _OUT_OF_MEMORY = (
     "CUBLAS_STATUS_ALLOC_FAILED",
     "CUDNN_STATUS_ALLOC_FAILED",
     "allocate memory",
+    "not enough memory",  # on Windows
 )
 
 
