@@ -367,7 +367,7 @@ def plan_sampling(options: GenerationOptions, shape: Sequence[int], in_two: bool
 def plan_decoding(options: GenerationOptions, shape: Sequence[int]) -> tuple[GenerationOptions, PlanRows]:
     """For latents (1, C, f, h, w)."""
     from hunyuan_model.checkpoints import read_vae_config
-    from hunyuan_model.memory import estimate_decoding
+    from hunyuan_model.memory import estimate_vae
     from modules import memory_plan as planner
     from utils.processes import own_device
 
@@ -378,7 +378,7 @@ def plan_decoding(options: GenerationOptions, shape: Sequence[int]) -> tuple[Gen
 
     @functools.cache
     def needed(tile: int | None) -> int:
-        return planner.with_overhead(estimate_decoding(config, tuple(shape), dtype, vae.vae_chunk_size, tile))
+        return planner.with_overhead(estimate_vae(config, tuple(shape), dtype, vae.vae_chunk_size, tile))
 
     tiles = [vae.tile_size] if vae.tile_size else [None, 256, 128, 64]
     tile = planner.first_fitting("decoding", tiles, needed, memory_limit(options, device))

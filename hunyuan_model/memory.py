@@ -12,7 +12,8 @@ from hunyuan_model.checkpoints import empty_text_encoder_1, is_quantized_in_dit
 from hunyuan_model.layers import rotary_frequencies
 from hunyuan_model.model_files import identify
 from hunyuan_model.models import ROPE_THETA, HunyuanVideoConfig, HYVideoDiffusionTransformer
-from hunyuan_model.vae import AutoencoderKLCausal3D, VaeConfig
+from hunyuan_model.vae import TIME_TILE, AutoencoderKLCausal3D, VaeConfig
+from hunyuan_model.vae_tiling import SPACE_COMPRESSION, pixel_size
 from utils.fp8 import FP8, Fp8Linear
 from utils.memory_meter import MemoryMeter, ModelUsage, measure_block, nbytes, without_data
 
@@ -78,19 +79,24 @@ def measure_vae(
         return meter.peak + sum(map(nbytes, vae.parameters()))
 
 
-def estimate_decoding(
+def estimate_vae(
     config: VaeConfig, shape: tuple[int, int, int, int, int], dtype: torch.dtype, chunk: int | None, tile: int | None
 ) -> int:
-    """Peak bytes of decoding latents (B, 16, f, h, w), the weights included, from the largest tile alone.
+    """As `measure_vae`, but with tiles from the largest alone, for all of them would take minutes.
 
-    All tiles of a long video would take minutes to measure; beside the largest, the finished pixels are kept twice.
+    Beside a tile there are all pixels: those that are encoded, or those that are decoded so far.
     """
     if tile is None:
         return measure_vae(config, shape, dtype, chunk, None)
-    B, C, f, h, w = shape
-    largest = (B, C, f, min(h, tile // 8), min(w, tile // 8))
-    pixels = B * 3 * (4 * f - 3) * h * w * 64 * dtype.itemsize
-    return measure_vae(config, largest, dtype, chunk, None) + 2 * pixels
+    B, C, *size = shape
+    encodes = config.pixel_channels == C
+    limits = [TIME_TILE, tile // SPACE_COMPRESSION, tile // SPACE_COMPRESSION]
+    limits = pixel_size(limits) if encodes else limits
+    largest = [min(length, limit) for length, limit in zip(size, limits, strict=True)]
+    elements = B * math.prod(size if encodes else pixel_size(size))
+    counted = math.prod(largest if encodes else pixel_size(largest))
+    beside = config.pixel_channels * (elements - counted) * dtype.itemsize
+    return measure_vae(config, (1, C, *largest), dtype, chunk, None) + beside
 
 
 def text_encoder_1_bytes(path: Path, dtype: torch.dtype, fp8: bool) -> int:

@@ -32,6 +32,11 @@ def pixel_spans(spans: Sequence[Spans]) -> list[Spans]:
     ]
 
 
+def pixel_size(size: Sequence[int]) -> list[int]:
+    """(frames, rows, columns) of latents -> of pixels."""
+    return [span[1] for (span,) in pixel_spans([[(0, length)] for length in size])]
+
+
 def blend_weights(spans: Spans, index: int) -> Tensor:
     """Weight of each element of tile `index`: linear ramps over the overlaps, which add up to 1 over all tiles.
 
@@ -65,3 +70,4 @@ def run_tiles(
         for dim, (axis, index) in enumerate(zip(out_spans, tile), start=2):
             y.movedim(dim, -1).mul_(blend_weights(axis, index).to(y))
         out[sample, :, *target] += y[0]
+        del y  # or it would be there while the next tile is computed

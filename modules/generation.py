@@ -251,7 +251,7 @@ class Generator:
         while True:
             vae.configure_memory(self.chunk_size, self.tile_size)
             try:
-                return vae.decode(scaled).float().cpu()
+                return vae.decode(scaled).cpu().float()  # both dtypes would be in the GPU's memory otherwise
             except Exception as error:
                 smaller = (self.tile_size or 2 * 256) // 2
                 if not is_out_of_memory(error) or smaller < SMALLEST_TILE:

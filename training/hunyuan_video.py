@@ -124,8 +124,8 @@ def load_decoder(options: HunyuanTrainerOptions, accelerator: Accelerator) -> De
     def decode(latents: Tensor) -> Tensor:
         vae.to(accelerator.device)
         try:
-            pixels = vae.decode((latents / SCALING_FACTOR).to(accelerator.device, dtype))
-            return (pixels[0].float() / 2 + 0.5).clamp(0, 1).cpu()
+            pixels = vae.decode((latents / SCALING_FACTOR).to(accelerator.device, dtype)).cpu()
+            return (pixels[0].float() / 2 + 0.5).clamp(0, 1)
         finally:
             vae.to("cpu")
 

@@ -8,7 +8,7 @@ import torch
 
 from hunyuan_model.block_swap import enable_block_swap, swapped_blocks
 from hunyuan_model.checkpoints import is_quantized_in_dit
-from hunyuan_model.memory import measure_dit, measure_vae
+from hunyuan_model.memory import estimate_vae, measure_dit, measure_vae
 from hunyuan_model.vae import AutoencoderKLCausal3D, VaeConfig
 from modules.memory_plan import GIB, MemoryPlan, Prediction, Settings, candidates, cheapest, leaner, predict
 from tests.small_dit import prepare, random_dit, small_config
@@ -81,6 +81,13 @@ def test_vae_is_predicted_within_a_tenth(shape: tuple, chunk: int | None, tile: 
         vae.encode(given) if shape[1] == config.pixel_channels else vae.decode(given)
     used = meter.peak + sum(map(nbytes, vae.parameters()))
     assert measure_vae(config, shape, torch.float32, chunk, tile) == pytest.approx(used, rel=0.1)
+
+
+@pytest.mark.parametrize("shape", [(1, 3, 225, 32, 32), (1, 16, 57, 4, 4)], ids=["encode", "decode"])
+def test_the_largest_tile_tells_what_all_need(shape: tuple) -> None:
+    config = VaeConfig(block_out_channels=(4, 4, 4, 4), layers_per_block=1, norm_num_groups=4)
+    used = measure_vae(config, shape, torch.float32, None, 32)
+    assert estimate_vae(config, shape, torch.float32, None, 32) == pytest.approx(used, rel=0.1)
 
 
 def test_the_cheapest_that_fits() -> None:
