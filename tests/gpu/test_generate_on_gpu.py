@@ -8,9 +8,11 @@ import sys
 import pytest
 import torch
 
+from utils.device_utils import release_memory
+from utils.fp8 import has_fp8_matmul
 from utils.safetensors_utils import load_file
 
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")]
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA and -m gpu")]
 
 
 @pytest.fixture
@@ -40,7 +42,7 @@ def distance(a: torch.Tensor, b: torch.Tensor) -> float:
 def test_gpu_equals_cpu_in_float32_and_is_close_in_its_own_dtypes(generate):
     exact = ["--dit_dtype=float32", "--text_encoder_dtype=float32", "--vae_dtype=float32"]
     cpu = generate("--device=cpu")
-    assert distance(generate(*exact), cpu) < 1e-3
+    assert distance(generate(*exact), cpu) < 5e-3  # convolutions round to TF32
     assert distance(generate(), cpu) < 0.1
 
 
@@ -51,14 +53,23 @@ def test_block_swap_and_repetition_are_bit_identical(generate):
     assert torch.equal(generate("--blocks_to_swap=3", "--img_in_txt_in_offloading"), plain)
 
 
-def test_fp8_fp8_fast_and_compile_are_close(generate):
+def test_fp8_and_compile_are_close(generate):
     plain = generate()
     assert distance(generate("--fp8"), plain) < 0.3
-    assert distance(generate("--fp8", "--fp8_fast"), plain) < 0.3
     assert distance(generate("--compile"), plain) < 0.1
     assert distance(generate("--compile", "--fp8", "--blocks_to_swap=2", "--step_cache=0.01"), plain) < 0.3
 
 
+def test_fp8_fast_is_close(generate):
+    if not has_fp8_matmul("cuda"):
+        pytest.skip("this GPU has no float8 matmul")
+    assert distance(generate("--fp8", "--fp8_fast"), generate()) < 0.3
+
+
 def test_nothing_stays_on_the_gpu(generate):
-    generate("--step_cache=0.5", "--guidance_scale=2")
-    assert torch.cuda.memory_allocated() < 100_000_000  # cuBLAS keeps its workspace
+    left = []
+    for _ in range(2):  # libraries keep what their first use brings
+        generate("--step_cache=0.5", "--guidance_scale=2")
+        release_memory(torch.device("cuda"))
+        left.append(torch.cuda.memory_allocated())
+    assert left[1] <= left[0] + 10_000  # the DiT alone has 2 MB

@@ -12,7 +12,7 @@ from tests.hunyuan_model.model_layouts import DIT_LAYOUTS
 from utils.fp8 import FP8, Fp8Linear, has_fp8_matmul
 from utils.tiny_models import DitSize, dit_shapes, random_weights
 
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")]
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA and -m gpu")]
 
 
 @pytest.mark.parametrize("fp8", [False, True])

@@ -9,8 +9,9 @@ from collections.abc import Iterator
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from hunyuan_model.attention import attention_backend
+from hunyuan_model.attention import SAGE_TOLERANCE, TOLERANCE, attention_backend, exact_attention
 from hunyuan_model.block_swap import enable_block_swap, swapped_blocks
 from hunyuan_model.checkpoints import is_quantized_in_dit
 from hunyuan_model.memory import measure_dit
@@ -18,9 +19,11 @@ from hunyuan_model.models import HYVideoDiffusionTransformer
 from modules import parking
 from modules.memory_plan import predict
 from tests.small_dit import prepare, random_dit, small_config
+from utils.attention_modes import ATTENTION_MODES
+from utils.device_utils import release_memory
 from utils.fp8 import quantize_linears
 
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")]
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA and -m gpu")]
 
 DEVICE = torch.device("cuda")
 CONFIG = small_config(hidden_size=512, heads=4, mlp_hidden=2048, rope_dims=(16, 56, 56))
@@ -44,6 +47,14 @@ def inputs(shape: tuple[int, ...], device: torch.device) -> dict[str, Tensor]:
     return {name: value.to(device) for name, value in given.items()}
 
 
+def step(dit: HYVideoDiffusionTransformer, shape: tuple[int, ...]) -> Tensor:
+    """Forward and backward; returns the output."""
+    output = dit(**inputs(shape, DEVICE))
+    output.float().square().mean().backward()
+    return output.detach()
+
+
+@sdpa_kernel(SDPBackend.MATH)  # the others add up the gradient of q in an order that changes from run to run
 def train(dit: HYVideoDiffusionTransformer, checkpointing: str) -> list[Tensor]:
     torch.manual_seed(2)
     network = prepare(dit, checkpointing).to(DEVICE)
@@ -51,10 +62,9 @@ def train(dit: HYVideoDiffusionTransformer, checkpointing: str) -> list[Tensor]:
         nn.init.normal_(parameter, std=0.05)
     seen = []
     for _ in range(3):
-        output = dit(**inputs(SHAPE, DEVICE))
-        output.float().square().mean().backward()
+        output = step(dit, (1, 16, 3, 32, 32))
         with torch.no_grad():
-            seen += [output.detach(), dit(**inputs((1, 16, 1, 32, 32), DEVICE))]
+            seen += [output, dit(**inputs((1, 16, 1, 32, 32), DEVICE))]
     return seen + [parameter.grad for parameter in network.get_trainable_params()]
 
 
@@ -80,17 +90,23 @@ def test_checkpointing_gives_the_same_gradients(checkpointing: str) -> None:
         assert torch.equal(ours, plain)
 
 
+def kept_after_forward(checkpointing: str) -> int:
+    """Bytes on the GPU that wait for the backward pass, in the second step: the first brings what stays."""
+    dit = new_model().to(DEVICE)
+    prepare(dit, checkpointing).to(DEVICE)
+    step(dit, SHAPE)
+    release_memory(DEVICE)
+    before = torch.cuda.memory_allocated()
+    output = dit(**inputs(SHAPE, DEVICE))
+    kept = torch.cuda.memory_allocated() - before
+    del output  # until here it holds the graph
+    return kept
+
+
 def test_offloaded_checkpoints_leave_the_gpu() -> None:
-    kept = {}
-    for checkpointing in ("full", "offload"):
-        dit = new_model().to(DEVICE)
-        network = prepare(dit, checkpointing).to(DEVICE)
-        before = torch.cuda.memory_allocated()
-        output = dit(**inputs(SHAPE, DEVICE))
-        kept[checkpointing] = torch.cuda.memory_allocated() - before
-        del dit, network, output
     block_input = (5 * 32 * 32 + 32) * CONFIG.hidden_size * 2
-    assert kept["full"] - kept["offload"] >= 10 * block_input  # of 12: the first needs no gradient, the last is leaving
+    # 10 of 12: the first needs no gradient, the last is leaving.
+    assert kept_after_forward("full") - kept_after_forward("offload") >= 9.5 * block_input
 
 
 def test_offloading_waits_for_slow_copies(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -117,28 +133,32 @@ def test_bfloat16_is_near_the_float32_of_the_cpu() -> None:
 
 
 @pytest.mark.parametrize("mode", ["flash", "flash3", "sageattn", "xformers"])
-def test_installed_backends_agree_with_torch(mode: str) -> None:
-    pytest.importorskip({"flash": "flash_attn", "flash3": "flash_attn_interface"}.get(mode, mode))
+def test_installed_backends_are_exact(mode: str) -> None:
+    pytest.importorskip(ATTENTION_MODES[mode].module)
     q, k, v = torch.randn(3, 2, 4, 300, 128, device=DEVICE, dtype=torch.bfloat16)
-    mask = (torch.arange(300, device=DEVICE) < torch.tensor([[300], [270]], device=DEVICE))[:, None, None]
-    for key_mask in (None, mask):
-        ours, plain = (attention_backend(name)(q, k, v, key_mask).float() for name in (mode, "torch"))
-        assert (ours - plain).norm() <= 0.05 * plain.norm()
+    counts = torch.arange(300) < torch.tensor([[300], [270]])  # B L; what a padded row attends to is not defined
+    for key_mask in (None, counts[:, None, None].to(DEVICE)):
+        ours = attention_backend(mode)(q, k, v, key_mask).double().cpu()
+        expected = exact_attention(q, k, v, key_mask)
+        error = (ours - expected)[counts].norm() / expected[counts].norm()
+        assert error <= (SAGE_TOLERANCE if mode == "sageattn" else TOLERANCE[torch.bfloat16])
 
 
 @pytest.mark.parametrize("fp8", [False, True], ids=["bf16", "fp8"])
 @pytest.mark.parametrize("swap", [0, 4])
 @pytest.mark.parametrize("checkpointing", ["selective", "full"])
 def test_planner_is_within_a_tenth(checkpointing: str, swap: int, fp8: bool) -> None:
-    usage = measure_dit(CONFIG, SHAPE, 32, torch.bfloat16, fp8, True, lambda dit: prepare(dit, checkpointing))
-    predicted = predict(usage, swapped_blocks(swap, 4, 8)).tensors
+    kept_after_forward("none")  # libraries keep what their first use brings
     dit = new_model()
     if fp8:
         quantize_linears(dit, is_quantized_in_dit)
-    torch.cuda.empty_cache()
-    torch.cuda.reset_peak_memory_stats()
+    release_memory(DEVICE)
     before = torch.cuda.memory_allocated()
     enable_block_swap(dit, swap, DEVICE)
-    prepare(dit, checkpointing).to(DEVICE)
-    dit(**inputs(SHAPE, DEVICE)).float().square().mean().backward()
+    network = prepare(dit, checkpointing).to(DEVICE)
+    torch.cuda.reset_peak_memory_stats()
+    step(dit, SHAPE)
+    usage = measure_dit(CONFIG, SHAPE, 32, torch.bfloat16, fp8, True, lambda dit: prepare(dit, checkpointing))
+    trained = sum(parameter.numel() for parameter in network.parameters())
+    predicted = predict(usage, swapped_blocks(swap, 4, 8), trained=trained, moments=0).tensors
     assert torch.cuda.max_memory_allocated() - before == pytest.approx(predicted, rel=0.1)

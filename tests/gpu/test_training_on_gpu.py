@@ -5,10 +5,11 @@ pytest tests/gpu -m gpu
 
 import pytest
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from tests.training_world import assert_same, log_of, train, tune, write_world
 
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")]
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA and -m gpu")]
 
 
 @pytest.fixture(scope="module")
@@ -17,7 +18,13 @@ def world(tmp_path_factory):
 
 
 def losses(output):
-    return [line["loss"] for line in log_of(output)]
+    """Loss by step; float16 skips steps until its scale is found."""
+    return {line["step"]: line["loss"] for line in log_of(output) if "loss" in line}
+
+
+def assert_near(half, exact):
+    assert losses(half)
+    assert losses(half) == pytest.approx({step: losses(exact)[step] for step in losses(half)}, rel=0.05)
 
 
 @pytest.mark.parametrize(
@@ -34,9 +41,10 @@ def losses(output):
 def test_losses_are_near_those_of_float32(world, tiny_models, tmp_path, words):
     train(world, tiny_models.dit, tmp_path / "exact", "--dit_dtype", "float32", "--mixed_precision", "no")
     train(world, tiny_models.dit, tmp_path / "half", *words)
-    assert losses(tmp_path / "half") == pytest.approx(losses(tmp_path / "exact"), rel=0.05)
+    assert_near(tmp_path / "half", tmp_path / "exact")
 
 
+@sdpa_kernel(SDPBackend.MATH)  # the others add up the gradient of q in an order that changes from run to run
 def test_resumed_is_undisturbed(world, tiny_models, tmp_path):
     words = ["--mixed_precision", "bf16", "--max_train_steps", 6, "--save_every_n_steps", 3, "--save_state"]
     through = train(world, tiny_models.dit, tmp_path / "through", *words)
@@ -56,12 +64,12 @@ def test_resumed_is_undisturbed(world, tiny_models, tmp_path):
 def test_full_fine_tuning_has_losses_near_those_of_float32(world, tiny_models, tmp_path, words):
     tune(world, tiny_models.dit, tmp_path / "exact", "--learning_rate", 1e-5)
     tune(world, tiny_models.dit, tmp_path / "half", "--learning_rate", 1e-5, *words)
-    assert losses(tmp_path / "half") == pytest.approx(losses(tmp_path / "exact"), rel=0.05)
+    assert_near(tmp_path / "half", tmp_path / "exact")
 
 
 def test_full_fp16_finds_a_scale_and_learns(world, tiny_models, tmp_path):
     words = ["--full_fp16", "--mixed_precision", "fp16", "--optimizer_type", "adamw8bit", "--max_train_steps", 40]
     tuned = tune(world, tiny_models.dit, tmp_path, *words, "--max_nonfinite_steps", 20)
-    found = [line["loss"] for line in log_of(tmp_path) if "loss" in line]
+    found = list(losses(tmp_path).values())
     assert len(found) > 20 and sum(found[-5:]) < sum(found[:5])
     assert {tensor.dtype for tensor in tuned.values()} == {torch.float16}
