@@ -1,11 +1,13 @@
 """What fits where: predicts the peak of memory from measured parts, and chooses the cheapest settings that fit."""
 
 import contextlib
+import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
+import psutil
 import torch
 
 from utils.cli import print_table
@@ -92,13 +94,14 @@ def candidates(
 
 @dataclass(frozen=True)
 class Prediction:
-    """Bytes at the peak."""
+    """Bytes at the peak: on the device, and in main memory those of swapped blocks and of parked activations."""
 
     weights: int
     trained: int
     kept: int
     working: int
-    host: int
+    swapped: int
+    parked: int = 0
 
     @property
     def tensors(self) -> int:
@@ -110,6 +113,11 @@ class Prediction:
         """What the device must have free, overheads included."""
         return with_overhead(self.tensors)
 
+    @property
+    def host(self) -> int:
+        """What main memory must have free."""
+        return self.swapped + self.parked
+
     def rows(self, training: bool = True) -> list[tuple[str, str]]:
         """Lines of a table."""
         parts = {"weights on the GPU": self.weights}
@@ -118,8 +126,10 @@ class Prediction:
         parts |= {
             "working memory of a block": self.working,
             "GPU memory needed in all": self.device,
-            "main memory for swapped blocks": self.host,
+            "main memory for swapped blocks": self.swapped,
         }
+        if training:
+            parts["main memory for parked activations"] = self.parked
         return [(name, in_words(size)) for name, size in parts.items()]
 
 
@@ -145,33 +155,49 @@ def predict(
     ring = max(gone.values(), default=0) * min(ring_size, len(gone))
     weights = usage.outside + sum(block.matrices + block.rest for block in usage.blocks) - sum(gone.values()) + ring
     kept = sum(block.kept for block in usage.blocks)
-    # A block that parks its inputs was measured with its outputs, which the next one parks: half is too much. On the
-    # device, the inputs of one block are on their way.
-    parked = kept // 2 if offload else 0
+    # On the device, the inputs of one block are on their way.
     return Prediction(
         weights,
         trained * (WEIGHT_AND_GRADIENT + moments),
         usage.streams + (usage.streams if offload else kept),
         max(block.working for block in usage.blocks),
-        sum(gone.values()) + parked,
+        sum(gone.values()),
+        sum(pinned(stream) for block in usage.blocks for stream in block.streams) if offload else 0,
     )
 
 
+def pinned(size: int) -> int:
+    """What a tensor of so many bytes takes in pinned memory: torch's allocator rounds up to a power of two."""
+    return 1 << (size - 1).bit_length()
+
+
 def cheapest(
-    ordered: Sequence[Settings], limit: int, predicted: Callable[[Settings], Prediction], training: bool = True
+    ordered: Sequence[Settings],
+    limit: int,
+    predicted: Callable[[Settings], Prediction],
+    training: bool = True,
+    host_limit: int | None = None,
 ) -> Settings:
-    """The first settings whose prediction stays within `limit` bytes of device memory.
+    """The first settings whose prediction stays within `limit` bytes of device and `host_limit` of main memory.
 
     Raises:
         UserError: none does; says what the leanest would need.
     """
-    for settings in ordered:
+
+    def is_housed(settings: Settings) -> bool:
+        return host_limit is None or predicted(settings).host <= host_limit
+
+    for settings in filter(is_housed, ordered):
         if predicted(settings).device <= limit:
             return settings
-    leanest = min(ordered, key=lambda settings: predicted(settings).device)
+    leanest = min(list(filter(is_housed, ordered)) or ordered, key=lambda settings: predicted(settings).device)
+    needed = predicted(leanest)
+    room = ""
+    if host_limit is not None:
+        room = f", and {in_words(needed.host)} of main memory, where {in_words(host_limit)} are free"
     raise UserError(
         f"nothing fits {in_words(limit)} of GPU memory: even with {leanest.flags(training)} "
-        f"{in_words(predicted(leanest).device)} are needed; lower the resolution, the frames or the batch size"
+        f"{in_words(needed.device)} are needed{room}; lower the resolution, the frames or the batch size"
     )
 
 
@@ -221,7 +247,8 @@ class MemoryPlan:
         if needed <= free:
             return
         try:
-            advice = f"{cheapest(self.ordered, free, self.predicted, self.training).flags(self.training)} would fit"
+            fitting = cheapest(self.ordered, free, self.predicted, self.training, free_main_memory())
+            advice = f"{fitting.flags(self.training)} would fit"
         except UserError as error:
             advice = str(error)
         numbers = f"{in_words(needed)} of GPU memory are needed, {in_words(free)} are free"
@@ -246,13 +273,29 @@ def out_of_memory_in_one_line(during: str, work_and_advice: Callable[[], str]) -
     """
     try:
         yield
-    except (RuntimeError, MemoryError) as error:
+    except Exception as error:
         if not is_out_of_memory(error):
             raise
-        peak = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
-        raise UserError(f"out of GPU memory {during}: {work_and_advice()} (peak {in_words(peak)})") from None
+        peak = f" (peak {in_words(torch.cuda.max_memory_allocated())})" if torch.cuda.is_available() else ""
+        raise UserError(f"out of GPU memory {during}: {work_and_advice()}{peak}") from None
+
+
+def memory_limit(vram_gb: float | None, free: int | None) -> int | None:
+    """--vram_gb in bytes, where 0 is what the device has free; None without it.
+
+    Raises:
+        UserError: it is 0, and the device does not say what is free.
+    """
+    if vram_gb == 0 and free is None:
+        raise UserError("--vram_gb 0: this device does not say how much memory is free; give a number")
+    return None if vram_gb is None else int(vram_gb * GIB) or free
 
 
 def free_memory(device: torch.device) -> int | None:
     """Bytes that a GPU has free; None for other devices."""
     return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else None
+
+
+def free_main_memory() -> int:
+    """Bytes that this process may take of what the machine has free, as much as each of its neighbours."""
+    return psutil.virtual_memory().available // int(os.environ.get("LOCAL_WORLD_SIZE", 1))

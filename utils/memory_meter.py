@@ -69,12 +69,14 @@ class BlockUsage:
         rest: norms and biases, which stay on the device.
         kept: what lives from the forward to the backward pass; 0 in generation.
         working: what is needed beside that while the block runs, forward or backward.
+        streams: each tensor that the block transforms.
     """
 
     matrices: int
     rest: int
     kept: int
     working: int
+    streams: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -99,20 +101,20 @@ def measure_block(
     """
     weights = list(block.parameters())
     matrices = sum(nbytes(weight) for weight in weights if weight.ndim > 1)
-    rest = sum(map(nbytes, weights)) - matrices
+    rest, sizes = sum(map(nbytes, weights)) - matrices, tuple(map(nbytes, streams))
     streams = tuple(stream.requires_grad_(training) for stream in streams)
     with MemoryMeter() as meter, torch.set_grad_enabled(training):
         outputs = block(*streams, *condition)
         meter.forget_released()
         if not training:
-            return BlockUsage(matrices, rest, 0, meter.peak)
+            return BlockUsage(matrices, rest, 0, meter.peak, sizes)
         kept = meter.live
         outputs = outputs if isinstance(outputs, tuple) else (outputs,)
         torch.autograd.backward(outputs, [torch.empty_like(output) for output in outputs])
         gradients = sum(nbytes(p.grad) for p in trained.parameters() if p.grad is not None) if trained else 0
     if trained:
         trained.zero_grad(set_to_none=True)
-    return BlockUsage(matrices, rest, kept, meter.peak - kept - gradients)
+    return BlockUsage(matrices, rest, kept, meter.peak - kept - gradients, sizes)
 
 
 def nbytes(tensor: Tensor) -> int:

@@ -10,11 +10,21 @@ from hunyuan_model.block_swap import enable_block_swap, swapped_blocks
 from hunyuan_model.checkpoints import is_quantized_in_dit
 from hunyuan_model.memory import estimate_vae, measure_dit, measure_vae
 from hunyuan_model.vae import AutoencoderKLCausal3D, VaeConfig
-from modules.memory_plan import GIB, MemoryPlan, Prediction, Settings, candidates, cheapest, leaner, predict
+from modules.memory_plan import (
+    GIB,
+    MemoryPlan,
+    Prediction,
+    Settings,
+    candidates,
+    cheapest,
+    leaner,
+    memory_limit,
+    predict,
+)
 from tests.small_dit import prepare, random_dit, small_config
 from utils.errors import UserError
 from utils.fp8 import quantize_linears
-from utils.memory_meter import MemoryMeter, ModelUsage, nbytes
+from utils.memory_meter import BlockUsage, MemoryMeter, ModelUsage, nbytes
 
 CONFIG = small_config(hidden_size=128, heads=4, mlp_hidden=512, depth_double=3, depth_single=6, rope_dims=(4, 14, 14))
 TEXT_TOKENS = 12
@@ -59,7 +69,9 @@ def test_training_is_predicted_within_a_tenth(checkpointing: str, fp8: bool, swa
     usage = measure_dit(CONFIG, shape, TEXT_TOKENS, dtype, fp8, True, lambda dit: prepare(dit, checkpointing))
     offload = checkpointing == "offload"
     predicted = predict(usage, swapped_blocks(swap, 3, 6), offload=offload)
-    expected = predicted.tensors + (predicted.host if offload else 0)
+    parked = sum(sum(block.streams) for block in usage.blocks) if offload else 0
+    assert parked <= predicted.parked <= 2 * parked
+    expected = predicted.tensors + parked
     assert expected == pytest.approx(really_used(shape, dtype, fp8, checkpointing, swap), rel=0.1)
 
 
@@ -110,6 +122,35 @@ def test_the_cheapest_that_fits() -> None:
     assert all(predicted(s).device > limit for s in ordered if s.relative_time < chosen.relative_time)
     with pytest.raises(UserError, match=r"nothing fits 102\.4 MiB.*--fp8_base --gradient_checkpointing"):
         cheapest(ordered, GIB // 10, predicted)
+
+
+def test_what_main_memory_cannot_hold_is_not_chosen() -> None:
+    needed = {Settings(): (30, 0), Settings(False, "full", 20): (9, 60), Settings(True, "full"): (12, 0)}
+
+    def predicted(settings: Settings) -> Prediction:
+        device, swapped = needed[settings]
+        return Prediction(device * GIB, 0, 0, 0, swapped * GIB)
+
+    assert cheapest(list(needed), 16 * GIB, predicted, host_limit=64 * GIB) == Settings(False, "full", 20)
+    assert cheapest(list(needed), 16 * GIB, predicted, host_limit=32 * GIB) == Settings(True, "full")
+    with pytest.raises(UserError, match=r"--fp8_base --gradient_checkpointing 13\.30 GiB are needed, and 0\.0 MiB of"):
+        cheapest(list(needed), 10 * GIB, predicted, host_limit=32 * GIB)
+
+
+def test_parked_activations_are_rounded_up_as_pinned_memory_is() -> None:
+    block = BlockUsage(0, 0, 0, 0, (3 * GIB, 5))
+    predicted = predict(ModelUsage((block, block), 0, 0), offload=True)
+    assert predicted.host == predicted.parked == 2 * (4 * GIB + 8)
+    assert dict(predicted.rows())["main memory for swapped blocks"] == "0.0 MiB"
+    assert dict(predicted.rows())["main memory for parked activations"] == "8.00 GiB"
+
+
+def test_vram_gb_in_bytes() -> None:
+    assert memory_limit(None, 5) is None
+    assert memory_limit(0.5, None) == GIB // 2
+    assert memory_limit(0, 5) == 5
+    with pytest.raises(UserError, match="--vram_gb 0: this device"):
+        memory_limit(0, None)
 
 
 def test_candidates_keep_what_the_user_chose() -> None:
