@@ -7,6 +7,7 @@ forward pass, in reverse during the backward pass. Nothing in the model knows of
 """
 
 import contextlib
+import functools
 import math
 import sys
 import weakref
@@ -92,7 +93,7 @@ class _HostBlock:
             place.view(self.flat).copy_(place.parameter.data)
         self.pinned = pin and _pin(self.flat)
         if self.pinned:
-            weakref.finalize(self, _unpin, self.flat)
+            weakref.finalize(self, _unpin, self.flat, device)
         self.point_at(self.flat)
 
     def point_at(self, flat: Tensor) -> None:
@@ -110,7 +111,9 @@ def _pin(flat: Tensor) -> bool:
     return False
 
 
-def _unpin(flat: Tensor) -> None:
+def _unpin(flat: Tensor, device: torch.device) -> None:
+    with contextlib.suppress(RuntimeError):  # after an error in CUDA nothing is on its way
+        torch.cuda.synchronize(device)  # a block that was copied ahead may be, and nobody waits for it any more
     torch.cuda.cudart().cudaHostUnregister(flat.data_ptr())
 
 
@@ -127,9 +130,13 @@ class BlockSwap:
         self.storages = {flat.untyped_storage().data_ptr(): slot for slot, flat in enumerate(self.ring)}
         self.slot_of: dict[int, int] = {}  # block -> slot, least recently used first
         self.current: int | None = None
+        self.wanted: list[int] = []  # the current block and those that follow, which stay in the ring
         on_gpu = device.type == "cuda"
         self.copies = torch.cuda.Stream(device) if on_gpu else None
         self.arrived = [torch.cuda.Event() for _ in self.ring] if on_gpu else None
+        self.begun = torch.cuda.Event() if on_gpu else None
+        for flat in self.ring if on_gpu else []:
+            flat.record_stream(self.copies)  # else its memory could be handed out again below a copy
 
     @property
     def pinned(self) -> bool:
@@ -140,20 +147,32 @@ class BlockSwap:
         self.backward_follows = torch.is_grad_enabled()
 
     def acquire(self, index: int) -> None:
-        """Makes block `index` usable by the kernels that follow, and starts to copy what is needed after it."""
+        """Makes block `index` usable by the kernels that follow."""
         if index == self.current:
             return
-        upcoming = self._upcoming(index)
+        self.wanted = [index, *self._upcoming(index)]
         self.current = index
-        # Selective checkpointing expects a block's second run to call what the first called; copies differ.
-        with _disable_current_modes():
-            for wanted in [index, *upcoming]:
-                if wanted in self.slot_of:
-                    self.slot_of[wanted] = self.slot_of.pop(wanted)
-                else:
-                    self._copy(wanted, keep={index, *upcoming})
+        if self.begun:
+            self.begun.record(torch.cuda.current_stream(self.device))
+        self._bring([index])
         if self.arrived:
             torch.cuda.current_stream(self.device).wait_event(self.arrived[self.slot_of[index]])
+
+    def prefetch(self) -> None:
+        """Starts to copy what is needed after the current block.
+
+        Comes after the kernels of the block were queued: from memory that is not pinned, the CPU waits for its copies.
+        """
+        self._bring(self.wanted[1:])
+
+    def _bring(self, indices: list[int]) -> None:
+        # Selective checkpointing expects a block's second run to call what the first called; copies differ.
+        with _disable_current_modes():
+            for index in indices:
+                if index in self.slot_of:
+                    self.slot_of[index] = self.slot_of.pop(index)
+                else:
+                    self._copy(index, keep=set(self.wanted))
 
     def _upcoming(self, index: int) -> list[int]:
         """The blocks that follow, nearest first: downwards in a backward pass, which the order of calls reveals."""
@@ -179,8 +198,8 @@ class BlockSwap:
         if self.copies is None:
             target.copy_(block.flat)
         else:
-            # The buffer may still be read by kernels queued before this call.
-            self.copies.wait_stream(torch.cuda.current_stream(self.device))
+            # The buffer may still be read by kernels that were queued before the current block, which is not in it.
+            self.copies.wait_event(self.begun)
             with torch.cuda.stream(self.copies):
                 target.copy_(block.flat, non_blocking=True)
                 self.arrived[slot].record()
@@ -200,18 +219,22 @@ class BlockSwap:
 
             def fetch() -> Tensor:
                 self.acquire(index)
+                self.prefetch()
                 return self.ring[self.slot_of[index]].view(dtype).as_strided(size, stride, offset)
 
             return fetch
 
         def streamed(*args: object) -> object:
             self.acquire(index)
-            # A checkpointed block runs again right before its backward pass, with its weights in place; hooks here
-            # would hide those of the checkpoint and keep every activation.
-            if getattr(block, "is_checkpointed", False) or not torch.is_grad_enabled():
-                return forward(*args)
-            with saved_tensors_hooks(pack, lambda packed: packed() if callable(packed) else packed):
-                return forward(*args)
+            try:
+                # A checkpointed block runs again right before its backward pass, with its weights in place; hooks here
+                # would hide those of the checkpoint and keep every activation.
+                if getattr(block, "is_checkpointed", False) or not torch.is_grad_enabled():
+                    return forward(*args)
+                with saved_tensors_hooks(pack, lambda packed: packed() if callable(packed) else packed):
+                    return forward(*args)
+            finally:  # selective checkpointing ends a second run by an exception, once it has what it needs
+                self.prefetch()
 
         block.forward = streamed
 
@@ -260,6 +283,12 @@ def enable_block_swap(
 def offload_embedders(model: nn.Module, device: torch.device | str) -> None:
     """Keeps the image and text embedders on the CPU between their uses (`--img_in_txt_in_offloading`)."""
     for module in (model.img_in, model.txt_in):
-        module.to("cpu")
+        host = [(parameter, parameter.data) for parameter in module.to("cpu").parameters()]
         module.register_forward_pre_hook(lambda module, _: module.to(device) and None)
-        module.register_forward_hook(lambda module, _, output: module.to("cpu") and output)
+        module.register_forward_hook(functools.partial(_put_back, host))
+
+
+def _put_back(host: list[tuple[nn.Parameter, Tensor]], *_: object) -> None:
+    """The weights are frozen: their copies on the device can go."""
+    for parameter, data in host:
+        parameter.data = data

@@ -128,6 +128,30 @@ def test_the_last_block_of_a_preview_copies_the_first(checkpointing: bool) -> No
     assert copied == [(i, (i + 1) % count) for i in range(count)]
 
 
+@pytest.mark.parametrize("checkpointing", [None, "full", "selective", "offload"])
+def test_a_block_is_launched_before_the_next_is_copied(checkpointing: str | None) -> None:
+    """A copy from memory that is not pinned keeps the CPU, which shall have given the GPU its work before."""
+    model, order = new_model(), []
+    indices = swapped_blocks(4, CONFIG.depth_double, CONFIG.depth_single, training=True)
+    for index, block in enumerate(model.blocks[i] for i in indices):
+        modulation = block.img_mod if hasattr(block, "img_mod") else block.modulation
+        modulation.register_forward_hook(lambda *_, index=index: order.append(("run", index)))
+    swap = enable_block_swap(model, 4, "cpu", ring_size=2, training=True)
+    original = swap._copy
+    swap._copy = lambda index, keep: (order.append(("copy", index)), original(index, keep))
+    if checkpointing:
+        checkpoint_activations(model.blocks, checkpointing)
+    output = model(**inputs(0) | {"x": inputs(0)["x"].requires_grad_()})
+    last = len(indices) - 1
+    pairs = [step for i in range(last) for step in (("run", i), ("copy", i + 1))]
+    assert order == [("copy", 0), *pairs, ("run", last)]
+    order.clear()
+    output.sum().backward()
+    if checkpointing:
+        pairs = [step for i in range(last - 1, 0, -1) for step in (("run", i), ("copy", i - 1))]
+        assert order == [("run", last), *pairs, ("run", 0)]
+
+
 def test_counts_and_limits() -> None:
     assert max_blocks_to_swap(20, 40, training=False) == 38
     assert max_blocks_to_swap(20, 40, training=True) == 36
@@ -151,3 +175,20 @@ def test_offloaded_embedders_change_nothing() -> None:
     model, plain = new_model(), new_model()
     offload_embedders(model, "cpu")
     assert torch.equal(model(**inputs(0)), plain(**inputs(0)))
+
+
+def test_offloaded_embedders_are_not_copied_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = new_model()
+    offload_embedders(model, "cpu")
+    embedders = (model.img_in, model.txt_in)
+
+    def to(module: torch.nn.Module, _: str) -> torch.nn.Module:
+        """As between devices, where every move is a copy."""
+        for parameter in module.parameters():
+            parameter.data = parameter.data.clone()
+        return module
+
+    monkeypatch.setattr(torch.nn.Module, "to", to)
+    before = [parameter.data_ptr() for module in embedders for parameter in module.parameters()]
+    model(**inputs(0))
+    assert [parameter.data_ptr() for module in embedders for parameter in module.parameters()] == before
