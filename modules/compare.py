@@ -1,5 +1,8 @@
 """One labelled page of many videos: a PNG of their middle frames and an mp4 in which they all play."""
 
+import contextlib
+import functools
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,6 +16,12 @@ from utils.video_io import to_uint8, write_frames, write_image
 
 LARGEST_PAGE = 3840  # pixels on the longer side; hardware decoders of browsers end at 4096
 LABEL_HEIGHT, MARGIN = 28, 8
+# With the characters of East Asia: on Linux, on Windows, on macOS; then with those of Europe.
+SYSTEM_FONTS = (
+    *("NotoSansCJK-Regular.ttc", "YuGothM.ttc", "msyh.ttc", "malgun.ttf"),
+    *("ヒラギノ角ゴシック W3.ttc", "Hiragino Sans GB.ttc", "AppleSDGothicNeo.ttc"),
+    *("DejaVuSans.ttf", "arial.ttf", "Arial.ttf"),
+)
 PAPER, INK, MISSING = (255, 255, 255), (20, 20, 20), (200, 200, 200)
 
 
@@ -70,14 +79,14 @@ class Page:
         left, top = self.place(len(self.rows) - 1, len(self.columns) - 1)
         right, bottom = left + width + MARGIN, top + height + MARGIN
         page = Image.new("RGB", (right + right % 2, bottom + bottom % 2), PAPER)
-        draw = ImageDraw.Draw(page)
+        draw, font = ImageDraw.Draw(page), _font("".join((*self.columns, *(row.title for row in self.rows))))
         for column, label in enumerate(self.columns):
             left, _ = self.place(0, column)
-            draw.text((left, MARGIN), _shortened(draw, label, width), fill=INK, font=_font())
+            draw.text((left, MARGIN), _shortened(draw, label, width, font), fill=INK, font=font)
         for index, row in enumerate(self.rows):
             left, top = self.place(index, 0)
-            title = _shortened(draw, row.title, right - 2 * MARGIN)
-            draw.text((left, top - LABEL_HEIGHT + MARGIN), title, fill=INK, font=_font())
+            title = _shortened(draw, row.title, right - 2 * MARGIN, font)
+            draw.text((left, top - LABEL_HEIGHT + MARGIN), title, fill=INK, font=font)
         return page
 
     def frame(self, background: Image.Image, index: int) -> np.ndarray:
@@ -111,15 +120,30 @@ class Page:
         write_image(self.frame(self.background(), index), path, metadata)
 
 
-def _font() -> ImageFont.FreeTypeFont:
-    return ImageFont.load_default(size=LABEL_HEIGHT - 2 * MARGIN + 2)
+@functools.cache
+def _font(text: str) -> ImageFont.FreeTypeFont:
+    """The font that lacks the fewest characters of the text: Pillow's own, else one that the system has."""
+    size = LABEL_HEIGHT - 2 * MARGIN + 2
+    font = ImageFont.load_default(size)
+    for name in SYSTEM_FONTS if _lacking(font, text) else ():
+        with contextlib.suppress(OSError):
+            font = min(font, ImageFont.truetype(name, size), key=lambda font: len(_lacking(font, text)))
+    if lacking := _lacking(font, text):
+        print(f"warning: no font was found for these characters of the labels: {lacking}", file=sys.stderr)
+    return font
 
 
-def _shortened(draw: ImageDraw.ImageDraw, text: str, width: int) -> str:
+def _lacking(font: ImageFont.FreeTypeFont, text: str) -> str:
+    """The characters that the font draws as it draws one that no font has."""
+    box = bytes(font.getmask("\U0010ffff"))
+    return "".join(sorted(each for each in {*"".join(text.split())} if bytes(font.getmask(each)) == box))
+
+
+def _shortened(draw: ImageDraw.ImageDraw, text: str, width: int, font: ImageFont.FreeTypeFont) -> str:
     """The text as far as it fits, with an ellipsis where it was cut."""
     text = " ".join(text.split())
-    if draw.textlength(text, font=_font()) <= width:
+    if draw.textlength(text, font=font) <= width:
         return text
-    while text and draw.textlength(text + "...", font=_font()) > width:
+    while text and draw.textlength(text + "...", font=font) > width:
         text = text[:-1]
     return text + "..."

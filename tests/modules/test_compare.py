@@ -1,10 +1,15 @@
 """The page of --compare: every video in its place, with its label."""
 
+from pathlib import Path
+
+import matplotlib
 import numpy as np
+import pytest
 import torch
 from PIL import Image, ImageDraw
 
-from modules.compare import LABEL_HEIGHT, LARGEST_PAGE, MISSING, Page, Row, _shortened
+from modules import compare
+from modules.compare import LABEL_HEIGHT, LARGEST_PAGE, MISSING, Page, Row, _font, _shortened
 
 
 def plain(colour: tuple[int, int, int], frames: int = 3, height: int = 32, width: int = 48) -> torch.Tensor:
@@ -48,7 +53,30 @@ def test_a_large_page_is_shrunk_to_what_players_decode():
 
 def test_long_labels_end_in_an_ellipsis():
     draw = ImageDraw.Draw(Image.new("RGB", (10, 10)))
-    assert _shortened(draw, "short", 200) == "short"
-    text = _shortened(draw, "a very long label " * 10, 200)
+    assert _shortened(draw, "short", 200, _font("")) == "short"
+    text = _shortened(draw, "a very long label " * 10, 200, _font(""))
     assert text.endswith("...")
     assert text.startswith("a very long")
+
+
+@pytest.fixture
+def one_system_font(monkeypatch):
+    """DejaVu Sans, which has the characters of Europe, is all that the system has."""
+    font = Path(matplotlib.get_data_path(), "fonts/ttf/DejaVuSans.ttf")
+    monkeypatch.setattr(compare, "SYSTEM_FONTS", ("no-such-font.ttf", str(font)))
+    _font.cache_clear()
+    yield
+    _font.cache_clear()
+
+
+def test_labels_are_written_in_a_font_that_has_their_characters(one_system_font, capsys):
+    names = [_font(text).getname()[0] for text in ("zorb", "Ünïcode Ж\u3000ok", "зорб 猫")]
+    assert names[0] != names[1] == names[2] == "DejaVu Sans"
+    assert capsys.readouterr().err == "warning: no font was found for these characters of the labels: 猫\n"
+
+
+def test_a_page_warns_once_of_characters_that_no_font_has(one_system_font, capsys):
+    Page(["猫", "犬"], [Row("ねこ", [plain((0, 0, 0))] * 2)]).background()
+    assert capsys.readouterr().err.splitlines() == [
+        "warning: no font was found for these characters of the labels: こね犬猫"
+    ]
