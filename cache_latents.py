@@ -165,9 +165,9 @@ def encode(
 
     from dataset.latent_caching import LatentWriter
     from hunyuan_model.checkpoints import load_vae
-    from utils.device_utils import DTYPES
+    from utils.device_utils import default_dtype
 
-    dtype = DTYPES[vae.vae_dtype or ("float32" if device.type == "cpu" else "float16")]
+    dtype = default_dtype(vae.vae_dtype, device)
     if options.disable_cudnn_backend:
         torch.backends.cudnn.enabled = False
     model = load_vae(vae.vae, device, dtype)

@@ -158,13 +158,6 @@ def stored_dtype(encoders: TextEncoderOptions) -> str:
     return dtype_word(DTYPES[encoders.text_encoder_dtype or "float16"])
 
 
-def compute_dtype(encoders: TextEncoderOptions, device: "torch.device") -> "torch.dtype":
-    """float16 on a GPU and float32 on a CPU unless the user says otherwise."""
-    from utils.device_utils import DTYPES
-
-    return DTYPES[encoders.text_encoder_dtype or ("float16" if device.type == "cuda" else "float32")]
-
-
 def survey(settings: "DatasetSettings", options: CachingOptions, made_from: Mapping[str, Any]) -> Work:
     """What a dataset needs: nothing is encoded whose cache file was made from the same things."""
     from dataset.cache import TEXT_SUFFIX, Manifest, Verdict, check_text, orphans, text_cache_path
@@ -207,11 +200,11 @@ def encode(
 ) -> None:
     """Encodes and writes; CLIP goes first, because its small results can wait for the LLM's."""
     from hunyuan_model.checkpoints import load_text_encoder_1, load_text_encoder_2
-    from utils.device_utils import is_out_of_memory, release_memory
+    from utils.device_utils import default_dtype, is_out_of_memory, release_memory
     from utils.processes import own_device
 
     device = own_device(device_name)
-    dtype = compute_dtype(encoders, device)
+    dtype = default_dtype(encoders.text_encoder_dtype, device)
     try:
         clip = load_text_encoder_2(encoders.text_encoder2, device, dtype, encoders.tokenizer2)
         pooled = [encode_clip(clip, batch) for batch in progress(batches, "text encoder 2")]

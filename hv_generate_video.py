@@ -223,6 +223,7 @@ def build_generator(options: GenerationOptions, keep_loaded: bool = False) -> "G
     from modules.generation import Generator, LazyModel
     from modules.outputs import OutputFolder
     from modules.step_cache import StepCache
+    from utils.device_utils import default_dtype
     from utils.processes import own_device
 
     check_model_files(options)
@@ -290,8 +291,8 @@ def plan_memory(options: GenerationOptions, requests: Sequence[Request]) -> Gene
     channels = read_dit_config(options.dit.dit).out_channels
     shape = max((latent_shape(request, channels) for request in requests), key=math.prod)
     options, rows = plan_text(options)
-    in_two = any(request.cfg_scale != 1 for request in requests) and not options.speed.split_uncond
-    for plan in (functools.partial(plan_sampling, in_two=in_two), plan_decoding):
+    guided = any(request.cfg_scale != 1 for request in requests)
+    for plan in (functools.partial(plan_sampling, guided=guided), plan_decoding):
         options, further = plan(options, shape)
         rows += further
     print_plan(shape, rows)
@@ -302,20 +303,10 @@ def print_plan(latent_shape: Sequence[int], rows: PlanRows) -> None:
     print_table("memory plan, latents " + "x".join(map(str, latent_shape[2:])), rows)
 
 
-def memory_limit(options: GenerationOptions, device: "torch.device") -> int | None:
-    """--vram_gb in bytes, None without it."""
-    from modules.memory_plan import GIB, free_memory
-
-    wanted = options.speed.vram_gb
-    limit = None if wanted is None else int(wanted * GIB) or free_memory(device)
-    if wanted is not None and limit is None:
-        raise UserError(f"--vram_gb 0: {device} does not say how much memory is free; give a number")
-    return limit
-
-
 def plan_text(options: GenerationOptions) -> tuple[GenerationOptions, PlanRows]:
     from hunyuan_model.memory import text_encoder_1_bytes
     from modules import memory_plan as planner
+    from utils.device_utils import default_dtype
     from utils.processes import own_device
 
     text, device = options.text, own_device(options.device.device)
@@ -325,7 +316,8 @@ def plan_text(options: GenerationOptions) -> tuple[GenerationOptions, PlanRows]:
         return planner.with_overhead(text_encoder_1_bytes(text.text_encoder1, dtype, fp8))
 
     choices = [True] if text.fp8_llm else [False, True]
-    fp8 = planner.first_fitting("text encoder 1", choices, needed, memory_limit(options, device))
+    limit = planner.memory_limit(options.speed.vram_gb, planner.free_memory(device))
+    fp8 = planner.first_fitting("text encoder 1", choices, needed, limit)
     rows = [
         ("text encoder 1", "--fp8_llm" if fp8 else "no option"),
         ("GPU memory of text encoder 1", planner.in_words(needed(fp8))),
@@ -333,32 +325,38 @@ def plan_text(options: GenerationOptions) -> tuple[GenerationOptions, PlanRows]:
     return dataclasses.replace(options, text=dataclasses.replace(text, fp8_llm=fp8)), rows
 
 
-def plan_sampling(options: GenerationOptions, shape: Sequence[int], in_two: bool) -> tuple[GenerationOptions, PlanRows]:
+def plan_sampling(options: GenerationOptions, shape: Sequence[int], guided: bool) -> tuple[GenerationOptions, PlanRows]:
     from hunyuan_model.block_swap import max_blocks_to_swap, swapped_blocks
     from hunyuan_model.checkpoints import read_dit_config
     from hunyuan_model.memory import measure_dit
     from hunyuan_model.tokenizers import LLM_TOKENS
     from modules import memory_plan as planner
+    from modules.step_cache import with_step_cache
+    from utils.device_utils import default_dtype
     from utils.processes import own_device
 
     config, device = read_dit_config(options.dit.dit), own_device(options.device.device)
-    depths, swap = (config.depth_double, config.depth_single), options.swap.blocks_to_swap
+    depths, swap, speed = (config.depth_double, config.depth_single), options.swap.blocks_to_swap, options.speed
+    split = speed.split_uncond or speed.split_attn
+    batch, calls = (1, 1 + guided) if split else (1 + guided, 1)
     dtype = default_dtype(options.dit.dit_dtype, device, on_gpu="bfloat16")
 
     @functools.cache
     def measured(fp8: bool) -> "ModelUsage":
-        return measure_dit(config, (1 + in_two, config.in_channels, *shape[2:]), LLM_TOKENS, dtype, fp8)
+        usage = measure_dit(config, (batch, config.in_channels, *shape[2:]), LLM_TOKENS, dtype, fp8)
+        return usage if speed.step_cache is None else with_step_cache(usage, calls)
 
     def predicted(settings: planner.Settings) -> planner.Prediction:
         return planner.predict(measured(settings.fp8), swapped_blocks(settings.blocks_to_swap, *depths))
 
-    settings, limit = planner.Settings(options.speed.fp8, "none", swap or 0), memory_limit(options, device)
+    settings = planner.Settings(speed.fp8, "none", swap or 0)
+    limit = planner.memory_limit(speed.vram_gb, planner.free_memory(device))
     if limit is not None:
         ordered = planner.candidates(max_blocks_to_swap(*depths, training=False), settings.fp8, "none", swap)
-        settings = planner.cheapest(ordered, limit, predicted, training=False)
+        settings = planner.cheapest(ordered, limit, predicted, False, planner.free_main_memory())
     options = dataclasses.replace(
         options,
-        speed=dataclasses.replace(options.speed, fp8=settings.fp8),
+        speed=dataclasses.replace(speed, fp8=settings.fp8),
         swap=dataclasses.replace(options.swap, blocks_to_swap=settings.blocks_to_swap or swap),
     )
     return options, [("settings", settings.flags(training=False)), *predicted(settings).rows(training=False)]
@@ -369,6 +367,7 @@ def plan_decoding(options: GenerationOptions, shape: Sequence[int]) -> tuple[Gen
     from hunyuan_model.checkpoints import read_vae_config
     from hunyuan_model.memory import estimate_vae
     from modules import memory_plan as planner
+    from utils.device_utils import default_dtype
     from utils.processes import own_device
 
     vae, device = options.vae, own_device(options.device.device)
@@ -381,16 +380,10 @@ def plan_decoding(options: GenerationOptions, shape: Sequence[int]) -> tuple[Gen
         return planner.with_overhead(estimate_vae(config, tuple(shape), dtype, vae.vae_chunk_size, tile))
 
     tiles = [vae.tile_size] if vae.tile_size else [None, 256, 128, 64]
-    tile = planner.first_fitting("decoding", tiles, needed, memory_limit(options, device))
+    limit = planner.memory_limit(options.speed.vram_gb, planner.free_memory(device))
+    tile = planner.first_fitting("decoding", tiles, needed, limit)
     rows = [("VAE tiles", tile or "none"), ("GPU memory of decoding", planner.in_words(needed(tile)))]
     return dataclasses.replace(options, vae=dataclasses.replace(vae, vae_spatial_tile_sample_min_size=tile)), rows
-
-
-def default_dtype(word: str | None, device: "torch.device", on_gpu: str = "float16") -> "torch.dtype":
-    """A dtype by its word; unset it is float32 on a CPU and `on_gpu` elsewhere."""
-    from utils.device_utils import DTYPES
-
-    return DTYPES[word or ("float32" if device.type == "cpu" else on_gpu)]
 
 
 def load_merged_dit(options: GenerationOptions, device: "torch.device", fp8: bool) -> "HYVideoDiffusionTransformer":
@@ -399,6 +392,7 @@ def load_merged_dit(options: GenerationOptions, device: "torch.device", fp8: boo
     from hunyuan_model.model_files import identify
     from networks.live import LiveLoras
     from networks.merging import merge_lora_into
+    from utils.device_utils import default_dtype
     from utils.fp8 import quantize_linears
 
     dtype = default_dtype(options.dit.dit_dtype, device, on_gpu="bfloat16")

@@ -3,11 +3,10 @@
 Latents are on disk before the VAE is loaded, and what fails for one video does not stop the others.
 """
 
-import contextlib
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from modules.memory_plan import out_of_memory_in_one_line
 from modules.outputs import Job, OutputFolder, load_latents
 from modules.sampler import Conditioning, NonFiniteError, sample_latents
 from modules.step_cache import StepCache
@@ -24,6 +24,10 @@ from utils.errors import UserError, one_line
 from utils.prompt_files import Request
 
 SMALLEST_TILE = 64  # pixels; below it the overlap of tiles is most of the work
+# What to do where memory runs out.
+LOAD_LESS = "use --fp8, --fp8_llm or --blocks_to_swap"
+ENCODE_LESS = "use --vae_chunk_size, --vae_tiling or a smaller size"
+SAMPLE_LESS = "use --blocks_to_swap, --fp8, --split_uncond, a smaller size or fewer frames"
 
 
 class LazyModel:
@@ -40,7 +44,7 @@ class LazyModel:
 
     def load(self) -> None:
         if self._model is None:
-            with explained_out_of_memory("loading a model: use --fp8, --fp8_llm or --blocks_to_swap"):
+            with out_of_memory_in_one_line("while a model is loaded", lambda: LOAD_LESS):
                 self._model = self._load()
 
     def release(self) -> None:
@@ -175,8 +179,7 @@ class Generator:
         """
         vae = self.vae.model
         vae.configure_memory(self.chunk_size, self.tile_size)
-        cure = "encoding the source: use --vae_chunk_size, --vae_tiling or a smaller size"
-        with explained_out_of_memory(cure):
+        with out_of_memory_in_one_line("while the source is encoded", lambda: ENCODE_LESS):
             posterior = vae.encode((pixels * 2 - 1)[None].to(self.device, next(vae.parameters()).dtype))
         latents = posterior.mean.float().cpu() * self.scaling_factor
         if not torch.isfinite(latents).all():
@@ -192,8 +195,8 @@ class Generator:
     ) -> None:
         if self.before_job is not None:
             self.before_job(job)
-        cure = "sampling: use --blocks_to_swap, --fp8, --split_uncond or a smaller size"
-        with tqdm(total=job.request.steps, desc=label, unit="step") as bar, explained_out_of_memory(cure):
+        bar = tqdm(total=job.request.steps, desc=label, unit="step")
+        with bar, out_of_memory_in_one_line("in sampling", lambda: SAMPLE_LESS):
 
             def before_step(step: int, steps: int) -> None:
                 bar.total = steps
@@ -259,14 +262,3 @@ class Generator:
             release_memory(self.device)
             self.tile_size = smaller
             print(f"warning: out of memory while decoding; trying tiles of {smaller} pixels", file=sys.stderr)
-
-
-@contextlib.contextmanager
-def explained_out_of_memory(during: str) -> Iterator[None]:
-    """Turns running out of memory into an error that says what to do."""
-    try:
-        yield
-    except Exception as error:
-        if is_out_of_memory(error):
-            raise UserError(f"out of memory while {during}") from None
-        raise

@@ -7,10 +7,12 @@ one model). The first and the last step are always computed. Applied to a model 
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
+
+from utils.memory_meter import ModelUsage
 
 
 @dataclass
@@ -90,6 +92,12 @@ def relative_difference(new: Tensor, old: Tensor) -> float:
 def _joined(outputs: Tensor | tuple[Tensor, ...]) -> Tensor:
     """Separate streams of tokens as one, (B, L, D)."""
     return outputs if isinstance(outputs, Tensor) else torch.cat(outputs, dim=1)
+
+
+def with_step_cache(usage: ModelUsage, calls: int) -> ModelUsage:
+    """What a model needs with a cache around its blocks: two changes for each of the `calls` of the model in a step,
+    and the first block's output, all as large as the last block's tokens (B, L, D)."""
+    return replace(usage, streams=usage.streams + (2 * calls + 1) * sum(usage.blocks[-1].streams))
 
 
 def add_step_cache(blocks: Sequence[nn.Module], streams: Sequence[int], cache: StepCache) -> None:

@@ -14,14 +14,16 @@ from hunyuan_model.attention import attention_backend
 from hunyuan_model.model_files import CLIP, LLM, VAE, identify
 from hunyuan_model.models import HunyuanVideoConfig, HYVideoDiffusionTransformer
 from hunyuan_model.vae import SCALING_FACTOR
+from modules.activation_checkpointing import checkpoint_activations, recompute_cheap
 from modules.optimizers import optimizer_class
 from modules.previews import Decode, Previewer, encode_prompts
 from modules.schedulers import scheduler_class
 from modules.training_model import TrainingModel, check_input_channels
 from modules.training_setup import Run
 from training.options import HunyuanTrainerOptions
-from utils.device_utils import DTYPES
+from utils.device_utils import default_dtype
 from utils.errors import UserError
+from utils.processes import process_share
 from utils.prompt_files import Request
 
 
@@ -49,7 +51,7 @@ def load_datasets(options: HunyuanTrainerOptions, seed: int) -> tuple[TrainingDa
     config = load_dataset_config(options.dataset.dataset_config)
     split = options.validation.validation_split
     train_set = TrainingDataset(config, seed, subset="train", validation_split=split)
-    for note in (*config.notes, *train_set.notes):
+    for note in (*config.notes, *train_set.notes) if process_share()[0] == 0 else ():
         print(f"note: {note}", file=sys.stderr)
     if not split and not config.validation:
         return train_set, None
@@ -85,7 +87,7 @@ def read_dit_config(options: HunyuanTrainerOptions, run: Run) -> HunyuanVideoCon
 
 def dtype_of(word: str | None, accelerator: Accelerator, on_gpu: str) -> torch.dtype:
     """A dtype by its word; unset it is float32 on a CPU and `on_gpu` elsewhere."""
-    return DTYPES[word or ("float32" if accelerator.device.type == "cpu" else on_gpu)]
+    return default_dtype(word, accelerator.device, on_gpu)
 
 
 def training_model(
@@ -94,6 +96,26 @@ def training_model(
     """The DiT with what its call needs besides a batch."""
     guidance, split = options.training.guidance_scale, options.attention.split_attn
     return TrainingModel(dit, SCALING_FACTOR, guidance, accelerator.device, split)
+
+
+def keep_less(
+    dit: HYVideoDiffusionTransformer,
+    checkpointing: str,
+    device: torch.device,
+    compiled: bool = False,
+    swapped: bool = False,
+) -> None:
+    """Decides what the blocks keep for the backward pass.
+
+    Compiled blocks leave the cheap part to the compiler; a CPU has more memory than time.
+
+    Args:
+        checkpointing: a policy of `checkpoint_activations`, or "none".
+    """
+    if checkpointing != "none":
+        checkpoint_activations(dit.blocks, checkpointing, compiled)
+    elif device.type != "cpu" and not compiled and not swapped:
+        recompute_cheap(dit.blocks)
 
 
 def create_previewer(

@@ -15,6 +15,11 @@ DTYPES = {
 }
 
 
+def default_dtype(word: str | None, device: torch.device, on_gpu: str = "float16") -> torch.dtype:
+    """A dtype by its word; unset it is float32 on a CPU and `on_gpu` elsewhere."""
+    return DTYPES[word or ("float32" if device.type == "cpu" else on_gpu)]
+
+
 def resolve_device(name: str | None = None) -> torch.device:
     """The device called `name`, or CUDA if available, else the CPU.
 

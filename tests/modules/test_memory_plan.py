@@ -21,6 +21,7 @@ from modules.memory_plan import (
     memory_limit,
     predict,
 )
+from modules.step_cache import StepCache, add_step_cache, with_step_cache
 from tests.small_dit import prepare, random_dit, small_config
 from utils.errors import UserError
 from utils.fp8 import quantize_linears
@@ -80,6 +81,20 @@ def test_training_is_predicted_within_a_tenth(checkpointing: str, fp8: bool, swa
 def test_sampling_is_predicted_within_a_tenth(shape: tuple, dtype: torch.dtype) -> None:
     usage = measure_dit(CONFIG, shape, TEXT_TOKENS, dtype)
     assert predict(usage).tensors == pytest.approx(really_used(shape, dtype, False, None, 0), rel=0.1)
+
+
+def test_a_step_cache_is_counted() -> None:
+    shape, dit, cache = SHAPES[0], random_dit(CONFIG), StepCache(threshold=0.0)
+    add_step_cache(dit.blocks, [2] * CONFIG.depth_double + [1] * CONFIG.depth_single, cache)
+    text = (torch.randn(1, TEXT_TOKENS, 64), torch.ones(1, TEXT_TOKENS), torch.randn(1, 64), torch.full((1,), 6000.0))
+    with MemoryMeter() as meter, torch.no_grad():
+        for step in range(3):
+            cache.begin_step(step, 3)
+            for _ in range(2):
+                dit(torch.randn(shape), torch.full((1,), 500.0), *text)
+    usage = with_step_cache(measure_dit(CONFIG, shape, TEXT_TOKENS, torch.float32), calls=2)
+    used = sum(map(nbytes, dit.parameters())) + meter.peak
+    assert predict(usage).tensors == pytest.approx(used, rel=0.1)
 
 
 @pytest.mark.parametrize(("chunk", "tile"), [(None, None), (4, None), (4, 64)])

@@ -240,7 +240,7 @@ def test_what_the_machine_lacks_is_one_line_for_each_video(generate, monkeypatch
     full, encode = OSError(28, "No space left on device", "x.safetensors"), AutoencoderKLCausal3D.encode
     with monkeypatch.context() as patch:
         patch.setattr(AutoencoderKLCausal3D, "encode", failing(RuntimeError("CUDA error: out of memory")))
-        with pytest.raises(UserError, match=r"out of memory while encoding the source: use --vae_chunk_size"):
+        with pytest.raises(UserError, match=r"out of GPU memory while the source is encoded: use --vae_chunk_size"):
             generate(*source)
     with monkeypatch.context() as patch:
         patch.setattr(AutoencoderKLCausal3D, "encode", lambda self, pixels: encode(self, pixels * float("nan")))

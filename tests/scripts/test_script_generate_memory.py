@@ -35,6 +35,16 @@ def test_vram_gb_swaps_blocks_and_the_video_stays_the_same(generate, capfd, monk
     assert torch.equal(planned, plain)
 
 
+def test_the_plan_knows_how_guidance_is_computed_and_counts_a_step_cache(generate, capfd):
+    def needed(*words):
+        generate("--prompt=a cat", "--guidance_scale=2", "--dry_run", *words)
+        return float(re.search(r"needed in all +([\d.]+) MiB", capfd.readouterr().out)[1])
+
+    together, split = needed(), needed("--split_attn")
+    assert split < together < needed("--step_cache=0.1")
+    assert split < needed("--split_attn", "--step_cache=0.1")
+
+
 def test_what_does_not_fit_ends_before_a_model_is_loaded(generate):
     with pytest.raises(UserError, match=r"nothing fits 102\.4 MiB of GPU memory: even with --fp8 --blocks_to_swap 4"):
         generate("--prompt", "a cat", "--vram_gb", 0.1)
