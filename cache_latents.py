@@ -11,6 +11,9 @@ Look at the dataset first, without any model: --debug_mode html. Share the work 
 `accelerate launch --num_processes 4 cache_latents.py ...`.
 """
 
+import dataclasses
+import functools
+import math
 import os
 import sys
 from collections.abc import Sequence
@@ -18,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from utils.cli import option, parse_options, run_script
+from utils.cli import option, parse_options, print_table, run_script
 from utils.errors import UserError
 from utils.option_groups import DeviceOptions, VaeOptions, require
 from utils.processes import own_device, process_share
@@ -42,6 +45,10 @@ class CachingOptions:
     prune: bool = option(False, help="delete caches in the cache directories that belong to no item")
     strict: bool = option(False, help="stop at the first media file that cannot be used instead of skipping it")
     disable_cudnn_backend: bool = option(False, help="switch cuDNN off, which may help AMD GPUs")
+    vram_gb: float | None = option(
+        None, help="choose the VAE's tiles so that encoding fits so many GiB; 0: what is free", minimum=0
+    )
+    dry_run: bool = option(False, help="print what there is and the memory that encoding it needs, and end")
 
     def __post_init__(self) -> None:
         if self.prune and self.keep_cache:
@@ -90,6 +97,10 @@ def main() -> None:
 
         show(datasets, debug)
         return
+    if options.dry_run or options.vram_gb is not None:
+        vae = plan_memory(datasets, options, vae, chosen)
+    if options.dry_run:
+        return
     outcomes = cache(datasets, ingredients, options, vae, chosen)
     if rank == 0:
         print_outcome(datasets, outcomes, options.prune)
@@ -126,6 +137,53 @@ def stop_at_problem(datasets: "Sequence[TakenDataset]") -> None:
             raise UserError(f"{problem} (--strict)")
 
 
+def plan_memory(
+    datasets: "Sequence[TakenDataset]", options: CachingOptions, vae: VaeOptions, device: "torch.device"
+) -> VaeOptions:
+    """Prints what encoding the largest batch needs; --vram_gb chooses the tiles where the user has not."""
+    from hunyuan_model.checkpoints import read_vae_config
+    from hunyuan_model.memory import estimate_vae
+    from modules import memory_plan as planner
+    from utils.device_utils import default_dtype
+
+    config, dtype = read_vae_config(vae.vae), default_dtype(vae.vae_dtype, device)
+    B, F, H, W = largest_batch(datasets, options)
+    # Before they are encoded, pixels are there as bytes, in float32 and in the VAE's dtype.
+    prepared = B * config.pixel_channels * F * H * W * (1 + 4 + dtype.itemsize)
+
+    @functools.cache
+    def needed(tile: int | None) -> int:
+        shape = (B, config.pixel_channels, F, H, W)
+        return planner.with_overhead(max(estimate_vae(config, shape, dtype, vae.vae_chunk_size, tile), prepared))
+
+    tiles = [vae.tile_size] if vae.tile_size else planner.TILE_SIZES
+    limit = planner.memory_limit(options.vram_gb, planner.free_memory(device))
+    tile = planner.first_fitting("encoding", tiles, needed, limit)
+    rows = [
+        ("items", sum(1 for dataset in datasets for _ in dataset.items)),
+        ("VAE tiles", tile or "none"),
+        ("GPU memory of encoding", planner.in_words(needed(tile))),
+    ]
+    if process_share()[0] == 0:
+        print_table(f"memory plan, batch of {B}, {W}x{H}x{F}", rows)
+    return dataclasses.replace(vae, vae_spatial_tile_sample_min_size=tile)
+
+
+def largest_batch(datasets: "Sequence[TakenDataset]", options: CachingOptions) -> tuple[int, int, int, int]:
+    """(B, F, H, W) of the batch that needs most; samples are encoded one by one, so their number counts last."""
+    batches = []
+    for dataset in datasets:
+        counts, most = dataset.buckets(), batch_size(dataset, options)
+        for _, item in dataset.items:
+            (W, H), F = item.bucket, item.clip.length if item.clip else 1
+            batches.append((min(most, counts[item.bucket_name]), F, H, W))
+    return max(batches, key=lambda batch: (math.prod(batch[1:]), batch[0]))
+
+
+def batch_size(dataset: "TakenDataset", options: CachingOptions) -> int:
+    return min(dataset.settings.batch_size, options.batch_size or dataset.settings.batch_size)
+
+
 def cache(
     datasets: "Sequence[TakenDataset]",
     ingredients: dict[str, str],
@@ -143,8 +201,7 @@ def cache(
         verdicts = judge(dataset, mine, ingredients, options.skip_existing)
         outcomes[dataset.heading] = Outcome(verdicts)
         to_do = [member for member in mine if not verdicts[member[1].name].kept]
-        batch_size = min(dataset.settings.batch_size, options.batch_size or dataset.settings.batch_size)
-        tasks += tasks_of(dataset, to_do, batch_size)
+        tasks += tasks_of(dataset, to_do, batch_size(dataset, options))
     if tasks:
         encode(tasks, outcomes, ingredients, options, vae, device)
     for dataset in datasets:

@@ -379,7 +379,7 @@ def plan_decoding(options: GenerationOptions, shape: Sequence[int]) -> tuple[Gen
     def needed(tile: int | None) -> int:
         return planner.with_overhead(estimate_vae(config, tuple(shape), dtype, vae.vae_chunk_size, tile))
 
-    tiles = [vae.tile_size] if vae.tile_size else [None, 256, 128, 64]
+    tiles = [vae.tile_size] if vae.tile_size else planner.TILE_SIZES
     limit = planner.memory_limit(options.speed.vram_gb, planner.free_memory(device))
     tile = planner.first_fitting("decoding", tiles, needed, limit)
     rows = [("VAE tiles", tile or "none"), ("GPU memory of decoding", planner.in_words(needed(tile)))]

@@ -21,6 +21,8 @@ GIB = 1 << 30
 # CUDA's context, cuBLAS's workspaces and what torch's allocator cannot hand out again.
 DEVICE_OVERHEAD = 0.7 * GIB
 FRAGMENTATION = 1.05
+# Tiles of the VAE to choose from, in pixels; the larger, the closer to a picture taken whole.
+TILE_SIZES = (None, 256, 128, 64)
 # Bytes per trained element: float32 weight and gradient, and the two moments of Adam in float32 or 8 bits.
 WEIGHT_AND_GRADIENT, MOMENTS, MOMENTS_8BIT = 8, 8, 2
 

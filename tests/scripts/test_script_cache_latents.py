@@ -26,8 +26,10 @@ from dataset.image_video_dataset import TrainingDataset
 from dataset.latent_caching import noise_for
 from dataset.media import load_image, resize_to_bucket
 from dataset.sources import list_sources
+from hunyuan_model.vae import AutoencoderKLCausal3D
 from tests.media_samples import number_of, write_caption, write_image, write_video
 from utils.errors import UserError
+from utils.memory_meter import MemoryMeter, nbytes
 from utils.safetensors_utils import load_file, read_header
 
 ROOT = Path(__file__).parents[2]
@@ -273,6 +275,40 @@ def test_out_of_memory_is_one_line(world: World, monkeypatch) -> None:
     monkeypatch.setattr(AutoencoderKLCausal3D, "encode", encode)
     with pytest.raises(UserError, match=r"out of memory while encoding .*lower --batch_size.*what is cached stays"):
         world.run()
+
+
+def test_a_dry_run_predicts_what_encoding_really_needs(world: World, monkeypatch) -> None:
+    used, encode = [], AutoencoderKLCausal3D.encode
+
+    def measured(vae: AutoencoderKLCausal3D, pixels: torch.Tensor) -> object:
+        with MemoryMeter() as meter:
+            posterior = encode(vae, pixels)
+        used.append(meter.peak + nbytes(pixels) + sum(map(nbytes, vae.parameters())))
+        return posterior
+
+    monkeypatch.setattr("modules.memory_plan.DEVICE_OVERHEAD", 0)
+    monkeypatch.setattr("modules.memory_plan.FRAGMENTATION", 1)
+    printed = world.run("--dry_run")
+    assert "memory plan, batch of 1, 32x32x5" in printed
+    assert not world.caches()
+    planned = float(re.search(r"GPU memory of encoding +([\d.]+) MiB", printed)[1])
+    monkeypatch.setattr(AutoencoderKLCausal3D, "encode", measured)
+    world.run()
+    assert planned == pytest.approx(max(used) / 2**20, rel=0.1)
+
+
+def test_vram_gb_chooses_the_tiles_unless_the_user_has(world: World, monkeypatch) -> None:
+    def estimate(config: object, shape: tuple, dtype: torch.dtype, chunk: int | None, tile: int | None) -> int:
+        return {None: 20, 256: 10, 128: 5, 64: 2}[tile] << 30
+
+    chosen, configure = [], AutoencoderKLCausal3D.configure_memory
+    monkeypatch.setattr("hunyuan_model.memory.estimate_vae", estimate)
+    monkeypatch.setattr(
+        AutoencoderKLCausal3D, "configure_memory", lambda vae, *sizes: chosen.append(sizes) or configure(vae, *sizes)
+    )
+    world.run("--vram_gb", 8, "--vae_chunk_size", 4)
+    assert chosen == [(4, 128)]
+    assert re.search(r"VAE tiles +256", world.run("--dry_run", "--vram_gb", 8, "--vae_tiling"))
 
 
 def test_a_cache_directory_that_cannot_be_made_is_one_line(world: World) -> None:
