@@ -16,8 +16,8 @@ from diffusers import HunyuanVideoTransformer3DModel
 from torch import Tensor
 
 from benchmarks.comparison import Comparison, print_comparisons
-from benchmarks.gpu_suite import timed
 from benchmarks.saved_bytes import inputs, new_model
+from benchmarks.throughput import forward_operations, matrix_product_rate, timed
 from hunyuan_model.key_maps import dit_from_official
 from hunyuan_model.models import HYVideoDiffusionTransformer
 from utils.device_utils import dtype_word, resolve_device
@@ -40,13 +40,6 @@ def diffusers_twin(model: HYVideoDiffusionTransformer) -> HunyuanVideoTransforme
         )
     twin.load_state_dict(dit_from_official(model.state_dict(), "diffusers"), strict=True, assign=True)
     return twin.requires_grad_(False).eval()
-
-
-def matrix_product_rate(device: torch.device, dtype: torch.dtype) -> float:
-    """Floating-point operations per second of a product of the shape of a block's MLP."""
-    a, b = (torch.randn(shape, device=device, dtype=dtype) for shape in ((1084, 3072), (3072, 12288)))
-    seconds = min(timed(lambda: a @ b, device) for _ in range(5))
-    return 2 * 1084 * 3072 * 12288 / seconds
 
 
 def with_backward(model: Callable[..., Tensor], given: dict[str, Tensor], latents: str) -> Callable[[], None]:
@@ -85,11 +78,9 @@ def main(argv: Sequence[str] | None = None) -> list[Comparison]:
         times = [[timed(run, device) for run in pair] for _ in range(args.repeats)]
         mine, other = (statistics.median(column) for column in zip(*times, strict=True))
         comparisons.append(Comparison(f"DiT, {name}: time", mine, other, "s", "diffusers", LIMIT))
-    # 2 x weights x tokens, of the blocks' Linear layers alone
-    image, text = 1020, 64
-    double, single = 24 * 3072**2, 2 * 3072 * (21504 + 15360)
-    achieved = (double + 2 * single) * (image + text) / comparisons[0].ours / 1e9
-    rate = matrix_product_rate(device, dtype) / 1e9
+    tokens = 1020 + 64
+    achieved = sum(forward_operations(model.config, tokens)) / comparisons[0].ours / 1e9
+    rate = matrix_product_rate(device, dtype, tokens) / 1e9
     comparisons.append(Comparison("DiT, forward: matrix products", achieved, rate, "GFLOP/s", "measured rate", None))
     print_comparisons(f"DiT, {dtype_word(dtype)}", comparisons)
     print(f"largest difference of outputs: {difference:.1e}")

@@ -1,14 +1,18 @@
 """The 13B model with random weights on a GPU: step time, rate, peak memory, and the planner's word beside each.
 
     python -m benchmarks.gpu_suite --output benchmarks/results
+    python -m benchmarks.gpu_suite --only "image.*fp8"      # some settings, by a regular expression
 
-Writes a JSON file named after the GPU and prints a table for the README.
+A step is that of the trainer with --mixed_precision bf16: autocast, clipping, AdamW of a LoRA. Writes a JSON file named
+after the GPU and prints a table for the README. Every setting is written as soon as it is measured, and a setting that
+the file has is not measured again: a run that was stopped goes on.
 """
 
 import argparse
 import json
-import time
-from collections.abc import Callable, Mapping, Sequence
+import re
+import traceback
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -17,7 +21,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from benchmarks.comparison import Comparison
-from hunyuan_model.block_swap import enable_block_swap, swapped_blocks
+from benchmarks.throughput import copy_bandwidth, forward_operations, matrix_product_rate, timed
+from hunyuan_model.block_swap import BlockSwap, enable_block_swap, swapped_blocks
 from hunyuan_model.checkpoints import is_quantized_in_dit
 from hunyuan_model.memory import measure_dit
 from hunyuan_model.models import HunyuanVideoConfig, HYVideoDiffusionTransformer
@@ -26,17 +31,18 @@ from tests.small_dit import prepare
 from utils.cli import print_table
 from utils.device_utils import is_out_of_memory, release_memory
 from utils.files import write_text
-from utils.fp8 import Fp8Linear, quantize_linears
+from utils.fp8 import quantize_linears
 
 TEXT_TOKENS = 64
 RANK = 32
-WARMUP, MEASURED = 1, 3
 KINDS = ("none", "selective", "full", "offload")
 SHAPES = {  # latents (B, C, f, h, w)
     "image 960x544": (1, 16, 1, 68, 120),
     "video 544x960x33": (1, 16, 9, 68, 120),
     "video 544x960x129": (1, 16, 33, 68, 120),
 }
+# The first step warms up; the longer a step is, the less chance is in it.
+STEPS = {"image 960x544": 4, "video 544x960x33": 3, "video 544x960x129": 2}
 
 
 @dataclass(frozen=True)
@@ -58,13 +64,29 @@ class Case:
 
 @dataclass(frozen=True)
 class Result:
-    """What was measured, and what the planner had said."""
+    """What was measured of a step, and what the planner had said.
+
+    Attributes:
+        operations: floating-point operations of the blocks.
+        streamed_bytes: what block swap copied to the GPU.
+    """
 
     case: Case
     seconds: float
-    rate: float
+    operations: int
+    streamed_bytes: int
     peak_bytes: int
     predicted_bytes: int
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What the GPU can do at most: floating-point operations, and bytes from main memory, per second."""
+
+    device: str
+    torch: str
+    matrix_product_rate: float
+    copy_bandwidth: float
 
 
 def cases() -> list[Case]:
@@ -75,18 +97,27 @@ def cases() -> list[Case]:
 
 
 def random_dit(
-    config: HunyuanVideoConfig, device: torch.device, fp8: bool, dtype: torch.dtype
+    config: HunyuanVideoConfig, device: torch.device, fp8: bool, dtype: torch.dtype, swapped: Collection[int] = ()
 ) -> HYVideoDiffusionTransformer:
-    """Random weights, the blocks' quantised if `fp8`, made on the device."""
+    """Random weights, the blocks' quantised if `fp8`, made on the device block by block; swapped ones leave at once."""
     with torch.device("meta"):
         dit = HYVideoDiffusionTransformer(config).to(dtype).requires_grad_(False)
-    for block in [dit.img_in, dit.txt_in, dit.time_in, dit.vector_in, dit.guidance_in, dit.final_layer, *dit.blocks]:
-        block.to_empty(device=device)
-        for parameter in block.parameters():
-            parameter.normal_(std=0.02)
-    if fp8:
-        quantize_linears(dit, is_quantized_in_dit)
+    for module in [dit.img_in, dit.txt_in, dit.time_in, dit.vector_in, dit.guidance_in, dit.final_layer]:
+        fill(module, device)
+    for index, block in enumerate(dit.blocks):
+        fill(block, device)
+        if fp8:
+            quantize_linears(block, lambda name: is_quantized_in_dit(f"double_blocks.0.{name}"))
+        if index in swapped:
+            block.to("cpu")
     return dit
+
+
+def fill(module: nn.Module, device: torch.device) -> None:
+    """Random weights for a module that has none yet."""
+    module.to_empty(device=device)
+    for parameter in module.parameters():
+        parameter.normal_(std=0.02)
 
 
 def batch(config: HunyuanVideoConfig, shape: tuple[int, ...], device: torch.device) -> dict[str, Tensor]:
@@ -101,46 +132,13 @@ def batch(config: HunyuanVideoConfig, shape: tuple[int, ...], device: torch.devi
     }
 
 
-def linear_operations(dit: HYVideoDiffusionTransformer, tokens: int) -> float:
-    """Floating-point operations of the blocks' Linear layers in a forward pass, attention left out."""
-    linears = [
-        module for block in dit.blocks for module in block.modules() if isinstance(module, (nn.Linear, Fp8Linear))
-    ]
-    return 2.0 * tokens * sum(module.in_features * module.out_features for module in linears)
-
-
-def matrix_product_rate(device: torch.device) -> float:
-    """Floating-point operations per second of a large bfloat16 product: what the GPU can really do."""
-    a = torch.randn(8192, 8192, dtype=torch.bfloat16, device=device)
-    seconds = min(timed(lambda: a @ a, device) for _ in range(10))
-    return 2 * 8192**3 / seconds
-
-
-def copy_bandwidth(device: torch.device) -> float:
-    """Bytes per second from pinned main memory."""
-    host = torch.empty(1 << 30, dtype=torch.uint8, pin_memory=device.type == "cuda")
-    target = torch.empty_like(host, device=device, pin_memory=False)
-    return host.numel() / min(timed(lambda: target.copy_(host, non_blocking=True), device) for _ in range(5))
-
-
-def timed(run: Callable[[], object], device: torch.device) -> float:
-    """Seconds until the device has done it."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    start = time.perf_counter()
-    run()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter() - start
-
-
 @dataclass(frozen=True)
 class Training:
-    """A DiT with a LoRA, and a step that trains it with AdamW."""
+    """A step that trains a LoRA on a DiT with AdamW, the number of trained elements, and what block swap copies."""
 
-    dit: HYVideoDiffusionTransformer
-    trained: int
     step: Callable[[], None]
+    trained: int
+    streamed_bytes: int
 
 
 def start_training(
@@ -149,38 +147,54 @@ def start_training(
     shape: tuple[int, ...],
     device: torch.device,
     dtype: torch.dtype = torch.bfloat16,
+    autocast: bool = False,
 ) -> Training:
     """Builds what a training run with these settings builds."""
-    dit = random_dit(config, device, case.fp8, dtype)
-    if case.swap:
-        dit.to("cpu")
-        release_memory(device)
-        enable_block_swap(dit, case.swap, device)
+    swapped = swapped_blocks(case.swap, config.depth_double, config.depth_single)
+    dit = random_dit(config, device, case.fp8, dtype, swapped)
+    release_memory(device)
+    swap = enable_block_swap(dit, case.swap, device)
     network = prepare(dit, case.checkpointing, RANK).to(device)
     optimizer = torch.optim.AdamW(network.parameters(), lr=1e-4)
     given = batch(config, shape, device)
 
     def step() -> None:
-        dit(**given).float().square().mean().backward()
+        with torch.autocast(device.type, torch.bfloat16, enabled=autocast):
+            velocity = dit(**given)
+        velocity.float().square().mean().backward()
+        torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0).item()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
-    return Training(dit, sum(parameter.numel() for parameter in network.parameters()), step)
+    trained = sum(parameter.numel() for parameter in network.parameters())
+    return Training(step, trained, streamed_bytes(swap) if swap else 0)
+
+
+def streamed_bytes(swap: BlockSwap) -> int:
+    """Bytes of a step's copies: forward and backward, each of all blocks but those that the other left in the ring."""
+    ring = len(swap.ring)
+    return sum(block.nbytes for block in swap.blocks[ring:] + swap.blocks[:-ring])
+
+
+def step_operations(case: Case, config: HunyuanVideoConfig, shape: tuple[int, ...]) -> int:
+    """Floating-point operations of the blocks: forward, once more if they run again, and backward to their inputs."""
+    linear, attention = forward_operations(config, shape[2] * shape[3] * shape[4] // 4 + TEXT_TOKENS)
+    runs = 2 if case.checkpointing in ("full", "offload") else 1
+    return shape[0] * (runs * (linear + attention) + linear + 2 * attention)
 
 
 def measure(case: Case, config: HunyuanVideoConfig, device: torch.device) -> Result:
     """Trains a few steps and takes the fastest."""
     shape = SHAPES[case.shape]
-    training = start_training(case, config, shape, device)
+    training = start_training(case, config, shape, device, autocast=True)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-    seconds = [timed(training.step, device) for _ in range(WARMUP + MEASURED)][WARMUP:]
-    tokens = shape[0] * (shape[2] * shape[3] * shape[4] // 4 + TEXT_TOKENS)
-    passes = 3 if case.checkpointing in ("full", "offload") else 2  # forward, (again,) and backward to the inputs
+    seconds = min(timed(training.step, device) for _ in range(STEPS[case.shape]))
     return Result(
         case,
-        min(seconds),
-        passes * linear_operations(training.dit, tokens) / min(seconds),
+        seconds,
+        step_operations(case, config, shape),
+        training.streamed_bytes,
         torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0,
         predicted(case, config, shape, training.trained).tensors,
     )
@@ -206,50 +220,73 @@ def predicted(
 def main(argv: Sequence[str] | None = None) -> list[Comparison]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results"))
+    parser.add_argument("--only", metavar="REGEX", default="", help="settings whose name it matches, as in the table")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--depth", type=int, nargs=2, default=(20, 40), help="double and single blocks")
     args = parser.parse_args(argv)
-    device = torch.device(args.device)
-    config = HunyuanVideoConfig(depth_double=args.depth[0], depth_single=args.depth[1])
+    device, (double, single) = torch.device(args.device), args.depth
+    config = HunyuanVideoConfig(depth_double=double, depth_single=single)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
-    rate, bandwidth = matrix_product_rate(device), copy_bandwidth(device)
-    results, failed = [], []
-    for case in tqdm(cases(), unit="setting"):
+    rate = matrix_product_rate(device, torch.bfloat16, tokens=8192)
+    machine = Machine(name, torch.__version__, rate, copy_bandwidth(device))
+    path = args.output / f"{name.replace(' ', '_')}_{double}_{single}.json"
+    results = read_results(path)
+    chosen = [case for case in cases() if re.search(args.only, str(case))]
+    for case in tqdm([case for case in chosen if case not in results], unit="setting"):
         try:
-            results.append(measure(case, config, device))
-        except (RuntimeError, MemoryError) as error:
+            results[case] = measure(case, config, device)
+            write_results(path, machine, results.values())
+        except Exception as error:  # whatever one setting meets, the others are still to be measured
+            tqdm.write(f"{'out of memory' if is_out_of_memory(error) else 'failed'}: {case}")
             if not is_out_of_memory(error):
-                raise
-            failed.append(case)
+                traceback.print_exc()
         release_memory(device)
-    plain = {result.case: result.seconds for result in results if not result.case.swap}
+    print_results(machine, results)
+    return comparisons_of(machine, results)
+
+
+def read_results(path: Path) -> dict[Case, Result]:
+    """What earlier runs have measured."""
+    entries = json.loads(path.read_text(encoding="utf-8"))["results"] if path.exists() else []
+    results = [Result(**entry | {"case": Case(**entry["case"])}) for entry in entries]
+    return {result.case: result for result in results}
+
+
+def write_results(path: Path, machine: Machine, results: Collection[Result]) -> None:
+    """All that was measured so far, as JSON."""
+    record = asdict(machine) | {"results": [asdict(result) for result in results]}
+    write_text(path, json.dumps(record, indent=1) + "\n")
+
+
+def print_results(machine: Machine, results: dict[Case, Result]) -> None:
+    """A line for each setting."""
     rows = []
-    for result in results:
-        case = result.case
-        without = plain.get(replace(case, swap=0))
-        cost = f"{result.seconds / without - 1:+.0%}" if case.swap and without else ""
+    for case, result in results.items():
+        speed = f"{result.seconds:.2f}", f"{result.operations / result.seconds / machine.matrix_product_rate:.2f}"
+        copies = result.streamed_bytes / machine.copy_bandwidth / result.seconds
+        plain = results.get(replace(case, swap=0))
+        cost = f"{result.seconds / plain.seconds - 1:+.0%}" if plain else ""
+        swap = (f"{copies:.2f}", cost) if case.swap else ("", "")
         memory = f"{result.peak_bytes / GIB:.1f}", f"{result.predicted_bytes / GIB:.1f}"
-        speed = f"{result.seconds:.2f}", f"{result.rate / rate:.2f}"
-        rows.append((case.shape, case.weights, case.checkpointing, case.swap, *speed, cost, *memory))
-    header = ("shape", "weights", "checkpointing", "swap", "s/step", "of rate", "swap costs", "peak GiB", "predicted")
-    print_table(f"{name}: {rate / 1e12:.0f} TFLOP/s in products, {bandwidth / 1e9:.0f} GB/s from host", rows, header)
-    for case in failed:
-        print(f"out of memory: {case}")
-    record = {"device": name, "torch": torch.__version__, "matrix_product_rate": rate, "copy_bandwidth": bandwidth}
-    record["results"] = [asdict(result) for result in results]
-    write_text(args.output / f"{name.replace(' ', '_')}.json", json.dumps(record, indent=1) + "\n")
-    return comparisons_of(results, plain)
+        rows.append((case.shape, case.weights, case.checkpointing, case.swap, *speed, *swap, *memory))
+    columns = ("shape", "weights", "checkpointing", "swap", "s/step", "of rate", "copies/step", "swap costs")
+    speeds = f"{machine.matrix_product_rate / 1e12:.0f} TFLOP/s in products"
+    title = f"{machine.device}: {speeds}, {machine.copy_bandwidth / 1e9:.0f} GB/s from host"
+    print_table(title, rows, (*columns, "peak GiB", "predicted"))
 
 
-def comparisons_of(results: Sequence[Result], plain: Mapping[Case, float]) -> list[Comparison]:
-    """Memory against the planner, and swapping against the same settings without; `plain`: seconds of the latter."""
+def comparisons_of(machine: Machine, results: dict[Case, Result]) -> list[Comparison]:
+    """Memory against the planner; swapping against the same settings without, and its copies against the step."""
     comparisons = []
-    for result in results:
+    for case, result in results.items():
         measured, planned = result.peak_bytes / GIB, result.predicted_bytes / GIB
-        comparisons.append(Comparison(f"{result.case}: memory", measured, planned, "GiB", "planner", 1.1))
-        without = plain.get(replace(result.case, swap=0))
-        if result.case.swap and without:
-            comparisons.append(Comparison(f"{result.case}: time", result.seconds, without, "s", "without swap", 1.1))
+        comparisons.append(Comparison(f"{case}: memory", measured, planned, "GiB", "planner", 1.1))
+        if not case.swap:
+            continue
+        copying = result.streamed_bytes / machine.copy_bandwidth
+        comparisons.append(Comparison(f"{case}: copies at full speed", copying, result.seconds, "s", "step", None))
+        if plain := results.get(replace(case, swap=0)):
+            comparisons.append(Comparison(f"{case}: time", result.seconds, plain.seconds, "s", "without swap", 1.1))
     return comparisons
 
 

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from benchmarks.comparison import Comparison, print_comparisons
+from benchmarks.throughput import now, timed
 
 LIMIT = 1.25
 FIRST = 5  # steps that warm up
@@ -34,16 +35,15 @@ class Alternation:
         self.started = time.perf_counter()
 
     def after(self, trainer: Any) -> None:
-        self.whole.append(time.perf_counter() - self.started)
+        device = trainer.model.device
+        self.whole.append(now(device) - self.started)
         data = trainer.loader.dataset.dataset
         latents = trainer.model.latents(batch := data.batch_of(0, trainer.progress.step % len(data)))
         parameters = list(trainer.trained.tensors.values())
         self.optimizer = self.optimizer or torch.optim.AdamW(parameters, lr=0.0)
-        noise, sigma = torch.randn_like(latents), torch.rand(len(latents))
-        started = time.perf_counter()
-        self.step(trainer.model, batch, latents, noise, sigma, parameters)
-        self.bare.append(time.perf_counter() - started)
-        self.started = time.perf_counter()
+        noise, sigma = torch.randn_like(latents), torch.rand(len(latents), device=device)
+        self.bare.append(timed(lambda: self.step(trainer.model, batch, latents, noise, sigma, parameters), device))
+        self.started = now(device)
 
     def step(self, model: Any, batch: Any, latents: Any, noise: Any, sigma: Any, parameters: list) -> None:
         from modules.flow_matching import interpolate, velocity_target, weighted_mse
