@@ -20,7 +20,6 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_map
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from modules.parking import Parking
@@ -173,7 +172,10 @@ def _run_with_recipes(run: Callable, *inputs: Any) -> Any:
 
 @dataclass(frozen=True)
 class _Recipe:
-    """A pointwise operation and its arguments, which are tensors, views of other recipes' results, or plain values."""
+    """A pointwise operation and its arguments: tensors, views of other recipes' results, plain values, lists of these.
+
+    Those with a keyword are plain.
+    """
 
     op: Callable
     args: tuple
@@ -181,7 +183,7 @@ class _Recipe:
     output: int | None  # which one, for operations with several results
 
     def make(self) -> Tensor:
-        result = self.op(*tree_map(_unpack, self.args), **tree_map(_unpack, self.kwargs))
+        result = self.op(*_each(_unpack, self.args), **self.kwargs)
         return result if self.output is None else result[self.output]
 
 
@@ -202,6 +204,11 @@ def _unpack(value: Any) -> Any:
     return value.make() if isinstance(value, _View) else value
 
 
+def _each(change: Callable[[Any], Any], args: tuple) -> tuple:
+    """Changes arguments, also those in lists; torch's `tree_map` takes longer than a small operation itself."""
+    return tuple([change(value) for value in arg] if isinstance(arg, list) else change(arg) for arg in args)
+
+
 class _Recorder(TorchDispatchMode):
     """Watches the operations of one block and remembers a recipe for every result that is cheap to make again."""
 
@@ -214,7 +221,7 @@ class _Recorder(TorchDispatchMode):
         kwargs = kwargs or {}
         results = op(*args, **kwargs)
         if op in POINTWISE or (op is aten.add.Tensor and self._is_sum_of_recipes(args)):
-            args, kwargs = tree_map(self.pack, args), tree_map(self.pack, kwargs)
+            args = _each(self.pack, args)
             outputs = enumerate(results) if isinstance(results, tuple) else [(None, results)]
             for index, result in outputs:
                 storage = result.untyped_storage()
