@@ -164,6 +164,7 @@ def compare(options: GenerationOptions, requests: Sequence[Request]) -> None:
     ]
     metadata = None if options.output.no_metadata else page_settings(options, seed)
     paths = Page(columns, rows).save(options.output.save_path / stem, requests[0].fps, metadata)
+    outputs.remove_latents(jobs.values())
     print_table("compared", [[path] for path in paths])
     report_failures(generator, len(jobs))
 

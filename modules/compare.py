@@ -3,7 +3,7 @@
 import contextlib
 import functools
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -27,14 +27,18 @@ PAPER, INK, MISSING = (255, 255, 255), (20, 20, 20), (200, 200, 200)
 
 @dataclass(frozen=True)
 class ComparisonOutput(OutputFolder):
-    """Keeps the pixels of every job for the page instead of writing a file for each."""
+    """Keeps the pixels of every job for the page instead of writing a file each, and latents until that is saved."""
 
     pixels: dict[str, Tensor] = field(default_factory=dict)  # by stem: F H W C uint8
 
     def save_pixels(self, job: Job, pixels: Tensor) -> None:
         self.pixels[job.stem] = to_uint8(pixels)
-        if not self.keeps_latents:
-            self.latent_path(job).unlink(missing_ok=True)
+
+    def remove_latents(self, jobs: Iterable[Job]) -> None:
+        """After the page is saved: latents that were not asked for and are on it have done their duty."""
+        for job in jobs:
+            if not self.keeps_latents and job.stem in self.pixels:
+                self.latent_path(job).unlink(missing_ok=True)
 
 
 @dataclass(frozen=True)

@@ -139,6 +139,18 @@ def test_merged_model_is_a_model_that_samples_like_the_lora(generate, loras, tmp
     assert not torch.equal(saved_latents(with_lora), saved_latents(plain))
 
 
+def test_compare_keeps_the_latents_if_the_page_cannot_be_saved(generate, loras, tmp_path, monkeypatch):
+    from modules.compare import Page
+
+    def interrupted(*arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Page, "save_video", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        generate("--prompt=cat", "--compare", "--lora_weight", loras[0], "--seed=5", folder="page")
+    assert len(list((tmp_path / "page").glob("*_latent.safetensors"))) == 2
+
+
 def test_compare_writes_one_labelled_page(generate, loras, tmp_path):
     from PIL import Image
 
