@@ -4,8 +4,11 @@
     python quickstart.py test       # sets up .venv, then runs the tests
     python quickstart.py install    # sets up .venv only
 
-Standard library only. What exists is reused; delete `.venv` or `quickstart_output` to begin anew.
+Standard library only. What is finished is kept; delete `.venv` or `quickstart_output` to begin anew.
 """
+
+# So that Python 3.8 reads this file to the line that asks for a newer one.
+from __future__ import annotations
 
 import hashlib
 import json
@@ -15,9 +18,9 @@ import sys
 import time
 import venv
 from array import array
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NoReturn
 
 ROOT = Path(__file__).resolve().parent
 VENV = ROOT / ".venv"
@@ -25,6 +28,9 @@ OUTPUT = Path("quickstart_output")
 REQUIREMENTS = ("constraints.txt", "requirements.txt", "requirements-dev.txt")
 MODELS = Path("examples/shapes/models")
 VIDEOS = ("without", "with", "converted")
+FILES_OF_A_VIDEO = ("*.mp4", "*_latent.safetensors")
+# Latents have a standard deviation of about 1; those of the same video differ by float32's rounding only.
+LARGEST_DIFFERENCE = 1e-3
 PROMPT = "A zorb moves to the right on a black background."
 
 
@@ -35,41 +41,70 @@ def executable(name: str) -> Path:
 
 def install() -> None:
     """Creates .venv and installs the tested versions, unless exactly that has been done before."""
-    wanted = hashlib.sha256(b"".join((ROOT / name).read_bytes() for name in REQUIREMENTS)).hexdigest()
+    wanted = hash_of(*((ROOT / name).read_bytes() for name in REQUIREMENTS))
     stamp = VENV / "installed.sha256"
     if stamp.exists() and stamp.read_text() == wanted:
         print("environment: .venv is up to date", flush=True)
         return
     print("environment: installing into .venv (the first time takes a few minutes)", flush=True)
-    if not executable("python").exists():
-        venv.create(VENV, with_pip=True)
+    if not has_pip():
+        make_environment()
     packages = [word for name in REQUIREMENTS[1:] for word in ("-r", name)]
     run([executable("python"), "-m", "pip", "install", "--quiet", "-c", REQUIREMENTS[0], *packages])
     stamp.write_text(wanted)
+
+
+def has_pip() -> bool:
+    """Whether .venv is whole; one without pip is left where python3-venv is missing, or after Ctrl+C."""
+    python = executable("python")
+    return python.exists() and not subprocess.run([python, "-m", "pip", "--version"], capture_output=True).returncode
+
+
+def make_environment() -> None:
+    try:
+        venv.create(VENV, clear=True, with_pip=True)
+    except subprocess.CalledProcessError:
+        fail("Python's venv cannot install pip; on Debian and Ubuntu: apt install python3-venv, then run again")
 
 
 def run(command: list) -> None:
     """Runs a command in the project's root and ends this program with its exit code if it fails."""
     code = subprocess.run([str(word) for word in command], cwd=ROOT).returncode
     if code:
-        sys.exit(code)
+        sys.exit(code if code > 0 else 128 - code)  # ended by a signal: as a shell says it
+
+
+def fail(message: str, code: int = 1) -> NoReturn:
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(code)
 
 
 @dataclass
 class Stage:
-    """One step of the road: a command, and the files by which it is known to be done."""
+    """One step of the road: a command, and the files in its folder that it leaves."""
 
     name: str
     command: list
-    products: Callable[[], list[Path]]
+    folder: Path
+    patterns: tuple[str, ...]
     seconds: float = 0.0
 
+    @property
+    def shown(self) -> str:
+        """The command as it can be pasted."""
+        return " ".join(map(quoted, self.command))
+
+    def products(self) -> list[Path]:
+        return [path for pattern in self.patterns for path in found(self.folder, pattern)]
+
+    def is_complete(self) -> bool:
+        return all(found(self.folder, pattern) for pattern in self.patterns)
+
     def run(self) -> None:
-        shown = " ".join(map(quoted, self.command))
-        if self.products():
-            print(f"\n=== {self.name}: done before, kept", flush=True)
-            return
-        print(f"\n=== {self.name}\n{shown}", flush=True)
+        """Runs it anew: what an earlier run may have left in part is deleted."""
+        print(f"\n=== {self.name}\n{self.shown}", flush=True)
+        for path in self.products():
+            (ROOT / path).unlink()
         start = time.monotonic()
         run([executable(self.command[0]), *self.command[1:]])
         self.seconds = time.monotonic() - start
@@ -91,7 +126,7 @@ def stages() -> list[Stage]:
     training = (
         "--sdpa --mixed_precision no --optimizer_type adamw --learning_rate 8e-4 --lr_scheduler cosine "
         "--max_data_loader_n_workers 1 --network_module networks.lora --network_dim 16 --network_alpha 16 "
-        "--guidance_scale 6.0 --timestep_sampling shift --discrete_flow_shift 3.0 --max_train_epochs 200 --seed 42 "
+        "--guidance_scale 6.0 --timestep_sampling shift --discrete_flow_shift 3.0 --max_train_epochs 200 --seed 0 "
         "--output_name zorb"
     )
     sampling = (
@@ -104,17 +139,20 @@ def stages() -> list[Stage]:
         Stage(
             "dataset: ten clips of a thing that the small model has never seen, a zorb, and ten that it knows",
             ["python", "-m", "examples.shapes.proof", dataset, "--dataset_only"],
-            lambda: found(dataset, "dataset.toml"),
+            dataset,
+            ("dataset.toml", "*/dataset.toml", "*/videos/*.*"),
         ),
         Stage(
             "1. cache latents",
             ["python", "cache_latents.py", "--dataset_config", config, "--vae", vae],
-            lambda: found(dataset, "*/cache_*/*_hv.safetensors"),
+            dataset,
+            ("*/cache_*/*_hv.safetensors",),
         ),
         Stage(
             "2. cache text encoder outputs",
             ["python", "cache_text_encoder_outputs.py", "--dataset_config", config, *text_encoders],
-            lambda: found(dataset, "*/cache_*/*_hv_te.safetensors"),
+            dataset,
+            ("*/cache_*/*_hv_te.safetensors",),
         ),
         Stage(
             "3. train a LoRA",
@@ -124,17 +162,20 @@ def stages() -> list[Stage]:
                 *["--dit", dit, "--dataset_config", config, "--output_dir", lora],
                 *training.split(),
             ],
-            lambda: found(lora, "zorb.safetensors"),
+            lora,
+            ("zorb.safetensors", "train_log.jsonl"),
         ),
         Stage(
             "4. generate a video without the LoRA",
             [*generate, "--save_path", videos / "without"],
-            lambda: found(videos, "without/*.mp4"),
+            videos / "without",
+            FILES_OF_A_VIDEO,
         ),
         Stage(
             "   and the same with it",
             [*generate, "--save_path", videos / "with", "--lora_weight", trained],
-            lambda: found(videos, "with/*.mp4"),
+            videos / "with",
+            FILES_OF_A_VIDEO,
         ),
         Stage(
             "   both on one sheet",
@@ -142,24 +183,32 @@ def stages() -> list[Stage]:
                 *["python", "-m", "examples.shapes.sheet", OUTPUT / "before_and_after"],
                 *[f"without the LoRA={(videos / 'without').as_posix()}", f"with it={(videos / 'with').as_posix()}"],
             ],
-            lambda: found(OUTPUT, "before_and_after.*"),
+            OUTPUT,
+            ("before_and_after.png", "before_and_after.mp4"),
         ),
         Stage(
             "5. convert the LoRA for ComfyUI",
             [*convert, "--input", trained, "--output", converted, "--target", "other"],
-            lambda: found(lora, "zorb_comfyui.safetensors"),
+            lora,
+            (converted.name,),
         ),
         Stage(
             "   and back",
             [*convert, "--input", converted, "--output", lora / "zorb_back.safetensors", "--target", "default"],
-            lambda: found(lora, "zorb_back.safetensors"),
+            lora,
+            ("zorb_back.safetensors",),
         ),
         Stage(
             "   and generate with what came back",
             [*generate, "--save_path", videos / "converted", "--lora_weight", lora / "zorb_back.safetensors"],
-            lambda: found(videos, "converted/*.mp4"),
+            videos / "converted",
+            FILES_OF_A_VIDEO,
         ),
     ]
+
+
+def hash_of(*contents: bytes) -> str:
+    return hashlib.sha256(b"".join(contents)).hexdigest()
 
 
 def found(folder: Path, pattern: str) -> list[Path]:
@@ -192,24 +241,47 @@ def report(done: list[Stage]) -> None:
         names = ", ".join(path.as_posix() for path in products[:2])
         more = f" and {len(products) - 2} more" if len(products) > 2 else ""
         print(f"\n{stage.name} | {stage.seconds:.1f} s | {names}{more}")
-        print("  " + " ".join(map(quoted, stage.command)))
+        print("  " + stage.shown)
     if losses := training_losses():
         print(f"\ntraining loss: {losses[0]:.3f} at the start, {losses[1]:.3f} at the end")
     print(flush=True)
     run([executable("python"), "-m", "examples.shapes.judge", *(OUTPUT / "videos" / name for name in VIDEOS)])
-    with_it, converted = (latents(found(OUTPUT, f"videos/{name}/*_latent.safetensors")[0]) for name in VIDEOS[1:])
-    largest = max(abs(a - b) for a, b in zip(with_it, converted, strict=True))
-    print(f"\nconverted for ComfyUI and back, the LoRA makes the same video: latents differ by {largest:.1g} at most")
+    check_conversion()
     print(f"look at {OUTPUT}/before_and_after.png and .mp4")
     activate = r".venv\Scripts\activate" if os.name == "nt" else "source .venv/bin/activate"
     print(f"the commands above run after: {activate}")
 
 
-def demo() -> None:
-    done = stages()
-    for stage in done:
+def check_conversion() -> None:
+    """Says that the LoRA that came back from ComfyUI's format makes the same video, or ends with exit code 1."""
+    with_it, converted = (latents(found(OUTPUT / "videos" / name, FILES_OF_A_VIDEO[1])[0]) for name in VIDEOS[1:])
+    differences = [abs(a - b) for a, b in zip(with_it, converted, strict=True)]
+    largest = f"latents differ by {max(differences):.1g} at most"
+    if not all(difference <= LARGEST_DIFFERENCE for difference in differences):
+        fail(f"converted for ComfyUI and back, the LoRA makes another video: {largest}, above {LARGEST_DIFFERENCE:g}")
+    print(f"\nconverted for ComfyUI and back, the LoRA makes the same video: {largest}")
+
+
+def travel(road: list[Stage]) -> None:
+    """Runs what is left of the road. What was finished with the same commands and models, stage by stage, is kept."""
+    stamp = ROOT / OUTPUT / "finished.sha256"
+    earlier = stamp.read_text().split() if stamp.exists() else []
+    models = hash_of(*(path.read_bytes() for path in sorted((ROOT / MODELS).rglob("*")) if path.is_file()))
+    finished: list[str] = []
+    for stage in road:
+        finished.append(hash_of(models.encode(), stage.shown.encode()))
+        if finished[-1] in earlier and stage.is_complete():
+            print(f"\n=== {stage.name}: done before, kept", flush=True)
+            continue
+        earlier = []  # what follows was made from what is now made anew
         stage.run()
-    report(done)
+        stamp.write_text("\n".join(finished))
+
+
+def demo() -> None:
+    road = stages()
+    travel(road)
+    report(road)
 
 
 def main() -> None:
@@ -220,13 +292,14 @@ def main() -> None:
     }
     action = sys.argv[1] if len(sys.argv) > 1 else "demo"
     if len(sys.argv) > 2 or action not in actions:
-        print(f"error: '{' '.join(sys.argv[1:])}' is unknown; use no argument, test or install", file=sys.stderr)
-        sys.exit(2)
+        fail(f"'{' '.join(sys.argv[1:])}' is unknown; use no argument, test or install", 2)
     if sys.version_info < (3, 11):  # noqa: UP036 - the one file that an older Python can start
-        print(f"error: Python 3.11 or newer is needed, this is {sys.version.split()[0]}", file=sys.stderr)
-        sys.exit(2)
-    install()
-    actions[action]()
+        fail(f"Python 3.11 or newer is needed, this is {sys.version.split()[0]}", 2)
+    try:
+        install()
+        actions[action]()
+    except KeyboardInterrupt:
+        fail("interrupted; run again to go on behind the last finished stage", 130)
 
 
 if __name__ == "__main__":
