@@ -189,7 +189,7 @@ def load_model(options: Options, names: set[str], run: "Run") -> "HYVideoDiffusi
     from hunyuan_model.attention import verify_attention
     from hunyuan_model.block_swap import offload_embedders
     from hunyuan_model.checkpoints import load_dit, read_dit_config
-    from modules.activation_checkpointing import checkpoint_activations, recompute_cheap
+    from training.hunyuan_video import keep_less
     from utils.device_utils import DTYPES
 
     device, attention = run.accelerator.device, options.attention.mode
@@ -199,10 +199,7 @@ def load_model(options: Options, names: set[str], run: "Run") -> "HYVideoDiffusi
     dit = load_dit(options.dit.dit, device, lambda name: trained if name in names else frozen, attention=attention)
     if options.swap.img_in_txt_in_offloading:
         offload_embedders(dit, device)
-    if options.training.checkpointing_policy is not None:
-        checkpoint_activations(dit.blocks, options.training.checkpointing_policy)
-    elif device.type != "cpu":  # which has more memory than time
-        recompute_cheap(dit.blocks)
+    keep_less(dit, options.training.checkpointing_policy or "none", device)
     return dit
 
 

@@ -233,11 +233,12 @@ def prepare(
 ) -> "torch.nn.Module | None":
     """Applies to a DiT without data what `create_trained` applies to the real one."""
     from modules.network_module import OWN_MODULES
+    from training.hunyuan_video import keep_less
 
     made = new_network(options, module, dit) if module.__name__ in OWN_MODULES else None
     if made is not None:
         made.apply_to([], dit, False, True)
-    keep_less(options, dit, checkpointing, device)
+    keep_less(dit, checkpointing, device, options.compile.compile, bool(options.swap.blocks_to_swap))
     return made
 
 
@@ -265,20 +266,6 @@ def new_network(options: Options, module: ModuleType, dit: "HYVideoDiffusionTran
         return create_network(
             module, dit, network.network_dim, network.network_alpha, network.network_dropout, network.arguments
         )
-
-
-def keep_less(options: Options, dit: "HYVideoDiffusionTransformer", checkpointing: str, device: "torch.device") -> None:
-    """Decides what the blocks keep for the backward pass.
-
-    Compiled blocks leave the cheap part to the compiler; a CPU has more memory than time.
-    """
-    from modules.activation_checkpointing import checkpoint_activations, recompute_cheap
-
-    compiled = options.compile.compile
-    if checkpointing != "none":
-        checkpoint_activations(dit.blocks, checkpointing, compiled)
-    elif device.type != "cpu" and not compiled and not options.swap.blocks_to_swap:
-        recompute_cheap(dit.blocks)
 
 
 def with_settings(options: Options, settings: "Settings") -> Options:
@@ -335,6 +322,7 @@ def create_trained(
     from modules.network_module import TrainedNetwork, create_network, create_network_from_weights
     from networks.format_table import FORMATS
     from networks.formats import read_lora, to_tensors
+    from training.hunyuan_video import keep_less
 
     network, device = options.network, run.accelerator.device
     torch.manual_seed(run.progress.seed)
@@ -354,8 +342,9 @@ def create_trained(
         enable_block_swap(dit, options.swap.blocks_to_swap, device, ring, training=True, pin=pin or None)
     if options.swap.img_in_txt_in_offloading:
         offload_embedders(dit, device)
-    keep_less(options, dit, options.training.checkpointing_policy or "none", device)
-    if options.training.checkpointing_policy is not None:
+    policy, swapped = options.training.checkpointing_policy, bool(options.swap.blocks_to_swap)
+    keep_less(dit, policy or "none", device, options.compile.compile, swapped)
+    if policy is not None:
         trained.enable_gradient_checkpointing()
     return trained
 
