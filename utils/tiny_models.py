@@ -1,6 +1,6 @@
 """Writes a small set of models with random weights in the layout and with the key names of the official ones.
 
-The scripts, the demo and the tests load it through the very code that loads the 13B model. Nothing it makes is
+Scripts and tests load it through the very code that loads the 13B model. Nothing it makes is
 meaningful: videos are noise.
 
     python -m utils.tiny_models FOLDER
