@@ -175,12 +175,12 @@ def plan_memory(options: Options, module: ModuleType, run: "Run", trained: int) 
     from hunyuan_model.memory import measure_dit
     from modules import memory_plan as planner
     from modules.distributed import least_of_processes
-    from training.hunyuan_video import dtype_of
+    from utils.device_utils import default_dtype
 
     config, batch, device = read_dit_config(options.dit.dit), run.train_set.largest_batch(), run.accelerator.device
     depths, text_tokens = (config.depth_double, config.depth_single), int(batch.text_mask.sum(1).max())
     shape = (len(batch.latents), config.in_channels, *batch.latents.shape[2:])
-    dtype = dtype_of(options.dit.dit_dtype, run.accelerator, on_gpu="bfloat16")
+    dtype = default_dtype(options.dit.dit_dtype, device, on_gpu="bfloat16")
     swap, policy = options.swap.blocks_to_swap, options.training.checkpointing_policy
     moments = planner.MOMENTS_8BIT if "8bit" in options.optimizer.optimizer_type.lower() else planner.MOMENTS
 
@@ -208,16 +208,15 @@ def plan_memory(options: Options, module: ModuleType, run: "Run", trained: int) 
 
     settings = planner.Settings(options.memory.fp8_base, policy or "none", swap or 0)
     ordered = planner.candidates(max_blocks_to_swap(*depths, training=True), settings.fp8, policy, swap)
-    free, wanted = planner.free_memory(device), options.memory.vram_gb
+    free, host_free = planner.free_memory(device), least_of_processes(planner.free_main_memory())
     if free is not None:
         free = least_of_processes(free)
-    if wanted == 0 and free is None:
-        raise UserError(f"--vram_gb 0: {device} does not say how much memory is free; give a number")
-    if wanted is not None:
-        settings = planner.cheapest(ordered, int(wanted * planner.GIB) or free, predicted)
+    limit = planner.memory_limit(options.memory.vram_gb, free)
+    if limit is not None:
+        settings = planner.cheapest(ordered, limit, predicted, host_limit=host_free)
     size = "x".join(map(str, shape[2:]))
     plan = planner.MemoryPlan(settings, ordered, predicted, f"batch of {shape[0]}, latents {size}")
-    if run.accelerator.is_main_process and (wanted is not None or options.training.dry_run):
+    if run.accelerator.is_main_process and (limit is not None or options.training.dry_run):
         plan.print()
     elif run.accelerator.is_main_process and free is not None:
         plan.warn_if_too_large(free)
@@ -291,11 +290,11 @@ def load_model(options: Options, accelerator: "Accelerator") -> "HYVideoDiffusio
     """
     from hunyuan_model.attention import verify_attention
     from hunyuan_model.checkpoints import is_quantized_in_dit, load_dit, read_dit_config
-    from training.hunyuan_video import dtype_of
+    from utils.device_utils import default_dtype
 
     fp8, place = options.memory.fp8_base, "cpu" if options.swap.blocks_to_swap else accelerator.device
     merges = list(zip(options.network.base_weights, options.network.base_multipliers, strict=True))
-    dtype = dtype_of(options.dit.dit_dtype, accelerator, on_gpu="bfloat16")
+    dtype = default_dtype(options.dit.dit_dtype, accelerator.device, on_gpu="bfloat16")
     head_dim = read_dit_config(options.dit.dit).head_dim
     verify_attention(options.attention.mode, accelerator.device, dtype, head_dim)
     quantize_later = fp8 and bool(merges)

@@ -85,11 +85,6 @@ def read_dit_config(options: HunyuanTrainerOptions, run: Run) -> HunyuanVideoCon
     return config
 
 
-def dtype_of(word: str | None, accelerator: Accelerator, on_gpu: str) -> torch.dtype:
-    """A dtype by its word; unset it is float32 on a CPU and `on_gpu` elsewhere."""
-    return default_dtype(word, accelerator.device, on_gpu)
-
-
 def training_model(
     options: HunyuanTrainerOptions, dit: HYVideoDiffusionTransformer, accelerator: Accelerator
 ) -> TrainingModel:
@@ -126,7 +121,7 @@ def create_previewer(
     if not requests:
         return lambda dit: None
     text, device = options.text, accelerator.device
-    dtype = dtype_of(text.text_encoder_dtype, accelerator, on_gpu="float16")
+    dtype = default_dtype(text.text_encoder_dtype, device)
     prompts = encode_prompts(
         requests if accelerator.is_main_process else [],
         lambda: checkpoints.load_text_encoder_1(text.text_encoder1, device, dtype, text.fp8_llm, text.tokenizer1),
@@ -139,7 +134,7 @@ def create_previewer(
 
 def load_decoder(options: HunyuanTrainerOptions, accelerator: Accelerator) -> Decode:
     """The VAE's decoder; the VAE is on the GPU only while it decodes."""
-    dtype = dtype_of(options.vae.vae_dtype, accelerator, on_gpu="float16")
+    dtype = default_dtype(options.vae.vae_dtype, accelerator.device)
     vae = checkpoints.load_vae(options.vae.vae, "cpu", dtype)
     vae.configure_memory(options.vae.vae_chunk_size, options.vae.tile_size)
 
