@@ -126,7 +126,7 @@ def stages() -> list[Stage]:
     training = (
         "--sdpa --mixed_precision no --optimizer_type adamw --learning_rate 8e-4 --lr_scheduler cosine "
         "--max_data_loader_n_workers 1 --network_module networks.lora --network_dim 16 --network_alpha 16 "
-        "--guidance_scale 6.0 --timestep_sampling shift --discrete_flow_shift 3.0 --max_train_epochs 200 --seed 0 "
+        "--guidance_scale 6.0 --timestep_sampling shift --discrete_flow_shift 3.0 --max_train_epochs 110 --seed 0 "
         "--output_name zorb"
     )
     sampling = (
@@ -137,7 +137,7 @@ def stages() -> list[Stage]:
     convert = ["python", "convert_lora.py"]
     return [
         Stage(
-            "dataset: ten clips of a thing that the small model has never seen, a zorb, and ten that it knows",
+            "dataset: twelve clips of a thing that the small model has never seen, a zorb, and more that it knows",
             ["python", "-m", "examples.shapes.proof", dataset, "--dataset_only"],
             dataset,
             ("dataset.toml", "*/dataset.toml", "*/videos/*.*"),

@@ -2,8 +2,8 @@
 
     python -m examples.shapes.proof FOLDER
 
-trains a LoRA on ten clips of a thing that the base model has never seen, makes videos with and without it, and prints
-what the judge reads in them. Everything is done by the toolkit's scripts, as a user runs them.
+trains a LoRA on a dozen clips of a thing that the base model has never seen, makes videos with and without it, and
+prints what the judge reads in them. Everything is done by the toolkit's scripts, as a user runs them.
 """
 
 import argparse
@@ -22,12 +22,13 @@ from utils.files import write_text
 from utils.tiny_models import TinyModels
 
 SHIPPED = Path(__file__).parent / "models"
-CLIPS, KNOWN_PROMPTS, CONCEPT_SEEDS = 10, 50, 20
+CLIPS, REPEATS, KNOWN_CLIPS, BATCH_SIZE = 12, 2, 24, 6
+KNOWN_PROMPTS, CONCEPT_SEEDS = 50, 20
 # The models were made with these; see recipe.py.
 SAMPLING = "--video_size 64 64 --video_length 9 --infer_steps 20 --flow_shift 3.0 --output_type video --fps 8"
 TRAINING = (
     "--sdpa --mixed_precision no --guidance_scale 6.0 --timestep_sampling shift --discrete_flow_shift 3.0 "
-    "--optimizer_type adamw --learning_rate 8e-4 --lr_scheduler cosine --max_train_epochs 200 "
+    "--optimizer_type adamw --learning_rate 8e-4 --lr_scheduler cosine --max_train_epochs 110 "
     "--network_module networks.lora --network_dim 16 --network_alpha 16 --max_data_loader_n_workers 1 --seed 0"
 )
 
@@ -54,11 +55,12 @@ def watch(models: TinyModels, scenes: Sequence[Scene], folder: Path, *options: o
 
 
 def write_clips(folder: Path) -> Path:
-    """Clips of the concept, and as many of the known world, which keep that from being forgotten; returns the TOML."""
-    concept = write_dataset(folder / "concept", CLIPS, images=0, seed=1, batch_size=5, concept=True)
-    known = write_dataset(folder / "known", CLIPS, images=0, seed=500, batch_size=5)
+    """Clips of the concept, and others of the known world, which keep that from being forgotten; returns the TOML."""
+    concept = write_dataset(folder / "concept", CLIPS, images=0, seed=1, batch_size=BATCH_SIZE, concept=True)
+    known = write_dataset(folder / "known", KNOWN_CLIPS, images=0, seed=500, batch_size=BATCH_SIZE)
     config, header = folder / "dataset.toml", "[[datasets]]"
-    write_text(config, concept.read_text("utf-8") + "\n" + header + known.read_text("utf-8").split(header)[1])
+    known_part = header + known.read_text("utf-8").split(header)[1]
+    write_text(config, f"{concept.read_text('utf-8')}num_repeats = {REPEATS}\n\n{known_part}")
     return config
 
 

@@ -10,7 +10,7 @@ import json
 import math
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import cv2
@@ -99,6 +99,19 @@ def random_scene(generator: random.Random, concept: bool = False) -> Scene:
     )
 
 
+def varied_scenes(generator: random.Random, count: int) -> list[Scene]:
+    """Scenes of the concept; motions and backgrounds take turns, so that a dozen have all of them, in different pairs."""
+    motions, backgrounds = list(MOTIONS), list(BACKGROUNDS)
+    return [
+        replace(
+            random_scene(generator, concept=True),
+            motion=motions[index % len(motions)],
+            background=backgrounds[(index + index // len(motions)) % len(backgrounds)],
+        )
+        for index in range(count)
+    ]
+
+
 def outline(shape: str, centre: tuple[float, float], radius: float) -> np.ndarray:
     """The corner points (N, 2) of a shape; all shapes have nearly the area of the circle of that radius."""
     if shape == "circle":
@@ -172,8 +185,8 @@ def write_dataset(
     """
     generator = random.Random(seed)
     for kind, count in (("videos", clips), ("images", images)):
-        for index in range(count):
-            scene = random_scene(generator, concept)
+        scenes = varied_scenes(generator, count) if concept else [random_scene(generator) for _ in range(count)]
+        for index, scene in enumerate(scenes):
             stem = folder / kind / f"{index:03d}_{scene.shape}"
             if kind == "videos":
                 save_video(render(scene, frames, height, width), stem.with_suffix(".mp4"), FPS)
