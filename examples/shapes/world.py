@@ -100,7 +100,7 @@ def random_scene(generator: random.Random, concept: bool = False) -> Scene:
 
 
 def varied_scenes(generator: random.Random, count: int) -> list[Scene]:
-    """Scenes of the concept; motions and backgrounds take turns, so that a dozen have all of them, in different pairs."""
+    """Scenes of the concept; motions and backgrounds take turns, so that a dozen show all, in different pairs."""
     motions, backgrounds = list(MOTIONS), list(BACKGROUNDS)
     return [
         replace(

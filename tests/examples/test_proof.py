@@ -35,15 +35,14 @@ SAVINGS = (["--fp8_base"], ["--blocks_to_swap", "4"], ["--gradient_checkpointing
 SHORT, FEW = ("--max_train_epochs", 20), 20
 MISTAKES = {
     "the target's sign is turned": "trainer.velocity_target = lambda latents, noise: latents - noise",
-    "noise and data are swapped": "trainer.interpolate = lambda latents, noise, sigma: right(noise, latents, sigma)",
-    "latents are scaled twice": "TrainingModel.latents = lambda model, batch: batch.latents * model.latent_scale**2",
+    "noise and data are swapped": "trainer.interpolate = lambda latents, noise, sigma: mixed(noise, latents, sigma); "
+    "trainer.velocity_target = lambda latents, noise: velocity(noise, latents)",
 }
 WITH_MISTAKE = """
 from hv_train_network import main
 from modules import trainer
-from modules.training_model import TrainingModel
 
-right = trainer.interpolate
+mixed, velocity = trainer.interpolate, trainer.velocity_target
 {}
 main()
 """
