@@ -31,7 +31,7 @@ VIDEOS = ("without", "with", "converted")
 FILES_OF_A_VIDEO = ("*.mp4", "*_latent.safetensors")
 # Latents have a standard deviation of about 1; those of the same video differ by float32's rounding only.
 LARGEST_DIFFERENCE = 1e-3
-PROMPT = "A zorb moves to the right on a black background."
+PROMPT = "A zorb moves to the left on a black background."
 
 
 def executable(name: str) -> Path:
