@@ -17,9 +17,10 @@ TWO_PROCESSES = (
 
 def run(*command: object) -> None:
     """Runs Python with these words in the project's root; raises UserError if that fails, which has said why."""
-    code = subprocess.run([sys.executable, *map(str, command)], cwd=ROOT).returncode
+    words = list(map(str, command))
+    code = subprocess.run([sys.executable, *words], cwd=ROOT).returncode
     if code:
-        script = next(word for word in map(str, command) if word.endswith(".py") or not word.startswith("-"))
+        script = next((word for word in words if word.endswith(".py")), " ".join(words[:2]))
         raise UserError(f"{script} ended with exit code {code}; its own message stands above")
 
 
