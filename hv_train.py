@@ -106,9 +106,11 @@ def main(argv: Sequence[str] | None = None) -> None:
             lambda progress: metadata(options, run, source_config, progress),
             lambda path: [],
         )
-    with trainer.log, trainer.requests, out_of_memory_in_one_line("in training", lambda: SAVE_MEMORY):
-        rehearse(trainer, run.train_set.largest_batch())
-        train(trainer)
+    with trainer.log, trainer.requests:
+        with out_of_memory_in_one_line("on the largest batch, tried before training", lambda: SAVE_MEMORY):
+            rehearse(trainer, run.train_set.largest_batch())
+        with out_of_memory_in_one_line("in training", lambda: SAVE_MEMORY):
+            train(trainer)
     close_run(trainer)
 
 
@@ -157,8 +159,8 @@ def check_dtypes(options: Options, frozen: bool, run: "Run") -> None:
         raise UserError("--full_bf16 and --mixed_precision fp16 contradict each other; give bf16 or no")
     if frozen and autocast == "no" and DTYPES[options.saved_dtype] != DTYPES[trained]:
         raise UserError(
-            f"--dit_dtype {options.dit.dit_dtype}: the trained weights are {trained}, and only --mixed_precision bf16 "
-            "lets both compute together"
+            f"--dit_dtype {options.dit.dit_dtype}: the trained weights are {trained}; give --mixed_precision bf16, "
+            "with which both compute together"
         )
 
 

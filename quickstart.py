@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import subprocess
 import sys
@@ -20,7 +21,7 @@ import venv
 from array import array
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NoReturn
+from typing import NoReturn, TextIO
 
 ROOT = Path(__file__).resolve().parent
 VENV = ROOT / ".venv"
@@ -41,23 +42,28 @@ def executable(name: str) -> Path:
 
 def install() -> None:
     """Creates .venv and installs the tested versions, unless exactly that has been done before."""
-    wanted = hash_of(*((ROOT / name).read_bytes() for name in REQUIREMENTS))
+    wanted = hash_of(os.fsencode(ROOT), *((ROOT / name).read_bytes() for name in REQUIREMENTS))
     stamp = VENV / "installed.sha256"
     if stamp.exists() and stamp.read_text() == wanted:
         print("environment: .venv is up to date", flush=True)
         return
     print("environment: installing into .venv (the first time takes a few minutes)", flush=True)
-    if not has_pip():
+    if not is_whole():
         make_environment()
     packages = [word for name in REQUIREMENTS[1:] for word in ("-r", name)]
     run([executable("python"), "-m", "pip", "install", "--quiet", "-c", REQUIREMENTS[0], *packages])
     stamp.write_text(wanted)
 
 
-def has_pip() -> bool:
-    """Whether .venv is whole; one without pip is left where python3-venv is missing, or after Ctrl+C."""
-    python = executable("python")
-    return python.exists() and not subprocess.run([python, "-m", "pip", "--version"], capture_output=True).returncode
+def is_whole() -> bool:
+    """Whether .venv was made in this folder, since its programs hold their path, and has pip.
+
+    One without pip is left where python3-venv is missing, or after Ctrl+C.
+    """
+    python, settings = executable("python"), VENV / "pyvenv.cfg"
+    if not python.exists() or str(VENV) not in settings.read_text(encoding="utf-8"):
+        return False
+    return not subprocess.run([python, "-m", "pip", "--version"], capture_output=True).returncode
 
 
 def make_environment() -> None:
@@ -65,6 +71,23 @@ def make_environment() -> None:
         venv.create(VENV, clear=True, with_pip=True)
     except subprocess.CalledProcessError:
         fail("Python's venv cannot install pip; on Debian and Ubuntu: apt install python3-venv, then run again")
+
+
+def lock() -> TextIO:
+    """A file that stays locked until this process ends: two quick starts at once would undo each other's work."""
+    file = (ROOT / ".quickstart.lock").open("w")
+    try:
+        if os.name == "nt":
+            import msvcrt
+
+            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+        else:
+            import fcntl
+
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        fail("another quickstart.py runs in this folder; wait until it has ended", 2)
+    return file
 
 
 def run(command: list) -> None:
@@ -240,7 +263,8 @@ def report(done: list[Stage]) -> None:
         products = stage.products()
         names = ", ".join(path.as_posix() for path in products[:2])
         more = f" and {len(products) - 2} more" if len(products) > 2 else ""
-        print(f"\n{stage.name} | {stage.seconds:.1f} s | {names}{more}")
+        took = f"{stage.seconds:.1f} s" if stage.seconds else "kept"
+        print(f"\n{stage.name} | {took} | {names}{more}")
         print("  " + stage.shown)
     if losses := training_losses():
         print(f"\ntraining loss: {losses[0]:.3f} at the start, {losses[1]:.3f} at the end")
@@ -256,8 +280,9 @@ def check_conversion() -> None:
     """Says that the LoRA that came back from ComfyUI's format makes the same video, or ends with exit code 1."""
     with_it, converted = (latents(found(OUTPUT / "videos" / name, FILES_OF_A_VIDEO[1])[0]) for name in VIDEOS[1:])
     differences = [abs(a - b) for a, b in zip(with_it, converted, strict=True)]
-    largest = f"latents differ by {max(differences):.1g} at most"
-    if not all(difference <= LARGEST_DIFFERENCE for difference in differences):
+    worst = max(differences, key=lambda difference: (math.isnan(difference), difference))
+    largest = f"latents differ by {worst:.2g} at most"
+    if not worst <= LARGEST_DIFFERENCE:
         fail(f"converted for ComfyUI and back, the LoRA makes another video: {largest}, above {LARGEST_DIFFERENCE:g}")
     print(f"\nconverted for ComfyUI and back, the LoRA makes the same video: {largest}")
 
@@ -269,11 +294,14 @@ def travel(road: list[Stage]) -> None:
     models = hash_of(*(path.read_bytes() for path in sorted((ROOT / MODELS).rglob("*")) if path.is_file()))
     finished: list[str] = []
     for stage in road:
-        finished.append(hash_of(models.encode(), stage.shown.encode()))
+        # The dataset's file holds absolute paths.
+        finished.append(hash_of(models.encode(), os.fsencode(ROOT), stage.shown.encode()))
         if finished[-1] in earlier and stage.is_complete():
             print(f"\n=== {stage.name}: done before, kept", flush=True)
             continue
         earlier = []  # what follows was made from what is now made anew
+        stamp.parent.mkdir(exist_ok=True)
+        stamp.write_text("\n".join(finished[:-1]))
         stage.run()
         stamp.write_text("\n".join(finished))
 
@@ -296,10 +324,13 @@ def main() -> None:
     if sys.version_info < (3, 11):  # noqa: UP036 - the one file that an older Python can start
         fail(f"Python 3.11 or newer is needed, this is {sys.version.split()[0]}", 2)
     try:
-        install()
-        actions[action]()
+        with lock():
+            install()
+            actions[action]()
     except KeyboardInterrupt:
-        fail("interrupted; run again to go on behind the last finished stage", 130)
+        fail("interrupted; run again, what is finished is kept", 130)
+    except OSError as error:
+        fail(f"{error.filename or ROOT}: {error.strerror or error}", 2)
 
 
 if __name__ == "__main__":

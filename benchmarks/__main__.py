@@ -12,36 +12,32 @@ from concurrent.futures import ProcessPoolExecutor
 
 from benchmarks.comparison import print_comparisons, run
 
-ON_A_CPU = (
-    "saved_bytes",
-    "dit_speed",
-    "vae_memory",
-    "planner_memory",
-    "training_overhead",
-    "caching",
-    "loading_memory",
-    "merge_memory",
-)
+ANYWHERE = ("saved_bytes", "dit_speed", "training_overhead")
+ON_LINUX = ("vae_memory", "planner_memory", "caching", "loading_memory", "merge_memory")
 ON_A_GPU = ("gpu_suite",)
 
 
 def all_that_run_here() -> tuple[str, ...]:
     import torch
 
-    return ON_A_CPU + ON_A_GPU if torch.cuda.is_available() else ON_A_CPU
+    on_linux = ON_LINUX if sys.platform == "linux" else ()
+    return ANYWHERE + on_linux + (ON_A_GPU if torch.cuda.is_available() else ())
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("names", nargs="*", metavar="NAME", help=", ".join(ON_A_CPU + ON_A_GPU))
-    names = parser.parse_args().names or all_that_run_here()
+    known = ANYWHERE + ON_LINUX + ON_A_GPU
+    parser.add_argument("names", nargs="*", metavar="NAME", help=", ".join(known))
+    names = parser.parse_args().names
+    if unknown := set(names).difference(known):
+        parser.error(f"{', '.join(unknown)}: no such benchmark; there are {', '.join(known)}")
     comparisons, failed = [], []
-    for name in names:
+    for name in names or all_that_run_here():
         print(f"\n=== python -m benchmarks.{name}", flush=True)
         with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as alone:
             try:
                 comparisons += alone.submit(run, name).result()
-            except Exception:
+            except (Exception, SystemExit):
                 traceback.print_exc()
                 failed.append(name)
     if comparisons:

@@ -11,6 +11,7 @@ the file has is not measured again: a run that was stopped goes on.
 import argparse
 import json
 import re
+import sys
 import traceback
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -229,19 +230,24 @@ def main(argv: Sequence[str] | None = None) -> list[Comparison]:
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
     rate = matrix_product_rate(device, torch.bfloat16, tokens=8192)
     machine = Machine(name, torch.__version__, rate, copy_bandwidth(device))
-    path = args.output / f"{name.replace(' ', '_')}_{double}_{single}.json"
+    path = args.output / f"{name.replace(' ', '_')}_{torch.__version__}_{double}_{single}.json"
     results = read_results(path)
+    failed = []
     chosen = [case for case in cases() if re.search(args.only, str(case))]
     for case in tqdm([case for case in chosen if case not in results], unit="setting"):
         try:
             results[case] = measure(case, config, device)
             write_results(path, machine, results.values())
         except Exception as error:  # whatever one setting meets, the others are still to be measured
-            tqdm.write(f"{'out of memory' if is_out_of_memory(error) else 'failed'}: {case}")
-            if not is_out_of_memory(error):
+            if is_out_of_memory(error):
+                tqdm.write(f"out of memory: {case}")
+            else:
                 traceback.print_exc()
+                failed.append(str(case))
         release_memory(device)
     print_results(machine, results)
+    if failed:
+        sys.exit(f"failed: {'; '.join(failed)}")
     return comparisons_of(machine, results)
 
 

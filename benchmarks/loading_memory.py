@@ -66,7 +66,7 @@ def main(argv: Sequence[str] | None = None) -> list[Comparison]:
         for path in paths:
             for fp8 in (False, True):
                 command = [sys.executable, "-m", "benchmarks.loading_memory", "--load", str(path), *["--fp8"] * fp8]
-                output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+                output = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
                 peak, size = map(int, output.splitlines()[-1].split())
                 allowed = LIMIT * size + (largest if fp8 else 0)
                 work = f"loading {path.name} to {'fp8' if fp8 else 'bfloat16'}, {size / MB:,.0f} MB: memory"

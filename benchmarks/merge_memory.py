@@ -1,10 +1,10 @@
-"""Peak resident memory of merge_lora.py on a DiT of the official width with a few random blocks, 3 GB in bfloat16.
+"""Peak resident memory of merge_lora.py on a DiT of the official width with a few random blocks, 4.9 GB in bfloat16.
 
 The merge runs in a process of its own. Measured is VmHWM, the most that was ever resident, less what a Python process
 holds that has imported torch. The result is compared with W + alpha / rank * up @ down, computed tensor by tensor.
 Linux only.
 
-    python -m benchmarks.merge_memory            # 7 GB of free disk, 2 GB of memory
+    python -m benchmarks.merge_memory            # 13 GB of free disk, 2 GB of memory
 """
 
 import argparse
@@ -79,7 +79,7 @@ def main(argv: Sequence[str] | None = None) -> list[Comparison]:
             words = ["--dit", dit, "--lora_weight", lora, "--save_merged_model", merged, "--device", "cpu", *more]
             program = "import sys; from benchmarks.merge_memory import merge_and_measure as m; m(sys.argv[1:])"
             command = [sys.executable, "-c", program, *map(str, words)]
-            output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+            output = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
             peak = int(output.splitlines()[-1])
             work = f"merging {dit.stat().st_size / MB:,.0f} MB to {'fp8' if more else 'bfloat16'}: memory"
             comparisons.append(Comparison(work, peak / MB, LIMIT / MB, "MB", "limit"))

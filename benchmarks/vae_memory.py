@@ -8,7 +8,6 @@ size. Linux only.
 """
 
 import argparse
-import re
 import statistics
 import subprocess
 import sys
@@ -74,7 +73,7 @@ def measured_in_a_process(contender: str, operation: str, options: argparse.Name
     words = [word for name, value in settings.items() for word in (f"--{name}", str(value))]
     command = [sys.executable, "-m", "benchmarks.vae_memory", "--measure", contender, operation, *words]
     output = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
-    return [float(word) for word in re.findall(r"\S+", output.splitlines()[-1])]
+    return [float(word) for word in output.splitlines()[-1].split()]
 
 
 def compare(operation: str, options: argparse.Namespace, folder: Path) -> list[Comparison]:

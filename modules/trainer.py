@@ -256,7 +256,7 @@ def begin(trainer: Trainer) -> None:
         with trainer.trained.switched_off():
             progress.base_validation_loss = validate(trainer, "base_validation_loss")
     if trainer.previewer is not None and trainer.options.previews.sample_at_first and progress.step == 0:
-        preview(trainer, f"{0:06d}")
+        preview(trainer, "000000")
 
 
 def after_step(trainer: Trainer, summary: StepSummary) -> None:
@@ -281,7 +281,7 @@ def after_step(trainer: Trainer, summary: StepSummary) -> None:
             trainer.saver.save_epoch(epoch, progress)
         if _every(options.save.save_every_n_steps, progress.step):
             trainer.saver.save_step(progress)
-        elif summary.save and not summary.quit:
+        if summary.save and not summary.quit:
             trainer.saver.save(trainer.saver.files.of_step(progress.step), progress, state=True)
     if epoch_ended and not last:
         trainer.trained.start_epoch()

@@ -1,6 +1,7 @@
 """The quick start: what it keeps and what it makes anew, how it ends, and that its commands are those of the proof."""
 
 import ast
+import errno
 import importlib
 import re
 import shlex
@@ -97,9 +98,9 @@ class FakeRoad:
         self.run += name[0]
         folder.mkdir(exist_ok=True)
         (folder / f"{name[0]}_{len(self.run)}").touch()
+        (folder / f"{name[0]}_more").touch()
         if name == self.stops_in:
             raise KeyboardInterrupt
-        (folder / f"{name[0]}_more").touch()
 
     def travel(self) -> str:
         """The stages that ran."""
@@ -122,6 +123,15 @@ def test_a_stage_that_was_interrupted_begins_anew(road):
     assert road.travel() == "bc"
     assert [path.name for path in found(quickstart.OUTPUT, "b_*")] == ["b_1", "b_more"]
     assert road.travel() == ""
+
+
+def test_a_repeated_stage_that_was_interrupted_begins_anew(road):
+    road.travel()
+    (quickstart.ROOT / quickstart.OUTPUT / "b_more").unlink()
+    road.stops_in = "b"
+    assert road.travel() == "b!"
+    road.stops_in = ""
+    assert road.travel() == "bc"
 
 
 def test_another_command_repeats_its_stage_and_what_follows(road):
@@ -168,7 +178,8 @@ def test_another_video_is_an_error(saved_videos, capsys, number):
     saved_videos([1.0, -2.0], [1.0, number])
     with pytest.raises(SystemExit, match=r"^1$"):
         check_conversion()
-    assert re.fullmatch("error: .* makes another video: .*\n", capsys.readouterr().err)
+    said = f"error: .* makes another video: latents differ by {abs(number + 2):.2g} at most, above 0.001\n"
+    assert re.fullmatch(said, capsys.readouterr().err)
 
 
 @pytest.fixture
@@ -200,6 +211,15 @@ def test_an_environment_without_pip_is_made_anew(installing, tmp_path):
     assert len(installing()) == 1
 
 
+def test_an_environment_of_a_folder_that_was_moved_is_made_anew(installing, tmp_path, monkeypatch):
+    venv.create(tmp_path / ".venv", with_pip=True)
+    assert installing() == []
+    moved = tmp_path.rename(tmp_path.with_name("moved here"))
+    monkeypatch.setattr(quickstart, "ROOT", moved)
+    monkeypatch.setattr(quickstart, "VENV", moved / ".venv")
+    assert installing() == [{"clear": True, "with_pip": True}]
+
+
 def test_a_python_without_ensurepip_ends_in_one_line(installing, monkeypatch, capsys):
     def cannot(*arguments, **options):
         raise quickstart.subprocess.CalledProcessError(1, "ensurepip")
@@ -217,15 +237,36 @@ def test_a_failing_command_ends_with_its_exit_code(end, code):
     assert ended.value.code == (code if sys.platform != "win32" or code == 3 else 9)
 
 
-def test_control_c_ends_in_one_line(monkeypatch, capsys):
+def test_control_c_ends_in_one_line(tmp_path, monkeypatch, capsys):
     def interrupted():
         raise KeyboardInterrupt
 
+    monkeypatch.setattr(quickstart, "ROOT", tmp_path)
     monkeypatch.setattr(quickstart, "install", interrupted)
     monkeypatch.setattr(sys, "argv", ["quickstart.py"])
     with pytest.raises(SystemExit, match=r"^130$"):
         quickstart.main()
     assert capsys.readouterr().err.startswith("error: interrupted; run again")
+
+
+def test_a_full_disk_ends_in_one_line(tmp_path, monkeypatch, capsys):
+    def cannot():
+        raise OSError(errno.ENOSPC, "No space left on device", "finished.sha256")
+
+    monkeypatch.setattr(quickstart, "ROOT", tmp_path)
+    monkeypatch.setattr(quickstart, "install", cannot)
+    monkeypatch.setattr(sys, "argv", ["quickstart.py"])
+    with pytest.raises(SystemExit, match=r"^2$"):
+        quickstart.main()
+    assert capsys.readouterr().err == "error: finished.sha256: No space left on device\n"
+
+
+def test_two_at_once_do_not_disturb_each_other(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(quickstart, "ROOT", tmp_path)
+    with quickstart.lock(), pytest.raises(SystemExit, match=r"^2$"):
+        quickstart.lock()
+    assert "another quickstart.py runs in this folder" in capsys.readouterr().err
+    quickstart.lock().close()
 
 
 def test_an_older_python_is_told_which_one_is_needed(monkeypatch, capsys):

@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 from tokenizers import Tokenizer
 
+from utils.cli import run_script
 from utils.files import atomic_path, write_text
 from utils.safetensors_utils import save_file
 from utils.tiny_tokenizers import clip_tokenizer, llama_tokenizer, write_tokenizer
@@ -339,4 +340,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -33,6 +33,7 @@ from utils.video_io import read_video
 
 PROPERTIES = ("shape", "colour", "motion", "background")
 SMOOTHING = 1 / 64  # sigma of the Gaussian against noise
+GROUND_TOLERANCE = 0.1  # RGB distance; black and white are 0.2 off where a LoRA learned latents that are scaled twice
 LEAST_CONTRAST = 0.15  # RGB distance from the background; the weakest pair, purple on gray, has 0.4
 LEAST_AREA = 0.01  # in squared sides; the smallest shape of the world has 0.05
 LEAST_CHROMA = 0.15  # distance from gray in CHROMA_PLANE; green, the palest, has 0.46
@@ -116,7 +117,7 @@ def _ground(clip: np.ndarray) -> np.ndarray | None:
 def _background(ground: np.ndarray) -> str | None:
     distances = {name: np.linalg.norm(ground - np.divide(rgb, 255)) for name, rgb in BACKGROUNDS.items()}
     name = min(distances, key=distances.get)
-    return name if distances[name] < 0.3 else None
+    return name if distances[name] < GROUND_TOLERANCE else None
 
 
 def _masks(clip: np.ndarray, ground: np.ndarray) -> np.ndarray:

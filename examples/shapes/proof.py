@@ -89,11 +89,6 @@ def share_of_concept(verdicts: Sequence[Verdict]) -> float:
     return fmean(verdict.is_concept for verdict in verdicts)
 
 
-def share_agreeing(verdicts: Sequence[Verdict], scenes: Sequence[Scene]) -> float:
-    """In how many clips everything is as told, in 0..1."""
-    return fmean(verdict.agrees(scene) for verdict, scene in zip(verdicts, scenes, strict=True))
-
-
 @dataclass(frozen=True)
 class Proof:
     """What the judge says, all in 0..1."""

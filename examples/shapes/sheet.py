@@ -34,7 +34,7 @@ def seen(verdict: Verdict) -> str:
     return f"a {thing} that {verdict.motion or 'moves oddly'} on {verdict.background or 'some colour'}"
 
 
-def write_sheet(out: Path, clips: dict[str, Tensor], fps: float) -> list[Path]:
+def write_sheet(out: Path, clips: dict[str, Tensor]) -> list[Path]:
     """Writes both files; clips (3, F, H, W) in 0..1 by label.
 
     Raises:
@@ -51,7 +51,7 @@ def write_sheet(out: Path, clips: dict[str, Tensor], fps: float) -> list[Path]:
     ]
     side_by_side = Page(list(clips), [Row("", [enlarged(pixels, 4 * SCALE) for pixels in clips.values()])])
     video, sheet = (out.with_name(out.name + suffix) for suffix in (".mp4", ".png"))
-    side_by_side.save_video(video, fps)
+    side_by_side.save_video(video, FPS)
     Page(frames, strips).save_frame(sheet, 0)
     return [video, sheet]
 
@@ -81,7 +81,7 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("clips", nargs="+", metavar="LABEL=VIDEO")
     args = parser.parse_args()
-    for path in write_sheet(args.out, read_clips(args.clips), FPS):
+    for path in write_sheet(args.out, read_clips(args.clips)):
         print(path)
 
 

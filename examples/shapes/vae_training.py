@@ -189,8 +189,7 @@ def training_clip(generator: random.Random) -> Tensor:
         layers.append(Layer(generator.choice(SHAPES), any_colour(generator), generator.uniform(0.35, 0.75)))
     motion = (generator.uniform(-0.35, 0.35), generator.uniform(-0.35, 0.35), 2 ** generator.uniform(-0.8, 0.8))
     offset = (generator.uniform(-0.2, 0.2), generator.uniform(-0.2, 0.2))
-    clip = draw(layers, any_colour(generator), motion, generator.uniform(0.12, 0.3), offset, (frames, side, side))
-    return torch.from_numpy(clip).permute(3, 0, 1, 2).float() / 255  # F H W C -> C F H W
+    return draw(layers, any_colour(generator), motion, generator.uniform(0.12, 0.3), offset, (frames, side, side))
 
 
 def training_batch(generator: random.Random, stage: Stage) -> Tensor:

@@ -17,10 +17,11 @@ import cv2
 import numpy as np
 import torch
 from PIL import Image
+from torch import Tensor
 
 from utils.cli import run_script
 from utils.errors import UserError
-from utils.files import write_text
+from utils.files import atomic_path, write_text
 from utils.video_io import save_video, to_uint8
 
 COLOURS = {  # RGB
@@ -128,17 +129,10 @@ def outline(shape: str, centre: tuple[float, float], radius: float) -> np.ndarra
     return np.stack((centre[0] + radius * radii * np.cos(angles), centre[1] + radius * radii * np.sin(angles)), axis=1)
 
 
-def render(scene: Scene, frames: int, height: int, width: int) -> torch.Tensor:
+def render(scene: Scene, frames: int, height: int, width: int) -> Tensor:
     """Pixels (3, F, H, W) in 0..1 of a scene."""
-    clip = draw(
-        scene.layers,
-        BACKGROUNDS[scene.background],
-        MOTIONS[scene.motion],
-        scene.radius,
-        scene.offset,
-        (frames, height, width),
-    )
-    return torch.from_numpy(clip).permute(3, 0, 1, 2).float() / 255  # F H W C -> C F H W
+    ground, motion = BACKGROUNDS[scene.background], MOTIONS[scene.motion]
+    return draw(scene.layers, ground, motion, scene.radius, scene.offset, (frames, height, width))
 
 
 def draw(
@@ -148,8 +142,8 @@ def draw(
     radius: float,
     offset: tuple[float, float],
     size: tuple[int, int, int],
-) -> np.ndarray:
-    """RGB frames (F, H, W, 3) uint8 of a thing that moves; `motion` as in MOTIONS, the rest as in `Scene`."""
+) -> Tensor:
+    """Pixels (3, F, H, W) in 0..1 of a thing that moves; `motion` as in MOTIONS, the rest as in `Scene`."""
     frames, height, width = size
     side = min(height, width)
     step_x, step_y, growth = motion
@@ -165,7 +159,7 @@ def draw(
             corners = np.round(outline(layer.shape, centre, grown * layer.size) * (1 << SUBPIXEL_BITS))
             cv2.fillPoly(clip[index], [corners.astype(np.int32)], layer.colour, cv2.LINE_AA, SUBPIXEL_BITS)
         cv2.GaussianBlur(clip[index], (0, 0), SOFTNESS * side, clip[index])
-    return clip
+    return torch.from_numpy(clip).permute(3, 0, 1, 2).float() / 255  # F H W C -> C F H W
 
 
 def write_dataset(
@@ -192,8 +186,9 @@ def write_dataset(
                 save_video(render(scene, frames, height, width), stem.with_suffix(".mp4"), FPS)
             else:
                 still = to_uint8(render(scene, 1, height, width))[0].numpy()  # H W C
-                stem.parent.mkdir(parents=True, exist_ok=True)
-                Image.fromarray(still).save(stem.with_suffix((".png", ".jpg")[index % 2]), quality=95)
+                suffix, kind_of_image = ((".png", "PNG"), (".jpg", "JPEG"))[index % 2]
+                with atomic_path(stem.with_suffix(suffix)) as temporary:
+                    Image.fromarray(still).save(temporary, kind_of_image, quality=95)
             write_text(stem.with_suffix(".txt"), scene.caption + "\n")
     config = folder / "dataset.toml"
     write_text(config, _dataset_toml(folder, clips, images, frames, height, width, batch_size))
@@ -225,7 +220,7 @@ def main() -> None:
     parser.add_argument("--concept", action="store_true", help=f"clips of a {CONCEPT} instead of the known world")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    if args.size % 16 or args.frames % 4 != 1:
+    if args.size < 16 or args.size % 16 or args.frames < 1 or args.frames % 4 != 1:
         raise UserError(f"--size {args.size} --frames {args.frames}: a multiple of 16, and 4n+1, are expected")
     size = {"frames": args.frames, "height": args.size, "width": args.size}
     kind = {"seed": args.seed, "batch_size": args.batch_size, "concept": args.concept}

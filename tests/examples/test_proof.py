@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean
 
@@ -17,7 +18,6 @@ from examples.shapes.proof import (
     concept_dataset,
     concept_scenes,
     known_scenes,
-    share_agreeing,
     share_of_concept,
     train_lora,
     training_words,
@@ -26,7 +26,7 @@ from examples.shapes.proof import (
 from examples.shapes.recipe import STEPS
 from examples.shapes.scripts import ROOT, TWO_PROCESSES, models_in
 from examples.shapes.vae_training import TOTAL_STEPS, psnr
-from examples.shapes.world import random_scene, render
+from examples.shapes.world import CONCEPT, Scene, random_scene, render
 from hunyuan_model.checkpoints import load_vae
 from tests.platforms import needs_posix
 
@@ -37,10 +37,12 @@ MISTAKES = {
     "the target's sign is turned": "trainer.velocity_target = lambda latents, noise: latents - noise",
     "noise and data are swapped": "trainer.interpolate = lambda latents, noise, sigma: mixed(noise, latents, sigma); "
     "trainer.velocity_target = lambda latents, noise: velocity(noise, latents)",
+    "the latents are scaled twice": "hunyuan_video.SCALING_FACTOR **= 2",
 }
 WITH_MISTAKE = """
 from hv_train_network import main
 from modules import trainer
+from training import hunyuan_video
 
 mixed, velocity = trainer.interpolate, trainer.velocity_target
 {}
@@ -59,6 +61,11 @@ def presence(folder: Path, lora: Path | None = None) -> float:
     """In how many videos of the concept's prompts the judge sees it."""
     options = [] if lora is None else ["--lora_weight", lora]
     return share_of_concept(watch(MODELS, concept_scenes(), folder, *options))
+
+
+def share_agreeing(verdicts: Sequence[Verdict], scenes: Sequence[Scene]) -> float:
+    """In how many clips everything is as told, in 0..1."""
+    return fmean(verdict.agrees(scene) for verdict, scene in zip(verdicts, scenes, strict=True))
 
 
 def test_the_small_models_are_small():
@@ -127,12 +134,13 @@ def test_two_processes_learn_the_same(tmp_path, config):
 def test_a_training_that_was_killed_and_resumed_learns_the_same(tmp_path, config):
     folder, states = tmp_path / "lora", ("--save_state", "--save_every_n_steps", 100)
     words = training_words(MODELS, config, folder, *states)
+    state = folder / f"{CONCEPT}-step00000300-state"
     training = subprocess.Popen([sys.executable, "hv_train_network.py", *map(str, words)], cwd=ROOT)
-    while training.poll() is None and not list(folder.glob("*00000300-state")):
+    while training.poll() is None and not state.exists():
         time.sleep(0.1)
     training.kill()
     assert training.wait() == -signal.SIGKILL
-    lora = train_lora(MODELS, config, folder, *states, "--resume", "auto")
+    lora = train_lora(MODELS, config, folder, *states, "--resume", state)
     assert presence(tmp_path / "after", lora) >= 0.8
 
 

@@ -19,7 +19,7 @@ def clip(count: int) -> torch.Tensor:
 def test_a_sheet_shows_every_frame_and_is_written_once(tmp_path, monkeypatch):
     written, save_frame = [], Page.save_frame
     monkeypatch.setattr(Page, "save_frame", lambda page, path, at: written.append(path) or save_frame(page, path, at))
-    video, sheet = write_sheet(tmp_path / "page", {"first": clip(5), "second": clip(5).flip(1)}, FPS)
+    video, sheet = write_sheet(tmp_path / "page", {"first": clip(5), "second": clip(5).flip(1)})
     assert written == [sheet] == [tmp_path / "page.png"]
     assert Image.open(sheet).width == MARGIN + 5 * (64 * SCALE + MARGIN)
     assert Image.open(sheet).height == LABEL_HEIGHT + 2 * (LABEL_HEIGHT + 64 * SCALE + MARGIN)
@@ -28,7 +28,7 @@ def test_a_sheet_shows_every_frame_and_is_written_once(tmp_path, monkeypatch):
 
 def test_clips_of_different_length_are_refused(tmp_path):
     with pytest.raises(UserError, match="expected: long 5, short 3"):
-        write_sheet(tmp_path / "page", {"long": clip(5), "short": clip(3)}, FPS)
+        write_sheet(tmp_path / "page", {"long": clip(5), "short": clip(3)})
     assert list(tmp_path.iterdir()) == []
 
 

@@ -1,12 +1,15 @@
 """The recipe of the small models: what trains them is what the toolkit runs."""
 
 import random
+import shlex
+from pathlib import Path
 
 import pytest
 import torch
 from tokenizers import Tokenizer
 
-from examples.shapes import vae_training
+from examples.shapes import recipe, vae_training
+from examples.shapes.scripts import TWO_PROCESSES
 from examples.shapes.untrained import write_new_dit, write_text_encoders
 from examples.shapes.vae_training import (
     STAGES,
@@ -24,7 +27,14 @@ from examples.shapes.world import BACKGROUNDS, COLOURS, CONCEPT, MOTIONS, SHAPES
 from hunyuan_model.checkpoints import load_dit, load_text_encoder_1, load_text_encoder_2
 from hunyuan_model.vae import SCALING_FACTOR
 from tests.conftest import ROOT
+from tests.test_readme import parse
 from utils.errors import UserError
+
+
+def test_hv_train_takes_the_words_of_the_recipe(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(recipe, "run", lambda *words: parse(shlex.join(map(str, words[len(TWO_PROCESSES) :]))))
+    recipe.train_dit(Path("out"), Path("dit.safetensors"), Path("dataset.toml"), seed=0)
 
 
 @pytest.fixture(scope="module")

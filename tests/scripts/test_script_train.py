@@ -116,7 +116,7 @@ def test_step_checkpoints_live_for_some_steps(world, dit, tmp_path):
 
 def test_a_file_save_makes_a_checkpoint_and_save_quit_ends_the_run(world, dit, tmp_path, monkeypatch):
     ask(monkeypatch, {2: lambda: (tmp_path / "save").touch(), 3: lambda: (tmp_path / "save_quit").touch()})
-    assert train(world, dit, tmp_path, "--max_train_steps", 9) == {}
+    assert train(world, dit, tmp_path, "--max_train_steps", 9, "--save_every_n_steps", 3) == {}
     states = sorted(path.name for path in tmp_path.glob("*-state"))
     assert states == ["lora-step00000003-state", "lora-step00000004-state"]
     assert not (tmp_path / "save").exists() and not (tmp_path / "save_quit").exists()
