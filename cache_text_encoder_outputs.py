@@ -169,6 +169,8 @@ def survey(settings: "DatasetSettings", options: CachingOptions, made_from: Mapp
         raise UserError(sources[0].problem if sources else explain_empty(settings))
     manifest = Manifest.load(settings.cache_directory, "text")
     caches = {source.name: text_cache_path(settings.cache_directory, source.name) for source in sources}
+    trusted = usable if options.skip_existing else ()
+    manifest.trusted = {caches[source.name].name: {"caption": source.caption} for source in trusted}
 
     def entry(source: "Source") -> Entry:
         cache = caches[source.name]

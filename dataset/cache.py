@@ -44,8 +44,8 @@ def text_cache_path(directory: Path, name: str) -> Path:
     return directory / f"{name}{TEXT_SUFFIX}"
 
 
-def file_identity(path: str | os.PathLike) -> str:
-    """Identity of a file or folder without reading it whole: sizes and a hash of the ends of each file.
+def file_identity(path: str | os.PathLike, whole: bool = False) -> str:
+    """Identity of a file or folder: sizes and a hash of the ends of each file, or of all that is in it when `whole`.
 
     Neither path nor modification time count, so models and media may be moved or copied.
     """
@@ -55,7 +55,8 @@ def file_identity(path: str | os.PathLike) -> str:
         size = file.stat().st_size
         total += size
         with open(file, "rb") as stream:
-            digest.update(f"{file.name if path.is_dir() else ''}:{size}:".encode() + stream.read(ends))
+            name = os.fsencode(file.name if path.is_dir() else "")
+            digest.update(name + f":{size}:".encode() + stream.read(-1 if whole else ends))
             stream.seek(max(size - ends, 0))
             digest.update(stream.read(ends))
     return f"{total}-{digest.hexdigest()}"
@@ -240,12 +241,14 @@ class Manifest:
     Attributes:
         sources: per source name what the script wants to remember.
         sound: per cache file its size and modification time when it was last read whole and found finite.
+        trusted: per cache file what the last run took it for by its name alone, because the user said so.
     """
 
     directory: Path
     kind: str
     sources: dict[str, dict[str, Any]] = field(default_factory=dict)
     sound: dict[str, list[int]] = field(default_factory=dict)
+    trusted: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     @property
     def path(self) -> Path:
@@ -259,13 +262,14 @@ class Manifest:
             values = json.loads(manifest.path.read_text(encoding="utf-8"))
             if values["version"] == CACHE_VERSION:
                 manifest.sources, manifest.sound = dict(values["sources"]), dict(values["sound"])
+                manifest.trusted = dict(values.get("trusted", {}))
         except (OSError, ValueError, KeyError, TypeError):
             pass
         return manifest
 
     def save(self) -> None:
         """Writes the manifest atomically."""
-        values = {"version": CACHE_VERSION, "sources": self.sources, "sound": self.sound}
+        values = {"version": CACHE_VERSION, "sources": self.sources, "sound": self.sound, "trusted": self.trusted}
         write_text(self.path, json.dumps(values, ensure_ascii=False, indent=1) + "\n")
 
     def is_sound(self, path: Path) -> bool:

@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator
 
 from utils.errors import UserError, did_you_mean
-from utils.files import clean_path, read_text, read_toml
+from utils.files import clean_path, read_text, read_toml, user_path
 
 SIZE_STEP = 16  # 8 pixels per latent, 2 latents per token of the DiT
 SECTIONS = ("general", "datasets", "validation")
@@ -65,7 +65,7 @@ def _path(value: Any) -> Any:
         raise ValueError("the path holds a control character; write Windows paths with / or in 'single quotes'")
     if not clean_path(value):
         raise ValueError("the path is empty")
-    return Path(clean_path(value)).expanduser()
+    return user_path(value)
 
 
 def _resolution(value: Any) -> Any:
@@ -127,6 +127,8 @@ class DatasetSettings(BaseModel):
     @classmethod
     def _with_dot(cls, value: str) -> str:
         value = clean_path(value)
+        if not value.strip(".") or "/" in value or "\\" in value:
+            raise ValueError('the end of a file name is expected, such as ".txt"')
         return value if value.startswith(".") else f".{value}"
 
     @property

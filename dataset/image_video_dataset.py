@@ -19,14 +19,13 @@ from dataset.cache import (
     check_latents,
     check_text,
     failed_items,
-    file_identity,
     read_latent_cache,
     read_text_cache,
     text_cache_path,
 )
 from dataset.config_utils import DatasetConfig, DatasetSettings
 from dataset.items import Item, Probe, made_from, plan_items
-from dataset.sources import Source, list_sources
+from dataset.sources import list_sources
 from utils.errors import UserError
 
 
@@ -161,9 +160,12 @@ class TrainingDataset(torch.utils.data.Dataset):
         return [item.name for item in self._batches(int(self._epoch))[index][1]]
 
     def largest_batch(self) -> Batch:
-        """The batch that needs the most memory: the most latents at once."""
+        """The batch that needs the most memory: the most latents at once, with captions as long as any may be."""
         bucket = max(self._buckets, key=lambda b: b.items[0].tokens * min(b.batch_size, len(b.items)))
-        return _load(bucket.items[: bucket.batch_size], bucket.name)
+        batch = _load(bucket.items[: bucket.batch_size], bucket.name)
+        batch.text_mask.fill_(1)
+        batch.text_mask[1:, -1] = 0  # captions of several lengths need a mask, and attention with a mask more memory
+        return batch
 
     def description(self) -> dict[str, Any]:
         """Settings and buckets of each dataset, for the metadata of a LoRA."""
@@ -223,7 +225,7 @@ def _items_of(settings: DatasetSettings, problems: list[str], notes: list[str]) 
         )
         return []
     listed = {source.name: source for source in list_sources(settings)}
-    failed = failed_items(directory)
+    failed, trusted_texts = failed_items(directory), Manifest.load(directory, "text").trusted
     latent_faults, text_faults = _Faults("cache_latents.py"), _Faults("cache_text_encoder_outputs.py")
     by_musubi, left_out = 0, []
     items: list[TrainingItem] = []
@@ -233,17 +235,18 @@ def _items_of(settings: DatasetSettings, problems: list[str], notes: list[str]) 
         if source and source.problem and not cached_elsewhere:
             left_out.append(source.problem)
             continue
-        if entry is None or not _unchanged(source, entry):
+        if entry is None or not (source is None or source.absent or source.is_described_by(entry)):
             latent_faults.add("not cached" if entry is None else "the media file changed", name)
             continue
         if "probe" not in entry:
             left_out.append(entry["problem"])
             continue
         text = text_cache_path(directory, name)
-        verdict = check_text(text, source.caption if source else None, {})
+        caption = source.caption if source else None
+        verdict = check_text(text, caption, {}, trust_name=trusted_texts.get(text.name) == {"caption": caption})
         if not verdict.kept:
             text_faults.add(verdict.reason, name)
-        for item, item_verdict in _checked_items(settings, name, entry, latent_faults):
+        for item, item_verdict in _checked_items(settings, name, manifest, latent_faults):
             by_musubi += item_verdict.by_musubi
             if item_verdict.kept:
                 items.append(_training_item(item, text))
@@ -257,24 +260,19 @@ def _items_of(settings: DatasetSettings, problems: list[str], notes: list[str]) 
     return items
 
 
-def _unchanged(source: Source | None, entry: dict[str, Any]) -> bool:
-    """Whether a media file is the one that was cached; a copy with a new modification time is told by its content."""
-    if source is None or source.absent or entry["stamp"] == source.stamp:
-        return True
-    same_size = entry["stamp"][0] == source.size
-    return same_size and ("probe" not in entry or entry["probe"]["digest"] == file_identity(source.path))
-
-
 def _checked_items(
-    settings: DatasetSettings, name: str, entry: dict[str, Any], faults: _Faults
+    settings: DatasetSettings, name: str, manifest: Manifest, faults: _Faults
 ) -> Iterator[tuple[Item, Verdict]]:
+    entry = manifest.sources[name]
     try:
         plan = plan_items(settings, name, Probe.from_json(entry["probe"]))
     except ValueError as error:
         faults.add(str(error), name)
         return
     for item in plan.items:
-        yield item, check_latents(item.path, item.latent_shape, made_from(item, settings, entry["stamp"]))
+        expected = made_from(item, settings, entry["stamp"])
+        is_trusted = manifest.trusted.get(item.path.name) == expected
+        yield item, check_latents(item.path, item.latent_shape, expected, trust_name=is_trusted)
 
 
 def _training_item(item: Item, text: Path) -> TrainingItem:

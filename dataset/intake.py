@@ -7,7 +7,7 @@ import os
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from tqdm import tqdm
@@ -61,19 +61,22 @@ class TakenDataset:
         return Counter(item.bucket_name for _, item in self.items)
 
 
-def _known(source: Source, manifest: Manifest) -> Probe | None:
+def _known(source: Source, manifest: Manifest) -> tuple[Source, Probe] | None:
+    """The source with the stamp that its caches carry, and its probe, if the manifest describes this very file."""
     entry = manifest.sources.get(source.name)
     try:
-        return Probe.from_json(entry["probe"]) if entry and entry["stamp"] == source.stamp else None
-    except (KeyError, TypeError):
-        return None
+        if entry and source.is_described_by(entry):
+            return replace(source, mtime_ns=entry["stamp"][1]), Probe.from_json(entry["probe"])
+    except (KeyError, TypeError, OSError):
+        pass
+    return None
 
 
 def _take_source(source: Source, settings: DatasetSettings, manifest: Manifest) -> TakenSource:
     if source.problem:
         return TakenSource(source, problem=source.problem)
     try:
-        found = _known(source, manifest) or probe(source)
+        source, found = _known(source, manifest) or (source, probe(source))
         plan = plan_items(settings, source.name, found)
     except MediaError as error:
         return TakenSource(source, problem=str(error))
@@ -86,10 +89,10 @@ def _take_source(source: Source, settings: DatasetSettings, manifest: Manifest) 
     return TakenSource(source, found, plan)
 
 
-def _remembered(taken: TakenSource) -> dict[str, Any]:
+def _remembered(taken: TakenSource, listed: Source) -> dict[str, Any]:
     """What the manifest keeps of a source, so that later runs and the trainer need not open it."""
     what = {"probe": taken.probe.to_json()} if taken.probe else {"problem": taken.problem}
-    return {"stamp": taken.source.stamp, **what}
+    return {"stamp": taken.source.stamp, "seen": listed.stamp, **what}
 
 
 def _take_dataset(heading: str, settings: DatasetSettings, workers: int, show_progress: bool) -> TakenDataset:
@@ -110,7 +113,11 @@ def _take_dataset(heading: str, settings: DatasetSettings, workers: int, show_pr
     ):
         taken = tuple(progress)
     # A caption that is missing today may be there tomorrow; only media that cannot be opened stay what they are.
-    manifest.sources = {one.source.name: _remembered(one) for one in taken if one.source.problem is None}
+    manifest.sources = {
+        listed.name: _remembered(one, listed)
+        for one, listed in zip(taken, sources, strict=True)
+        if listed.problem is None
+    }
     return TakenDataset(heading, settings, taken, manifest)
 
 

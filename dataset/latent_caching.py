@@ -88,7 +88,14 @@ def share_of(members: Sequence[T], rank: int, world_size: int) -> list[T]:
 def judge(
     dataset: TakenDataset, mine: Sequence[tuple[Source, Item]], ingredients: dict[str, Any], trust_names: bool
 ) -> dict[str, Verdict]:
-    """Whether each item's cache can be kept, by item name; `ingredients` are the VAE and the dtype."""
+    """Whether each item's cache can be kept, by item name; `ingredients` are the VAE and the dtype.
+
+    The manifest remembers what is trusted, other processes' share too, so that the trainer trusts the same.
+    """
+    dataset.manifest.trusted = {
+        item.path.name: made_from(item, dataset.settings, source.stamp)
+        for source, item in (dataset.items if trust_names else ())
+    }
     verdicts = {}
     for source, item in mine:
         expected = made_from(item, dataset.settings, source.stamp) | ingredients

@@ -14,11 +14,10 @@ from pathlib import Path
 
 import cv2
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 
 from dataset import video
 from dataset.buckets import Size, fit_to_bucket, resampled_indices
-from dataset.cache import file_identity
 from dataset.config_utils import DatasetSettings
 from dataset.items import Item, Probe
 from dataset.sources import Source, frame_files
@@ -93,11 +92,11 @@ def _probe_image(path: Path) -> Probe:
     with _as_media_error(path), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         with Image.open(path) as image:
-            width, height = image.size
-            orientation = image.getexif().get(0x0112, 1)
-            notes = ("turned by EXIF",) if orientation in range(2, 9) else ()
+            is_turned = image.getexif().get(ExifTags.Base.Orientation) in range(2, 9)
+            notes = ("turned by EXIF",) if is_turned else ()
             notes += (f"first of {image.n_frames} frames",) if getattr(image, "n_frames", 1) > 1 else ()
-    width, height = (height, width) if orientation in range(5, 9) else (width, height)
+            # Some of Pillow's readers state the size before turning, some the size after it.
+            width, height = (ImageOps.exif_transpose(image) if is_turned else image).size
     return Probe(width, height, notes=notes)
 
 
@@ -128,7 +127,7 @@ def probe(source: Source) -> Probe:
     probers = {"image": _probe_image, "frames": _probe_frame_folder, "video": _probe_video}
     found = probers[source.kind](source.path)
     with _as_media_error(source.path):
-        return replace(found, digest=file_identity(source.path))
+        return replace(found, digest=source.identity)
 
 
 def _chosen_frames(item: Item, settings: DatasetSettings, seconds: Sequence[float]) -> list[int]:

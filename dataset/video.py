@@ -2,22 +2,24 @@
 
 import bisect
 import contextlib
+import functools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from fractions import Fraction
 from pathlib import Path
 
 import av
 import numpy as np
 from av.container import InputContainer
-from av.filter import Graph
-from av.stream import Disposition
 from av.video.stream import VideoStream
+
+from utils.video_decoding import opened_video, upright_rgb
 
 # Codecs whose every packet is exactly one shown frame, so that packets can be counted instead of decoded frames.
 ONE_FRAME_PER_PACKET = frozenset(["h264", "hevc", "av1", "vp9", "mjpeg", "png", "prores", "dnxhd", "ffv1", "rawvideo"])
 # Shorter ways are decoded frame by frame, which needs no trust in a container's seeking.
 SEEK_BEYOND_FRAMES = 500
+# A file is read for each of its clips, of which an hour holds thousands; the timeline of an hour takes about 6 MB.
+TIMELINES_KEPT = 16
 # For files that state no rate.
 ASSUMED_FPS = 24
 
@@ -47,18 +49,6 @@ class FirstFrame:
     notes: tuple[str, ...]
 
 
-@contextlib.contextmanager
-def _opened(path: Path) -> Iterator[tuple[InputContainer, VideoStream]]:
-    """The container and its largest video stream that is no cover picture."""
-    with av.open(str(path)) as container:
-        streams = [s for s in container.streams.video if not s.disposition & Disposition.attached_pic]
-        if not streams:
-            raise ValueError("no video stream")
-        stream = max(streams, key=lambda s: s.codec_context.width * s.codec_context.height)
-        stream.thread_type = "AUTO"
-        yield container, stream
-
-
 def _decoded(container: InputContainer, stream: VideoStream) -> Iterator[av.VideoFrame]:
     """All frames that can be decoded; packets that cannot are passed over and missed by the caller."""
     for packet in container.demux(stream):
@@ -68,7 +58,14 @@ def _decoded(container: InputContainer, stream: VideoStream) -> Iterator[av.Vide
 
 def timeline(path: Path) -> Timeline:
     """The frames of a file, by reading packets without decoding them where the codec allows."""
-    with _opened(path) as (container, stream):
+    stat = path.stat()
+    return _read_timeline(path, stat.st_size, stat.st_mtime_ns)
+
+
+@functools.lru_cache(maxsize=TIMELINES_KEPT)
+def _read_timeline(path: Path, size: int, mtime_ns: int) -> Timeline:
+    """Size and modification time only tell apart what the file was and is."""
+    with opened_video(path) as (container, stream):
         packets = [packet for packet in container.demux(stream) if packet.size and not packet.is_discard]
         keyframes = sorted(packet.pts for packet in packets if packet.is_keyframe and packet.pts is not None)
         countable = stream.codec_context.name in ONE_FRAME_PER_PACKET and None not in [p.pts for p in packets]
@@ -76,7 +73,7 @@ def timeline(path: Path) -> Timeline:
         pts = sorted(p.pts for p in packets if p.pts is not None and p.pts >= (keyframes or [0])[0])
         unit, rate = float(stream.time_base), float(stream.average_rate or ASSUMED_FPS)
     if not countable or len(set(pts)) < len(pts):
-        with _opened(path) as (container, stream):
+        with opened_video(path) as (container, stream):
             pts = [frame.pts for frame in _decoded(container, stream)]
         keyframes = []
     if None in pts or pts != sorted(set(pts)):
@@ -90,7 +87,7 @@ def first_frame(path: Path) -> FirstFrame:
     Raises:
         ValueError: none can be decoded.
     """
-    with _opened(path) as (container, stream):
+    with opened_video(path) as (container, stream):
         frame = next(_decoded(container, stream), None)
         aspect = stream.sample_aspect_ratio
     if frame is None:
@@ -99,23 +96,6 @@ def first_frame(path: Path) -> FirstFrame:
     notes += ("interlaced",) if frame.interlaced_frame else ()
     notes += (f"pixels of {aspect} are not stretched",) if aspect and aspect != 1 else ()
     return FirstFrame((frame.height, frame.width) if frame.rotation % 180 else (frame.width, frame.height), notes)
-
-
-def _progressive(frame: av.VideoFrame) -> av.VideoFrame:
-    """The frame with the lines of its second field drawn anew from the first; looks at no other frame."""
-    graph = Graph()
-    buffer = graph.add_buffer(
-        width=frame.width, height=frame.height, format=frame.format, time_base=frame.time_base or Fraction(1, 24)
-    )
-    graph.link_nodes(buffer, graph.add("estdif", "mode=frame"), graph.add("buffersink")).configure()
-    graph.push(frame)
-    graph.push(None)
-    return graph.pull()
-
-
-def _upright_rgb(frame: av.VideoFrame) -> np.ndarray:
-    pixels = (_progressive(frame) if frame.interlaced_frame else frame).to_ndarray(format="rgb24")
-    return np.rot90(pixels, frame.rotation // 90) if frame.rotation else pixels
 
 
 def _stretches(indices: Sequence[int]) -> Iterator[list[int]]:
@@ -133,13 +113,13 @@ def frames_at(path: Path, frames: Timeline, indices: Sequence[int]) -> Iterator[
     """(index, pixels (H, W, 3) uint8 RGB, upright) of each of the ascending distinct indices that can be decoded."""
     for stretch in _stretches(indices) if frames.exact else [indices]:
         wanted = {frames.pts[index]: index for index in stretch}
-        with _opened(path) as (container, stream):
+        with opened_video(path) as (container, stream):
             if frames.exact and frames.keyframes and stretch[0] > SEEK_BEYOND_FRAMES:
                 before = bisect.bisect_right(frames.keyframes, frames.pts[stretch[0]]) - 1
                 container.seek(frames.keyframes[max(before, 0)], stream=stream, backward=True)
             for number, frame in enumerate(_decoded(container, stream)):
                 index = wanted.pop(frame.pts if frames.exact else number, None)
                 if index is not None:
-                    yield index, _upright_rgb(frame)
+                    yield index, upright_rgb(frame)
                 if not wanted:
                     break

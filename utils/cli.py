@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 from utils.errors import UserError, did_you_mean, one_line
-from utils.files import clean_path, read_toml
+from utils.files import read_toml, user_path
 
 T = TypeVar("T")
 _UNSET = object()
@@ -108,7 +108,7 @@ class _Option:
     def convert(self, text: str) -> Any:
         """One value from its text, or an ArgumentTypeError that says what was expected."""
         if self.kind is Path:
-            return self._existing(Path(clean_path(text)).expanduser())
+            return self._existing(user_path(text))
         if self.choices is not None and text not in self.choices:
             hint = did_you_mean(text, list(self.choices))
             raise argparse.ArgumentTypeError(f"'{text}' is not one of {', '.join(self.choices)}{hint}")

@@ -9,8 +9,9 @@ from pathlib import Path
 from utils.errors import UserError, one_line
 
 TEMPORARY_SUFFIX = ".partial"
-# Characters that text editors and file managers add unseen: byte-order mark, zero-width and bidirectional marks.
-INVISIBLE_CHARACTERS = dict.fromkeys([0xFEFF, *range(0x200B, 0x2010), *range(0x202A, 0x202F), *range(0x2066, 0x206A)])
+# Characters that text editors and file managers add unseen: byte-order mark, zero-width space, bidirectional marks.
+# The zero-width joiners U+200C and U+200D are not among them: Persian and Indic names and emoji are spelled with them.
+INVISIBLE_CHARACTERS = dict.fromkeys([0xFEFF, 0x200B, 0x200E, 0x200F, *range(0x202A, 0x202F), *range(0x2066, 0x206A)])
 
 _UMASK = os.umask(0)
 os.umask(_UMASK)
@@ -80,6 +81,12 @@ def refuse_overwriting(option: str, output: Path, inputs: Iterable[Path]) -> Non
 def clean_path(text: str) -> str:
     """A path as the user meant it: without invisible characters and surrounding white space."""
     return text.translate(INVISIBLE_CHARACTERS).strip()
+
+
+def user_path(text: str) -> Path:
+    """The path of a text that a user wrote. `~` is the home folder, `~tmp.png` a name like any other."""
+    path = Path(clean_path(text))
+    return path.expanduser() if path.parts[:1] == ("~",) else path
 
 
 def read_text(path: str | os.PathLike, what: str) -> str:

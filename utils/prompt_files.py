@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from utils.errors import UserError, did_you_mean, one_line
-from utils.files import clean_path, read_text, read_toml
+from utils.files import read_text, read_toml, user_path
 
 SIZE_STEP = 16  # pixels: the VAE shrinks by 8 and the DiT's patches cover 2 latents
 FRAME_STEP = 4  # video frames per latent frame after the first
@@ -124,7 +124,7 @@ def _converted(name: str, value: object, dashes: str) -> object:
     if isinstance(value, (bool, list, dict)) or value is None or value == "":
         raise UserError(f"{shown}: a value is expected" if value in (None, "") else f"{shown}: one value is expected")
     if field in ("video_path", "image_path"):
-        path = Path(clean_path(str(value))).expanduser()
+        path = user_path(str(value))
         if not path.is_file():
             raise UserError(f"{shown}: no such file")
         return str(path)
@@ -178,7 +178,8 @@ Entries = list[tuple[str, str | Mapping[str, object]]]
 
 
 def _text_entries(path: Path) -> Entries:
-    lines = enumerate(read_text(path, "prompt file").splitlines(), start=1)
+    # `splitlines` would also cut at separators that word processors put inside of a paragraph.
+    lines = enumerate(read_text(path, "prompt file").split("\n"), start=1)
     return [(f"line {number}", line) for number, line in lines if line.strip() and not line.lstrip().startswith("#")]
 
 

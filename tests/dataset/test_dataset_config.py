@@ -103,6 +103,7 @@ MISTAKES = {
     "neither": ("image_directory", "#", 8, ["image_directory", "video_directory", "required"]),
     "no cache for jsonl": ("video_directory", "video_jsonl_file", 14, ["cache_directory is required"]),
     "key of a dataset": ("[general]", "[general]\ntarget_frames = [1]", 3, ["target_frames", "[[datasets]]"]),
+    "no extension": ('".txt"', '""', 4, ["caption_extension", 'such as ".txt"']),
     "control character": ("'/data/videos'", '"C:\\temp\\new"', 14, ["video_directory", "single quotes"]),
     "odd size": ("true", "false\n#", 3, ["resolution"]),
 }

@@ -75,6 +75,18 @@ def test_a_late_clip_is_found_by_seeking(tmp_path: Path) -> None:
     assert numbers(clip(path, 700, 5)) == [number % 256 for number in range(700, 705)]
 
 
+def test_a_file_is_gone_through_once_for_all_its_clips(tmp_path: Path, monkeypatch) -> None:
+    path = write_video(tmp_path / "v.mpg", codec="mpeg2video")
+    probe(source(path))
+    opened, open_ = [], av.open
+    monkeypatch.setattr(av, "open", lambda *a, **k: opened.append(a) or open_(*a, **k))
+    for start in (0, 5, 10):
+        assert numbers(clip(path, start, 5)) == list(range(start, start + 5))
+    assert len(opened) == 3
+    write_video(path, frames=7, codec="mpeg2video")
+    assert probe(source(path)).frames == 7
+
+
 @pytest.mark.parametrize("fps", [12, 23.976, 25, 30, 60])
 def test_auto_resamples_constant_rates(tmp_path: Path, fps: float) -> None:
     path = write_video(tmp_path / "v.mp4", frames=60, fps=fps)
@@ -167,6 +179,18 @@ def test_exif_rotation_is_applied(tmp_path: Path) -> None:
         loaded = load_image(path)
         assert loaded.shape == (40, 60, 3)
         assert np.abs(loaded.astype(int) - upright).mean() < 3
+
+
+@pytest.mark.parametrize("name", ["a.jpg", "a.png", "a.tif", "a.webp", "a.avif"])
+def test_a_turned_image_is_measured_as_it_is_loaded(tmp_path: Path, name: str) -> None:
+    for orientation in range(1, 9):
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        try:
+            Image.new("RGB", (60, 40)).save(tmp_path / name, exif=exif)
+        except (OSError, KeyError):
+            pytest.skip("this Pillow does not write the format")
+        assert probe(source(tmp_path / name)).size == load_image(tmp_path / name).shape[1::-1], orientation
 
 
 def test_every_kind_of_image_becomes_rgb(tmp_path: Path) -> None:

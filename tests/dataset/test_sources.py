@@ -4,9 +4,12 @@ import json
 import os
 from pathlib import Path
 
+import pytest
+
 from dataset.config_utils import DatasetSettings
 from dataset.sources import LONGEST_NAME, cache_names, explain_empty, list_sources
 from tests.media_samples import write_caption, write_image
+from tests.platforms import needs_posix
 
 
 def settings(folder: Path, **keys) -> DatasetSettings:
@@ -95,6 +98,51 @@ def test_jsonl_lists_files_anywhere(tmp_path: Path) -> None:
     assert len(problems) == 5
     for part in ("listed twice", "gone.png", "line 6", "line 7", "line 8"):
         assert any(part in problem for problem in problems), part
+
+
+def names_in_jsonl(folder: Path, paths: list[str]) -> dict[str, str]:
+    """The name of each listed path; captions are the paths."""
+    file = folder / "list.jsonl"
+    file.write_text("\n".join(json.dumps({"image_path": path, "caption": path}) for path in paths), encoding="utf-8")
+    keys = {"image_directory": None, "image_jsonl_file": str(file)}
+    return {source.caption: source.name for source in list_sources(settings(folder, **keys))}
+
+
+def test_names_in_a_jsonl_file_depend_on_what_is_written_in_it_alone(tmp_path: Path, monkeypatch) -> None:
+    listed = ["x/a.png", "y/a.png", "~tmp.png"]
+    absent = names_in_jsonl(tmp_path, listed)
+    for folder in ("x", "y"):
+        (tmp_path / folder).mkdir()
+        write_image(tmp_path / folder / "a.png")
+    assert names_in_jsonl(tmp_path, listed) == absent
+    monkeypatch.chdir(tmp_path)
+    assert names_in_jsonl(tmp_path, listed) == absent
+    windows = names_in_jsonl(tmp_path, ["x\\a.png", "y\\a.png", "~tmp.png"])
+    assert list(windows.values()) == list(absent.values())
+
+
+@needs_posix
+def test_a_name_that_is_not_utf8_is_a_problem_that_can_be_printed(tmp_path: Path) -> None:
+    for stem in (b"caf\xe9", b"caf\xe8", b"good"):
+        path = tmp_path / os.fsdecode(stem + b".png")
+        try:
+            write_image(path)
+        except OSError:
+            pytest.skip("this file system takes UTF-8 alone")
+        write_caption(path)
+    sources = list_sources(settings(tmp_path))
+    assert [source.name for source in sources if source.problem is None] == ["good"]
+    problems = [source.problem for source in sources if source.problem]
+    assert len(problems) == 2 and all("rename it: its name is not UTF-8" in text for text in problems)
+    "".join(problems).encode()
+
+    half = "half \ud800.png"
+    file = tmp_path / "list.jsonl"
+    file.write_text(
+        json.dumps({"image_path": half, "caption": ""}) + "\n" + json.dumps({"image_path": "\0", "caption": ""})
+    )
+    sources = list_sources(settings(tmp_path, image_directory=None, image_jsonl_file=str(file)))
+    assert '"image_path" is missing or no text' in sources[0].problem and "cannot be read" in sources[1].problem
 
 
 def test_a_folder_of_frames_counts_only_with_a_caption(tmp_path: Path) -> None:

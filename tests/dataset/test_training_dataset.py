@@ -252,6 +252,8 @@ def test_description_and_largest_batch(config: DatasetConfig) -> None:
     assert second["buckets"]["64x64x13"] == 2
     batch = dataset.largest_batch()
     assert batch.bucket.endswith("x13") and len(batch.names) == 2
+    # What no batch exceeds: the longest caption that there may be, beside a shorter one.
+    assert batch.text_mask.sum(1).tolist() == [256, 255]
 
 
 def test_a_caption_that_came_after_the_latents_is_not_forgotten(tmp_path: Path) -> None:

@@ -28,6 +28,7 @@ from dataset.media import load_image, resize_to_bucket
 from dataset.sources import list_sources
 from hunyuan_model.vae import AutoencoderKLCausal3D
 from tests.media_samples import number_of, write_caption, write_image, write_video
+from tests.platforms import needs_posix
 from utils.errors import UserError
 from utils.memory_meter import MemoryMeter, nbytes
 from utils.safetensors_utils import load_file, read_header
@@ -164,7 +165,7 @@ def changed_files(world: World, before: dict[str, int]) -> set[str]:
 def test_only_what_changed_is_encoded_again(world: World) -> None:
     world.run()
     before = world.stamps()
-    os.utime(world.videos / "w.webm", ns=(1, 1))
+    write_video(world.videos / "w.webm", frames=9, fps=25, size=(64, 32), codec="libvpx")
     assert counts(world.run()) == [[0, 0, 3, 0, 0], [0, 10, 16, 0, 0]]
     assert changed_files(world, before) == {name for name in before if name.startswith("w_")}
 
@@ -175,6 +176,42 @@ def test_only_what_changed_is_encoded_again(world: World) -> None:
 
     world.config.write_text(world.config.read_text().replace("[32, 32]", "[48, 48]"))
     assert counts(world.run()) == [[0, 3, 0, 0, 0], [0, VIDEO_ITEMS, 0, 0, 0]]
+
+
+def test_a_copy_of_the_dataset_is_not_encoded_again(world: World, monkeypatch) -> None:
+    world.run()
+    write_text_caches(world)
+    for path in (*world.images.iterdir(), *world.videos.iterdir()):
+        os.utime(path, ns=(1, 1))
+    assert counts(world.run()) == [[0, 0, 3, 0, 0], [0, 0, VIDEO_ITEMS, 0, 0]]
+    monkeypatch.setattr("dataset.sources.file_identity", lambda *a, **k: pytest.fail("read again"))
+    assert TrainingDataset(load_dataset_config(world.config), seed=0).num_items == 3 + VIDEO_ITEMS
+    assert counts(world.run()) == [[0, 0, 3, 0, 0], [0, 0, VIDEO_ITEMS, 0, 0]]
+
+
+def test_an_image_that_was_changed_in_its_middle_alone_is_encoded_again(world: World) -> None:
+    path = world.images / "large.bmp"
+    write_caption(write_image(path, (1200, 900)))
+    world.run()
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 255
+    path.write_bytes(data)
+    os.utime(path, ns=(1, 1))
+    assert counts(world.run())[0] == [0, 1, 3, 0, 0]
+
+
+def test_the_trainer_takes_what_was_kept_by_its_name(world: World) -> None:
+    world.run()
+    write_text_caches(world)
+    path = world.images / "a.png"
+    write_image(path, (100, 80), (9, 9, 200))
+    world.config.write_text(world.config.read_text() + "source_fps = 24\n")
+    assert counts(world.run("--skip_existing")) == [[0, 0, 3, 0, 0], [0, 0, VIDEO_ITEMS, 0, 0]]
+    assert TrainingDataset(load_dataset_config(world.config), seed=0).num_items == 3 + VIDEO_ITEMS
+    write_image(path, (100, 80), (9, 200, 9))
+    with pytest.raises(UserError, match=r"the media file changed: a\)"):
+        TrainingDataset(load_dataset_config(world.config), seed=0)
+    assert counts(world.run()) == [[0, 1, 2, 0, 0], [0, VIDEO_ITEMS, 0, 0, 0]]
 
 
 def test_another_vae_encodes_everything_again_and_a_copy_of_it_nothing(world: World, tmp_path: Path) -> None:
@@ -338,7 +375,7 @@ def test_processes_share_the_items(world: World, monkeypatch) -> None:
 
 def write_text_caches(world: World) -> None:
     for settings in load_dataset_config(world.config).datasets:
-        for source in list_sources(settings):
+        for source in (source for source in list_sources(settings) if source.problem is None):
             tensors = torch.zeros(256, 8), torch.ones(256), torch.zeros(4), torch.ones(77)
             write_text_cache(text_cache_path(settings.cache_directory, source.name), *tensors, source.caption, {})
 
@@ -401,6 +438,22 @@ def test_broken_sources_are_listed_and_skipped_and_strict_stops(world: World) ->
     with pytest.raises(UserError, match="--strict"):
         world.run("--strict")
     assert world.stamps() == before
+
+
+@needs_posix
+def test_a_name_that_is_not_utf8_is_listed_and_skipped(world: World) -> None:
+    path = world.images / os.fsdecode(b"caf\xe9.png")
+    try:
+        write_caption(write_image(path))
+    except OSError:
+        pytest.skip("this file system takes UTF-8 alone")
+    assert "caf\\udce9.png: rename it" in world.run(
+        "--debug_mode", "html", "--debug_output", world.folder / "page.html"
+    )
+    output = world.run()
+    assert counts(output)[0] == [3, 0, 0, 1, 0] and "caf\\udce9.png: rename it: its name is not UTF-8" in output
+    write_text_caches(world)
+    assert "rename it" in TrainingDataset(load_dataset_config(world.config), seed=0).notes[0]
 
 
 def test_the_intake_report_tells_what_will_go_wrong(world: World) -> None:

@@ -12,6 +12,9 @@ import torch
 from PIL import Image
 
 import cache_text_encoder_outputs as script
+from dataset.config_utils import load_dataset_config
+from dataset.image_video_dataset import TrainingDataset
+from dataset.intake import take_in
 from hunyuan_model import checkpoints
 from utils.errors import UserError
 from utils.safetensors_utils import load_file, read_header, save_file
@@ -197,12 +200,24 @@ def test_only_prune_deletes(dataset, run):
     assert set(caches(dataset)) == {"ball 1", "海 #[x]"} and foreign.exists()
 
 
+def refusal(dataset: Path) -> str:
+    """Why the trainer refuses the dataset, whose latents are not cached."""
+    for taken in take_in(load_dataset_config(dataset)):
+        taken.manifest.save()
+    with pytest.raises(UserError, match="not cached") as caught:
+        TrainingDataset(load_dataset_config(dataset), seed=0)
+    return str(caught.value)
+
+
 def test_skip_existing_trusts_the_name(dataset, run, loads):
     run()
     loads.clear()
     (dataset.parent / "images" / "cat.txt").write_text("something else", encoding="utf-8")
     assert counts(run("--skip_existing")) == (0, 0, 3, 0)
     assert loads == []
+    assert "caption" not in refusal(dataset)
+    (dataset.parent / "images" / "cat.txt").write_text("something else again", encoding="utf-8")
+    assert "caches cannot be used (caption: cat)" in refusal(dataset)
 
 
 def test_caches_of_musubi_are_used(dataset, run, loads):

@@ -8,7 +8,7 @@ import pytest
 
 from tests.platforms import needs_posix
 from utils.errors import UserError, did_you_mean, one_line
-from utils.files import atomic_path, clean_path, read_text, read_toml, write_text
+from utils.files import atomic_path, clean_path, read_text, read_toml, user_path, write_text
 
 ROOT = Path(__file__).parents[2]
 
@@ -87,7 +87,16 @@ def test_toml_mistakes_name_the_line_and_the_cure(tmp_path: Path) -> None:
 
 def test_paths_lose_what_nobody_sees() -> None:
     assert clean_path("\u202a C:\\media\u200b \ufeff") == "C:\\media"
-    assert clean_path("a\u00a0b ü") == "a\u00a0b ü"
+    for name in ("a\u00a0b ü", "نامه\u200cها", "\U0001f468\u200d\U0001f469.mp4"):
+        assert clean_path(name) == name
+
+
+def test_a_tilde_is_the_home_folder_only_when_it_stands_alone(monkeypatch, tmp_path: Path) -> None:
+    for variable in ("HOME", "USERPROFILE"):
+        monkeypatch.setenv(variable, str(tmp_path))
+    assert (user_path("~"), user_path(" ~/a.png")) == (tmp_path, tmp_path / "a.png")
+    for name in ("~tmp.png", "~$clip.mp4", "~root/a.png", "a/~"):
+        assert user_path(name) == Path(name)
 
 
 def test_messages() -> None:

@@ -72,6 +72,12 @@ def test_text_toml_and_json_say_the_same(tmp_path):
         assert read_prompt_file(tmp_path / name, Request()) == [cat, dog]
 
 
+def test_only_line_ends_end_a_prompt(tmp_path):
+    (tmp_path / "p.txt").write_bytes("A cat\u2028sits,\u0085it\x0bpurrs --d 3\r\nA dog\r\n".encode())
+    cat, dog = read_prompt_file(tmp_path / "p.txt", Request())
+    assert (cat.prompt, cat.seed, dog.prompt) == ("A cat\u2028sits,\u0085it\x0bpurrs", 3, "A dog")
+
+
 @pytest.mark.parametrize(
     ("name", "text", "complaint"),
     [
