@@ -260,10 +260,8 @@ def build_generator(options: GenerationOptions, keep_loaded: bool = False) -> "G
 
 
 def check_model_files(options: GenerationOptions) -> None:
-    """Looks into every model file's header, so that a wrong file is found before the first one is loaded."""
+    """Looks into every model file's header and into every LoRA, so that a wrong one is found before any is loaded."""
     from hunyuan_model.model_files import CLIP, DIT, LLM, VAE, identify
-    from networks.formats import detect_format
-    from utils.safetensors_utils import read_header
 
     text = options.text
     for path, part in (
@@ -274,9 +272,23 @@ def check_model_files(options: GenerationOptions) -> None:
     ):
         if path is not None:
             identify(path).tensors(part)
+    if options.dit.dit is not None:
+        check_loras(options)
+
+
+def check_loras(options: GenerationOptions) -> None:
+    """Reads every LoRA as merging will, one at a time, and holds it against the header of the DiT's file."""
+    from hunyuan_model.checkpoints import open_dit
+    from networks.merging import count_matches, read_changes, require_shape
+
+    shapes = {name.removesuffix(".weight"): shape for name, shape in open_dit(options.dit.dit).shapes.items()}
     for path in options.lora.lora_weight:
-        if detect_format(list(read_header(path)[0])) is None:
-            raise UserError(f"{path}: no LoRA for HunyuanVideo: none of its keys is known")
+        changes, files = read_changes([(path, 1.0)], options.lora.exclude_single_blocks)
+        count_matches([path], files, shapes)
+        for name, [(factors, _)] in changes.items():
+            if name in shapes:
+                rows, *columns = shapes[name]
+                require_shape(f"{path}: {name}", factors, rows, math.prod(columns))
 
 
 def plan_memory(options: GenerationOptions, requests: Sequence[Request]) -> GenerationOptions:
@@ -348,7 +360,9 @@ def plan_sampling(options: GenerationOptions, shape: Sequence[int], guided: bool
         return usage if speed.step_cache is None else with_step_cache(usage, calls)
 
     def predicted(settings: planner.Settings) -> planner.Prediction:
-        return planner.predict(measured(settings.fp8), swapped_blocks(settings.blocks_to_swap, *depths))
+        swapped = swapped_blocks(settings.blocks_to_swap, *depths)
+        wide = measured(False) if quantizes_later(options, settings.fp8) else None
+        return planner.predict(measured(settings.fp8), swapped, quantized_from=wide)
 
     settings = planner.Settings(speed.fp8, "none", swap or 0)
     limit = planner.memory_limit(speed.vram_gb, planner.free_memory(device))
@@ -387,10 +401,19 @@ def plan_decoding(options: GenerationOptions, shape: Sequence[int]) -> tuple[Gen
     return dataclasses.replace(options, vae=dataclasses.replace(vae, vae_spatial_tile_sample_min_size=tile)), rows
 
 
+def quantizes_later(options: GenerationOptions, fp8: bool) -> bool:
+    """Whether LoRAs are merged into the wide weights, in main memory, before these become fp8.
+
+    A small change of a weight that is fp8 already would be lost in rounding it back to the same value.
+    """
+    from hunyuan_model.model_files import identify
+
+    return fp8 and bool(options.lora.merged()) and identify(options.dit.dit).fp8 == "none"
+
+
 def load_merged_dit(options: GenerationOptions, device: "torch.device", fp8: bool) -> "HYVideoDiffusionTransformer":
     """The DiT with its LoRAs merged before it is quantised; on the CPU where it would not fit otherwise."""
-    from hunyuan_model.checkpoints import is_quantized_in_dit, load_dit
-    from hunyuan_model.model_files import identify
+    from hunyuan_model.checkpoints import beside_swapped, is_quantized_in_dit, load_dit, read_dit_config
     from networks.live import LiveLoras
     from networks.merging import merge_lora_into
     from utils.device_utils import default_dtype
@@ -398,12 +421,10 @@ def load_merged_dit(options: GenerationOptions, device: "torch.device", fp8: boo
 
     dtype = default_dtype(options.dit.dit_dtype, device, on_gpu="bfloat16")
     loras, speed = options.lora.merged(), options.speed
-    # A small change of a weight that is fp8 already would be lost in rounding it back to the same value.
-    beside = bool(loras) and fp8 and identify(options.dit.dit).fp8 != "none"
-    quantize_later = bool(loras) and fp8 and not beside
-    place = "cpu" if options.swap.blocks_to_swap or quantize_later else device
+    config, quantize_later = read_dit_config(options.dit.dit), quantizes_later(options, fp8)
+    place = "cpu" if quantize_later else beside_swapped(config, options.swap.blocks_to_swap or 0, device)
     model = load_dit(options.dit.dit, place, dtype, fp8 and not quantize_later, speed.attn_mode, speed.split_attn)
-    if beside:
+    if loras and fp8 and not quantize_later:
         LiveLoras(model).use(loras, options.lora.exclude_single_blocks)
     elif loras:
         merge_lora_into(model, loras, options.lora.exclude_single_blocks)

@@ -126,7 +126,13 @@ def info(argv: list[str]) -> None:
     from networks.formats import read_lora
     from networks.inspection import block_table, draw_norms
 
-    lora = read_lora(files.only)
+    lora = read_lora(files.only, allow_partial=True)
+    if lora.leftover:
+        print(
+            f"warning: {files.only}: {len(lora.leftover)} keys belong to no module of HunyuanVideo's DiT, such as "
+            f"{lora.leftover[0]}; they are left out here",
+            file=sys.stderr,
+        )
     if options.png is not None:
         draw_norms(lora, options.png)
     print_table(f"{files.only}: {lora.format.title}", sorted(lora.metadata.items()) or [("metadata", "none")])

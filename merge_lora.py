@@ -66,7 +66,7 @@ def main() -> None:
         exclude_single_blocks=options.exclude_single_blocks,
     )
     rows = [("DiT", options.dit)]
-    rows += [("LoRA", f"{r.path}: {r.matched} of {r.total} modules merged") for r in reports]
+    rows += [("LoRA", report) for report in reports]
     size = options.save_merged_model.stat().st_size / 1e9
     print_table("merge", [*rows, ("written", f"{options.save_merged_model} ({size:.2f} GB)")])
 

@@ -38,7 +38,7 @@ class Lora:
         modules: official dotted module name -> factors.
         metadata: of the file it was read from.
         format: the format it was read from.
-        leftover: keys of the file that belong to no module of the DiT.
+        leftover: keys of the file that belong to no module of the DiT, such as those of text encoders.
     """
 
     modules: dict[str, Factors]
@@ -57,8 +57,8 @@ def read_lora(path: str | os.PathLike, allow_partial: bool = False) -> Lora:
     Raises:
         UserError: no LoRA for HunyuanVideo, keys left over, factors missing or of wrong shapes.
     """
-    infos, metadata = read_header(path)
-    _refuse_other_models(path, list(infos), metadata)
+    _, metadata = read_header(path)
+    _refuse_other_models(path, metadata)
     return from_tensors(dict(iterate_tensors(path)), metadata, str(path), allow_partial)
 
 
@@ -76,8 +76,8 @@ def from_tensors(
     grouped, leftover = _group(tensors, format_)
     if leftover and not allow_partial:
         raise UserError(
-            f"{source}: {len(leftover)} of {len(tensors)} keys belong to no module of HunyuanVideo, such as "
-            f"{leftover[0]}; --allow_partial leaves them out"
+            f"{source}: {len(leftover)} of {len(tensors)} keys belong to no module of HunyuanVideo's DiT, such as "
+            f"{leftover[0]}; convert_lora.py with --allow_partial makes a file without them"
         )
     metadata = dict(metadata)
     alphas = _AdapterMetadata(metadata.pop("lora_adapter_metadata", None), source)
@@ -126,15 +126,12 @@ def _example(keys: list[str]) -> str:
     return f"'{keys[0]}'" if keys else "none (the file has no tensors)"
 
 
-def _refuse_other_models(path: str | os.PathLike, keys: list[str], metadata: Mapping[str, str]) -> None:
+def _refuse_other_models(path: str | os.PathLike, metadata: Mapping[str, str]) -> None:
     """Flux and HunyuanVideo 1.5 have almost the same names, Flux even the same shapes: the metadata decide."""
     for name in ("ss_base_model_version", "modelspec.architecture"):
         model = metadata.get(name, "").lower().replace("-", "_").split("/")[0]
         if model and (not model.startswith("hunyuan") or "1_5" in model or "1.5" in model):
             raise UserError(f"{path}: made for another model: its metadata say {name} = {metadata[name]}")
-    text = [key for key in keys if key.startswith(("lora_te", "text_encoder"))]
-    if text:
-        raise UserError(f"{path}: has {len(text)} keys of text encoders, such as {text[0]}; only the DiT is adapted")
 
 
 Parts = dict[int, dict[str, Tensor]]

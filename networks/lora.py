@@ -68,10 +68,12 @@ class LoraModule(AdapterModule):
         From |W|^2 + 2 W.update + |update|^2, so that no matrix of W's size is made: W @ down.T is the target's own
         forward, whatever its weights are stored as.
         """
-        down, up = self.lora_down.weight, self.lora_up.weight * self.scale
+        # Detached: autocast of torch before 2.13 would keep the casts that it makes here for `update`, without a graph.
+        down, up = self.lora_down.weight.detach(), self.lora_up.weight.detach() * self.scale
         bias = 0.0 if self.target.bias is None else self.target.bias
         projected = (self._target_forward(down.to(dtype)) - bias).T.float()  # (out, rank)
-        square = self.target_norm**2 + 2 * (projected * up).sum(1) + ((up @ (down @ down.T)) * up).sum(1)
+        with torch.autocast(down.device.type, enabled=False):
+            square = self.target_norm**2 + 2 * (projected * up).sum(1) + ((up @ (down @ down.T)) * up).sum(1)
         return square.clamp_min(torch.finfo(torch.float32).tiny).sqrt()
 
     def factors(self) -> LoraFactors:
@@ -104,7 +106,7 @@ def create_arch_network(
         network_alpha: alpha; 1 if None, the rank if 0.
         vae, text_encoders: never adapted.
         neuron_dropout: dropout of the inner values.
-        network_args: values of --network_args as strings (docs/options.md 1.9).
+        network_args: values of --network_args as strings (docs/lora.md).
 
     Raises:
         UserError: an unknown or unreadable argument, or no target.

@@ -28,7 +28,8 @@ def split_rows(factors: Factors, rows: Sequence[int]) -> list[Factors | None]:
     whole = [factors.rows(start, start + count) for start, count in zip(starts, rows)]
     parts = [_without_zero_ranks(part) for part in whole]
     if factors.dora_scale is not None or not any(parts):
-        return [part or kept for part, kept in zip(parts, whole)]
+        # Parts that stay whole would share `down`, and a file does not take one tensor under several names.
+        return [part or kept.map(torch.clone) for part, kept in zip(parts, whole)]
     return parts
 
 

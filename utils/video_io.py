@@ -89,23 +89,25 @@ def read_video(path: str | Path, frames: int | None = None) -> tuple[Tensor, flo
 
 
 def read_frames(path: str | Path, frames: int | None = None) -> tuple[Tensor, float]:
-    """The first `frames` frames (all if None), (F, H, W, 3) uint8, and the frames per second.
+    """The first `frames` frames (all if None) upright, (F, H, W, 3) uint8, and the frames per second.
 
     Raises:
         UserError: the file cannot be decoded or has no frames.
     """
     import av
+    import numpy as np
+
+    from utils.video_decoding import opened_video, upright_rgb
 
     arrays = []
     try:
-        with av.open(str(path)) as container:
-            stream = container.streams.video[0]
+        with opened_video(path) as (container, stream):
             rate = float(stream.average_rate or stream.guessed_rate or 0)
             for frame in container.decode(stream):
-                arrays.append(torch.from_numpy(frame.to_ndarray(format="rgb24")))
+                arrays.append(torch.from_numpy(np.ascontiguousarray(upright_rgb(frame))))
                 if len(arrays) == frames:
                     break
-    except (av.FFmpegError, OSError, IndexError) as error:
+    except (av.FFmpegError, OSError, ValueError) as error:
         raise UserError(f"{path}: cannot be read as a video: {one_line(error)}") from None
     if not arrays:
         raise UserError(f"{path}: this video has no frames")

@@ -213,6 +213,20 @@ def test_dora_starts_unchanged_and_scales_rows():
         assert torch.allclose(adapter.merged_weight(target.weight), 0.75 * target.weight + 0.25 * weight, atol=1e-6)
 
 
+def test_dora_under_autocast_has_lengths_in_float32_and_a_gradient_for_every_factor():
+    target = nn.Linear(64, 6, bias=False).requires_grad_(False)
+    nn.init.zeros_(target.weight)
+    adapter = lora.LoraModule(target, 4, 4.0, use_dora=True)
+    nn.init.normal_(adapter.lora_up.weight)
+    with torch.autocast("cpu", torch.bfloat16):
+        length = adapter.direction_norm(torch.float32)
+        adapter.dora_scale.data += 1
+        adapter(torch.randn(2, 64)).sum().backward()
+    update = adapter.lora_up.weight @ adapter.lora_down.weight
+    torch.testing.assert_close(length, update.norm(dim=1).detach(), rtol=1e-5, atol=0)
+    assert all(parameter.grad is not None for parameter in adapter.parameters())
+
+
 def test_keys_and_targets_are_those_of_the_reference_tool(dit, tmp_path):
     network = create(lora, dit)
     network.save_weights(tmp_path / "x.safetensors", torch.bfloat16, {})

@@ -4,8 +4,8 @@ import pytest
 import torch
 from lora_reference import LAYOUTS, SPLIT, random_file, updates
 
-from networks.format_table import FORMATS
-from networks.formats import from_tensors, to_tensors
+from networks.format_table import FORMATS, NATIVE
+from networks.formats import from_tensors, read_lora, to_tensors, write_lora
 from networks.names import detect_format
 
 PAIRS = [(source, target) for source in FORMATS for target in FORMATS]
@@ -76,3 +76,13 @@ def test_split_parts_of_one_scale_are_stacked_without_loss(target):
         if key.endswith(".alpha"):
             original[key] = torch.tensor(0.5 * len(original[key.replace("alpha", "lora_down.weight")]))
     assert identical(convert(convert(original, target), "onetrainer-legacy"), original)
+
+
+@pytest.mark.parametrize("target", FORMATS)
+def test_a_lora_that_has_learned_nothing_yet_is_written_and_read(tmp_path, target):
+    tensors = random_file("default", seed=1, missing=0)
+    tensors |= {key: torch.zeros_like(up) for key, up in tensors.items() if key.endswith("lora_up.weight")}
+    write_lora(from_tensors(tensors, {}, "test"), tmp_path / "a.safetensors", FORMATS[target])
+    back = to_tensors(read_lora(tmp_path / "a.safetensors"), NATIVE)
+    assert back.keys() == tensors.keys()
+    assert all(torch.equal(back[key], tensor) for key, tensor in tensors.items() if not key.endswith("alpha"))

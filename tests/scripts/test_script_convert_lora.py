@@ -134,17 +134,19 @@ def test_other_and_back_as_a_user_does_it(tmp_path, monkeypatch):
 def test_prefix_dtype_and_partial(tmp_path, monkeypatch, capsys):
     tensors = random_file("default", seed=2)
     tensors["lora_unet_double_blocks_0_img_norm.diff"] = torch.zeros(4)
+    tensors |= pair("lora_te1_text_model_encoder_layers_0_mlp_fc1")
     save_file(tensors, tmp_path / "in.safetensors")
     output = tmp_path / "out.safetensors"
     words = ["--input", tmp_path / "in.safetensors", "--output", output, "--target", "other"]
     assert run(monkeypatch, *words) == 2
-    assert "lora_unet_double_blocks_0_img_norm.diff" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert "lora_te1_text_model_encoder_layers_0_mlp_fc1" in error and "with --allow_partial makes a file" in error
     more = ["--allow_partial", "--diffusers_prefix", "transformer", "--dtype", "bf16", "--verify"]
     assert run(monkeypatch, *words, *more) == 0
     written = load_file(output)
     assert {tensor.dtype for tensor in written.values()} == {torch.bfloat16}
     assert all(key.startswith("transformer.") for key in written)
-    assert "1 keys" in capsys.readouterr().out
+    assert "3 keys" in capsys.readouterr().out
 
 
 def test_verify_finds_a_wrong_conversion(tmp_path, monkeypatch, capsys):
@@ -210,6 +212,7 @@ WRONG_FILES = {
     "flux by modelspec": (pair(OURS), {"modelspec.architecture": "flux-1-dev/lora"}),
     "hunyuan 1.5": (pair(OURS), {"ss_base_model_version": "hunyuan_video_1_5"}),
     "text encoder": (pair(OURS) | pair("lora_te1_text_model_encoder_layers_0_mlp_fc1"), {}),
+    "text encoder alone": (pair("lora_te1_text_model_encoder_layers_0_mlp_fc1"), {}),
     "a dit": ({"double_blocks.0.img_attn_qkv.weight": torch.ones(144, 48)}, {}),
     "no tensors": ({}, {}),
     "down without up": ({f"{OURS}.lora_down.weight": torch.ones(4, 48)}, {}),

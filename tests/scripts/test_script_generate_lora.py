@@ -55,15 +55,42 @@ def test_a_lora_that_fits_in_part_is_a_warning_with_numbers_and_one_that_does_no
 
     tensors = load_file(loras[0])
     unknown = {name.replace("blocks_1_", "blocks_70_"): tensor for name, tensor in tensors.items()}
-    unknown["lora_unet_something.lora_down.weight"] = torch.zeros(4, 8)
+    unknown |= {f"{name}.lora_down.weight": torch.zeros(4, 8) for name in ("lora_unet_something", "lora_te1_mlp_fc1")}
     save_file(unknown, tmp_path / "partly.safetensors")
     load_sampling_dit("--lora_weight", tmp_path / "partly.safetensors")
     assert "warning: " in (said := capfd.readouterr().err)
-    assert "26 of 36 modules merged, 1 keys belong to no module" in said
+    assert "26 of 36 modules merged, 2 keys belong to no module" in said
     far = {re.sub(r"blocks_(\d)_", r"blocks_7\1_", name): tensor for name, tensor in tensors.items()}
     save_file(far, tmp_path / "far.safetensors")
     with pytest.raises(UserError, match="none of its 36 modules is in this DiT"):
         load_sampling_dit("--lora_weight", tmp_path / "far.safetensors")
+
+
+WRONG_LORAS = {
+    "made for another model": lambda tensors: (tensors, {"ss_base_model_version": "flux1"}),
+    "not finite": lambda tensors: ({name: tensor * float("nan") for name, tensor in tensors.items()}, {}),
+    "has only": lambda tensors: ({name: t for name, t in tensors.items() if "lora_up" not in name}, {}),
+    "none of its": lambda tensors: ({re.sub("blocks_", "blocks_7", name): t for name, t in tensors.items()}, {}),
+    "img_attn_proj: .* 96 x 96, this DiT has 64 x 64": lambda tensors: (
+        {
+            "lora_unet_double_blocks_0_img_attn_proj.lora_down.weight": torch.ones(2, 96),
+            "lora_unet_double_blocks_0_img_attn_proj.lora_up.weight": torch.ones(96, 2),
+        },
+        {},
+    ),
+}
+
+
+@pytest.mark.parametrize("complaint", WRONG_LORAS)
+def test_a_wrong_lora_is_found_before_a_model_is_loaded(generate, loras, tmp_path, monkeypatch, complaint):
+    from utils.errors import UserError
+    from utils.safetensors_utils import load_file, save_file
+
+    tensors, metadata = WRONG_LORAS[complaint](load_file(loras[0]))
+    save_file(tensors, tmp_path / "wrong.safetensors", metadata)
+    monkeypatch.setattr("hunyuan_model.checkpoints.load_text_encoder_1", lambda *_: pytest.fail("loaded"))
+    with pytest.raises(UserError, match=rf"wrong\.safetensors: .*{complaint}"):
+        generate("--prompt=cat", "--lora_weight", loras[1], tmp_path / "wrong.safetensors")
 
 
 def test_merged_is_applied(load_sampling_dit, dit_inputs, loras):

@@ -1,11 +1,14 @@
 """hv_generate_video.py: the memory plan, and the video that the settings it chose make."""
 
 import re
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+from modules.generation import Generator, LazyModel
 from utils.errors import UserError
+from utils.memory_meter import MemoryMeter
 from utils.safetensors_utils import load_file
 
 
@@ -110,3 +113,44 @@ def test_vram_gb_takes_fp8_for_text_encoder_1_where_it_does_not_fit_otherwise(ge
         warned = "text encoder 1 needs 7.35 GiB, 6.00 GiB are there" in printed.err
         assert warned == (limit == 6)
     assert chosen == ["no option", "15.75 GiB", *["--fp8_llm", "7.35 GiB"] * 2]
+
+
+def test_only_swapped_blocks_pass_through_main_memory(tiny_models, monkeypatch):
+    """The meta device takes the place of a GPU; nothing can be computed on it."""
+    from hunyuan_model.block_swap import swapped_blocks
+    from hunyuan_model.checkpoints import _Weights
+    from hv_generate_video import load_merged_dit
+    from utils.generation_options import parse_generation_options
+
+    monkeypatch.setattr(_Weights, "_finite", lambda self, name, tensor: tensor)
+    models = [f"--{name}={path}" for name, path in vars(tiny_models).items()]
+    words = [*models, "--prompt=a cat", "--save_path=out", "--blocks_to_swap=4"]
+    options = parse_generation_options("", words)
+    dit = load_merged_dit(options, torch.device("meta"), fp8=True)
+    swapped = swapped_blocks(4, len(dit.double_blocks), len(dit.single_blocks))
+    for index, block in enumerate(dit.blocks):
+        assert {weight.device.type for weight in block.parameters()} == {"cpu" if index in swapped else "meta"}
+    assert dit.device.type == "meta"
+
+
+def test_a_merge_before_fp8_needs_the_wide_weights_in_main_memory(generate, loras, capfd):
+    for words in (["--fp8"], ["--lora_weight", loras[0]], ["--fp8", "--lora_weight", loras[0]]):
+        generate("--prompt=cat", "--dry_run", *words)
+        assert ("main memory while the model is loaded" in capfd.readouterr().out) == (len(words) == 3)
+
+
+def test_decoded_pixels_are_in_memory_once():
+    vae = SimpleNamespace(
+        decode=lambda latents: torch.randn(1, 3, 8, 64, 64),
+        configure_memory=lambda *_: None,
+        parameters=lambda: iter([torch.zeros(1)]),
+    )
+    lazy = LazyModel(lambda: vae, torch.device("cpu"))
+    generator = Generator(lazy, lazy, lazy, lazy, 1.0, torch.device("cpu"), None, None, None)
+    torch.manual_seed(0)
+    expected = (torch.randn(3, 8, 64, 64) / 2 + 0.5).clamp(0, 1)
+    torch.manual_seed(0)
+    with MemoryMeter() as meter:
+        pixels = generator.decode(torch.zeros(1, 16, 2, 8, 8))
+    assert torch.equal(pixels, expected)
+    assert meter.peak < 1.2 * pixels.nbytes

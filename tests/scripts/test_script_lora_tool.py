@@ -55,6 +55,18 @@ def test_info_shows_rank_alpha_norm_and_metadata(tmp_path, monkeypatch, capsys):
     assert picture.format == "PNG" and len(picture.getcolors(maxcolors=10**6)) > 10
 
 
+def test_keys_of_no_module_are_named_by_info_and_refused_with_the_cure(tmp_path, monkeypatch, capsys):
+    strange = {"bundle_emb.x.string_to_param.*": torch.ones(4), "lora_te1_mlp_fc1.alpha": torch.ones(())}
+    save_file(random_file("default", seed=1) | strange, tmp_path / "a.safetensors")
+    assert run(monkeypatch, "info", tmp_path / "a.safetensors") == 0
+    printed = capsys.readouterr()
+    assert "a.safetensors: 2 keys belong to no module of HunyuanVideo's DiT, such as bundle_emb" in printed.err
+    assert "double 7" in " ".join(printed.out.split())
+    words = ("resize", tmp_path / "a.safetensors", "--rank", 2, "--output_file", tmp_path / "b.safetensors")
+    assert run(monkeypatch, *words) == 2
+    assert "convert_lora.py with --allow_partial" in capsys.readouterr().err
+
+
 def test_merge_is_the_weighted_sum(tmp_path, monkeypatch):
     first = write(tmp_path / "a.safetensors", 1)
     second = write(tmp_path / "b.safetensors", 2, "diffusers")

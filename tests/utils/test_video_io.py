@@ -8,8 +8,9 @@ import pytest
 import torch
 from PIL import Image
 
+from tests.media_samples import number_of, numbered_frame, turn_video, write_video
 from utils.errors import UserError
-from utils.video_io import read_metadata, read_video, save_images, save_video
+from utils.video_io import read_frames, read_metadata, read_video, save_images, save_video
 
 SETTINGS = {"prompt": 'a cat \u732b "quoted"\nsecond line', "seed": 2**40, "video_size": [48, 80], "strength": 0.5}
 
@@ -63,6 +64,32 @@ def test_video_plays_while_it_loads(tmp_path):
 def test_first_frames_only(tmp_path):
     save_video(smooth_clip(9, 32, 32), tmp_path / "clip.mp4", 24)
     assert read_video(tmp_path / "clip.mp4", frames=5)[0].shape == (3, 5, 32, 32)
+
+
+def test_videos_are_read_upright(tmp_path):
+    for matrix, turns in (((0, 1, -1, 0), 1), ((-1, 0, 0, -1), 2), ((0, -1, 1, 0), 3)):
+        turn_video(write_video(tmp_path / "turned.mp4", frames=5), matrix)
+        frames = read_frames(tmp_path / "turned.mp4")[0].numpy()
+        assert frames.shape[1:3] == ((128, 64) if turns % 2 else (64, 128))
+        # What was stored was the upright picture turned the other way round.
+        assert [number_of(np.rot90(frame, turns)) for frame in frames] == list(range(5))
+
+
+@pytest.mark.parametrize(("name", "height"), [("large_cover.mp4", 128), ("small_one_first.mkv", 32)])
+def test_a_picture_beside_the_video_is_not_the_video(tmp_path, name, height):
+    write_video(tmp_path / "clip.mp4", frames=5)
+    with av.open(str(tmp_path / "clip.mp4")) as clip, av.open(str(tmp_path / name), "w") as both:
+        cover = both.add_stream("mjpeg", rate=1)
+        cover.width, cover.height, cover.pix_fmt = 2 * height, height, "yuvj420p"
+        cover.disposition = av.stream.Disposition.attached_pic
+        video = both.add_stream_from_template(clip.streams.video[0])
+        picture = av.VideoFrame.from_ndarray(numbered_frame(99, 2 * height, height), format="rgb24")
+        both.mux(cover.encode(picture) + cover.encode())
+        for packet in clip.demux(video=0):
+            if packet.size:
+                packet.stream = video
+                both.mux(packet)
+    assert [number_of(frame) for frame in read_frames(tmp_path / name)[0].numpy()] == list(range(5))
 
 
 def test_images_are_exact_and_carry_the_settings(tmp_path):
