@@ -188,16 +188,14 @@ def print_memory(options: Options, shapes: "Mapping[str, torch.Size]", names: se
 
 def load_model(options: Options, names: set[str], run: "Run") -> "HYVideoDiffusionTransformer":
     """The DiT with trained weights in the dtype of the training and all others in --dit_dtype."""
-    from hunyuan_model.attention import verify_attention
     from hunyuan_model.block_swap import offload_embedders
-    from hunyuan_model.checkpoints import load_dit, read_dit_config
-    from training.hunyuan_video import keep_less
+    from hunyuan_model.checkpoints import load_dit
+    from training.hunyuan_video import keep_less, verify_attention
     from utils.device_utils import DTYPES
 
     device, attention = run.accelerator.device, options.attention.mode
     trained, frozen = DTYPES[options.tuning.dtype], DTYPES[options.saved_dtype]
-    computed = DTYPES.get(run.accelerator.mixed_precision, trained)
-    verify_attention(attention, device, computed, read_dit_config(options.dit.dit).head_dim)
+    verify_attention(options, run.accelerator, trained)
     dit = load_dit(options.dit.dit, device, lambda name: trained if name in names else frozen, attention=attention)
     if options.swap.img_in_txt_in_offloading:
         offload_embedders(dit, device)

@@ -204,6 +204,7 @@ def plan_memory(options: Options, module: ModuleType, run: "Run", trained: int) 
             trained,
             moments,
             settings.checkpointing == "offload",
+            measured(False, settings.checkpointing) if settings.fp8 and options.network.base_weights else None,
         )
 
     settings = planner.Settings(options.memory.fp8_base, policy or "none", swap or 0)
@@ -284,22 +285,21 @@ def with_settings(options: Options, settings: "Settings") -> Options:
 
 
 def load_model(options: Options, accelerator: "Accelerator") -> "HYVideoDiffusionTransformer":
-    """The frozen DiT with --base_weights merged; on the CPU where block swap will place it.
+    """The frozen DiT with --base_weights merged; the blocks that will be swapped are on the CPU.
 
     What is merged and then made fp8 passes through the CPU, so that the GPU never holds the larger weights.
     """
-    from hunyuan_model.attention import verify_attention
-    from hunyuan_model.checkpoints import is_quantized_in_dit, load_dit, read_dit_config
+    from hunyuan_model.checkpoints import beside_swapped, is_quantized_in_dit, load_dit, read_dit_config
+    from training.hunyuan_video import verify_attention
     from utils.device_utils import default_dtype
 
-    fp8, place = options.memory.fp8_base, "cpu" if options.swap.blocks_to_swap else accelerator.device
+    fp8, swap, device = options.memory.fp8_base, options.swap.blocks_to_swap or 0, accelerator.device
     merges = list(zip(options.network.base_weights, options.network.base_multipliers, strict=True))
-    dtype = default_dtype(options.dit.dit_dtype, accelerator.device, on_gpu="bfloat16")
-    head_dim = read_dit_config(options.dit.dit).head_dim
-    verify_attention(options.attention.mode, accelerator.device, dtype, head_dim)
+    dtype = default_dtype(options.dit.dit_dtype, device, on_gpu="bfloat16")
+    verify_attention(options, accelerator, dtype)
     quantize_later = fp8 and bool(merges)
-    first = "cpu" if quantize_later else place
-    dit = load_dit(options.dit.dit, first, dtype, fp8 and not quantize_later, options.attention.mode)
+    place = "cpu" if quantize_later else beside_swapped(read_dit_config(options.dit.dit), swap, device)
+    dit = load_dit(options.dit.dit, place, dtype, fp8 and not quantize_later, options.attention.mode)
     if merges:
         from networks.merging import merge_lora_into
         from utils.fp8 import quantize_linears
@@ -307,7 +307,7 @@ def load_model(options: Options, accelerator: "Accelerator") -> "HYVideoDiffusio
         merge_lora_into(dit, merges)
         if quantize_later:
             quantize_linears(dit, is_quantized_in_dit)
-    return dit.to(place)
+    return dit if swap else dit.to(device)
 
 
 def create_trained(

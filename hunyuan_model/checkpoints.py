@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from hunyuan_model.block_swap import swapped_blocks
 from hunyuan_model.key_maps import dit_naming, dit_official_shapes, dit_parts, dit_to_official, vae_official_name
 from hunyuan_model.model_files import (
     CLIP,
@@ -41,12 +42,13 @@ if TYPE_CHECKING:
     from hunyuan_model.vae import VaeConfig
 
 Device = torch.device | str
+Devices = Device | Callable[[str], Device]
 Shapes = Mapping[str, Sequence[int]]
 
 
 def load_dit(
     path: str | Path,
-    device: Device = "cpu",
+    device: Devices = "cpu",
     dtype: torch.dtype | Callable[[str], torch.dtype] = torch.bfloat16,
     fp8: bool = False,
     attention: str = "torch",
@@ -56,7 +58,7 @@ def load_dit(
 
     Args:
         path: file or folder in any published layout.
-        device: where the weights go, one by one; "cpu" for a model whose blocks will be swapped.
+        device: where the weights go, one by one, or where each goes by its official name; see `beside_swapped`.
         dtype: of all weights that are not fp8, or of each by its official name.
         fp8: keep the linear weights of the blocks, modulation excepted, as float8; those of an fp8 file as they are.
         attention: the backend, a value of --attn_mode.
@@ -133,6 +135,19 @@ def _dit_shapes(file: ModelFile) -> tuple[str, Shapes]:
 def _dit_config(file: ModelFile, shapes: Shapes) -> HunyuanVideoConfig:
     given = file.checkpoint.config
     return HunyuanVideoConfig.from_shapes(shapes, given.get("rope_dims") or given.get("rope_axes_dim"))
+
+
+def beside_swapped(config: HunyuanVideoConfig, blocks_to_swap: int, device: Device) -> Callable[[str], Device]:
+    """The device of each weight by its official name, so that main memory only ever holds the blocks to be swapped.
+
+    Raises:
+        UserError: more blocks than the model can swap.
+    """
+    kinds = ["double_blocks"] * config.depth_double + ["single_blocks"] * config.depth_single
+    indices = [*range(config.depth_double), *range(config.depth_single)]
+    swapped = swapped_blocks(blocks_to_swap, config.depth_double, config.depth_single)
+    on_host = tuple(f"{kinds[block]}.{indices[block]}." for block in swapped)
+    return lambda name: "cpu" if name.startswith(on_host) else device
 
 
 def is_quantized_in_dit(name: str) -> bool:
@@ -305,16 +320,17 @@ class _Weights:
         self.copies = self.file.checkpoint.container == ".pt"  # what is read is a view of the file
         self.map = read_fp8_map(self.file.checkpoint) if self.file.fp8 == "official" else {}
 
-    def fill(self, model: nn.Module, device: Device, dtype: torch.dtype | Callable[[str], torch.dtype]) -> nn.Module:
+    def fill(self, model: nn.Module, device: Devices, dtype: torch.dtype | Callable[[str], torch.dtype]) -> nn.Module:
         """Gives every parameter of a model on the meta device its tensor, frozen."""
         for name in [name for name, _ in model.named_parameters()]:
             owner, _, leaf = name.rpartition(".")
             module = model.get_submodule(owner)
             wanted = dtype if isinstance(dtype, torch.dtype) else dtype(name)
+            place = device(name) if callable(device) else device
             if not isinstance(module, Fp8Linear) or leaf == "bias":
-                setattr(module, leaf, nn.Parameter(self._dense(name, device, wanted), requires_grad=False))
+                setattr(module, leaf, nn.Parameter(self._dense(name, place, wanted), requires_grad=False))
             elif leaf == "weight":
-                self._fill_fp8(name, module, device)
+                self._fill_fp8(name, module, place)
         print(self.file.summary())
         return model.eval()
 

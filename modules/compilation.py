@@ -12,6 +12,8 @@ from torch._inductor.exc import InductorError
 from utils.errors import UserError, did_you_mean, one_line
 from utils.option_groups import CompileOptions
 
+# CUDA graphs share their memory: with one for each block, that of a block overwrites what the one before has given it.
+WITHOUT_GRAPHS = {"reduce-overhead": "default", "max-autotune": "max-autotune-no-cudagraphs"}
 DYNAMIC = {None: None, "auto": None, "true": True, "false": False}
 
 
@@ -29,12 +31,16 @@ def compile_blocks(blocks: Iterable[nn.Module], options: CompileOptions) -> None
     """
     if options.compile_cache_size_limit is not None:
         torch._dynamo.config.cache_size_limit = options.compile_cache_size_limit
+    mode = WITHOUT_GRAPHS.get(options.compile_mode, options.compile_mode)
+    if mode != options.compile_mode:
+        given = options.compile_mode
+        print(f"note: --compile_mode {given}: compiled blocks take no CUDA graphs, {mode} is used", file=sys.stderr)
     failures: list[str] = []
     for block in blocks:
         compiled = torch.compile(
             block.forward,
             backend=options.compile_backend,
-            mode=options.compile_mode,
+            mode=mode,
             dynamic=DYNAMIC[options.compile_dynamic],
             fullgraph=options.compile_fullgraph,
         )

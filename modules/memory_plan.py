@@ -5,6 +5,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TypeVar
 
 import psutil
@@ -96,7 +97,10 @@ def candidates(
 
 @dataclass(frozen=True)
 class Prediction:
-    """Bytes at the peak: on the device, and in main memory those of swapped blocks and of parked activations."""
+    """Bytes at the peak: on the device, and in main memory those of swapped blocks and of parked activations.
+
+    Before both, main memory may hold the model while it is loaded.
+    """
 
     weights: int
     trained: int
@@ -104,6 +108,7 @@ class Prediction:
     working: int
     swapped: int
     parked: int = 0
+    loading: int = 0
 
     @property
     def tensors(self) -> int:
@@ -118,7 +123,7 @@ class Prediction:
     @property
     def host(self) -> int:
         """What main memory must have free."""
-        return self.swapped + self.parked
+        return max(self.swapped + self.parked, self.loading)
 
     def rows(self, training: bool = True) -> list[tuple[str, str]]:
         """Lines of a table."""
@@ -132,6 +137,8 @@ class Prediction:
         }
         if training:
             parts["main memory for parked activations"] = self.parked
+        if self.loading:
+            parts["main memory while the model is loaded"] = self.loading
         return [(name, in_words(size)) for name, size in parts.items()]
 
 
@@ -142,6 +149,7 @@ def predict(
     trained: int = 0,
     moments: int = MOMENTS,
     offload: bool = False,
+    quantized_from: ModelUsage | None = None,
 ) -> Prediction:
     """The peak of a training step, or of a sampling step if nothing is trained.
 
@@ -152,10 +160,11 @@ def predict(
         trained: elements of trained parameters.
         moments: bytes per trained element that the optimizer keeps.
         offload: what blocks keep for backward waits in main memory.
+        quantized_from: the model as main memory holds it before its weights become fp8 there.
     """
     gone = {index: usage.blocks[index].matrices for index in swapped}
     ring = max(gone.values(), default=0) * min(ring_size, len(gone))
-    weights = usage.outside + sum(block.matrices + block.rest for block in usage.blocks) - sum(gone.values()) + ring
+    weights = _weights(usage) - sum(gone.values()) + ring
     kept = sum(block.kept for block in usage.blocks)
     # On the device, the inputs of one block are on their way.
     return Prediction(
@@ -165,7 +174,12 @@ def predict(
         max(block.working for block in usage.blocks),
         sum(gone.values()),
         sum(pinned(stream) for block in usage.blocks for stream in block.streams) if offload else 0,
+        _weights(quantized_from) if quantized_from else 0,
     )
+
+
+def _weights(usage: ModelUsage) -> int:
+    return usage.outside + sum(block.matrices + block.rest for block in usage.blocks)
 
 
 def pinned(size: int) -> int:
@@ -298,6 +312,18 @@ def free_memory(device: torch.device) -> int | None:
     return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else None
 
 
-def free_main_memory() -> int:
-    """Bytes that this process may take of what the machine has free, as much as each of its neighbours."""
-    return psutil.virtual_memory().available // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+def free_main_memory(cgroups: Path = Path("/sys/fs/cgroup")) -> int:
+    """Bytes that this process may take of what machine and container have free, as much as each of its neighbours."""
+    free = min([psutil.virtual_memory().available, *_left_by_container(cgroups)])
+    return free // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+
+
+def _left_by_container(cgroups: Path) -> Iterator[int]:
+    """What the limit of a container leaves, by cgroups v2 and v1; cached files give way."""
+    v2 = (cgroups, "memory.max", "memory.current", "inactive_file")
+    v1 = (cgroups / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+    for folder, limit, used, cached in (v2, v1):
+        with contextlib.suppress(OSError, ValueError):  # no such files, or no limit, which is the word "max"
+            statistics = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+            left = int((folder / limit).read_text()) - int((folder / used).read_text())
+            yield max(left + int(statistics.get(cached, 0)), 0)

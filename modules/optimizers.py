@@ -1,6 +1,7 @@
 """Optimizers by short name or dotted path. Importing this module does not import torch."""
 
 import contextlib
+import inspect
 import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -96,13 +97,32 @@ def create_optimizer(options: OptimizerOptions, parameter_groups: list[dict]) ->
     if options.adapts_own_rate:
         rate = None
         parameter_groups = [{key: value for key, value in group.items() if key != "lr"} for group in parameter_groups]
+    arguments = options.arguments
+    if not arguments.keys() & {"foreach", "fused", "differentiable"}:
+        arguments |= _kernels(cls, parameter_groups)
     try:
-        optimizer = cls(parameter_groups, lr=rate, **options.arguments)
+        optimizer = cls(parameter_groups, lr=rate, **arguments)
     except (TypeError, ValueError, AssertionError, RuntimeError) as error:
         raise UserError(f"--optimizer_args: {cls.__name__} refuses {options.description}: {one_line(error)}") from error
     if _has_modes(optimizer):
         optimizer.train()
     return optimizer
+
+
+def _kernels(cls: type, parameter_groups: list[dict]) -> dict[str, bool]:
+    """Arguments with which torch's own optimizers copy at most one tensor at a time on CUDA.
+
+    Their default there, "foreach", copies all states in every step: 24 GiB for AdamW on the whole model.
+    """
+    import torch
+
+    weights = [weight for group in parameter_groups for weight in group["params"]]
+    if not cls.__module__.startswith("torch.optim.") or not all(weight.is_cuda for weight in weights):
+        return {}
+    # In half precision the fused kernels round later, which hides from `try_optimizer` that states underflow.
+    if cls in (torch.optim.Adam, torch.optim.AdamW) and all(weight.dtype == torch.float32 for weight in weights):
+        return {"fused": True}
+    return {"foreach": False} if "foreach" in inspect.signature(cls).parameters else {}
 
 
 def _has_modes(optimizer: "torch.optim.Optimizer") -> bool:

@@ -19,16 +19,30 @@ from torch import Tensor
 
 
 class Parking:
-    """The tensors of a model's blocks, in the order in which the blocks ran."""
+    """The tensors of a model's blocks, in the order in which the blocks ran.
+
+    Their places in main memory serve again, for smaller batches too: torch would pin more for every other size, and
+    keep it. No copy can meet one that is still on its way, since all are made in order on one stream.
+    """
 
     def __init__(self) -> None:
         self.latest: weakref.ref[Parked] | None = None
+        self.free: list[Tensor] = []
 
     def park(self, tensors: Sequence[Tensor], device: torch.device) -> "Parked":
         """Starts to copy tensors from `device` to main memory; whoever holds the result can have them back."""
-        parked = Parked(tensors, device, self.latest)
+        places = [self._place(tensor) for tensor in tensors]
+        parked = Parked(tensors, places, device, self.latest)
+        weakref.finalize(parked, self.free.extend, places)
         self.latest = weakref.ref(parked)
         return parked
+
+    def _place(self, tensor: Tensor) -> Tensor:
+        """The smallest free bytes that hold a tensor, or new ones."""
+        fitting = [(place.numel(), index) for index, place in enumerate(self.free) if place.numel() >= tensor.nbytes]
+        if fitting:
+            return self.free.pop(min(fitting)[1])
+        return torch.empty(tensor.nbytes, dtype=torch.uint8, pin_memory=tensor.is_cuda)
 
 
 class Parked:
@@ -41,7 +55,11 @@ class Parked:
     """
 
     def __init__(
-        self, tensors: Sequence[Tensor], device: torch.device, before: "weakref.ref[Parked] | None" = None
+        self,
+        tensors: Sequence[Tensor],
+        places: Sequence[Tensor],
+        device: torch.device,
+        before: "weakref.ref[Parked] | None" = None,
     ) -> None:
         self.device, self._before = device, before
         _wait_for_copies(device)
@@ -51,7 +69,7 @@ class Parked:
         self.returned: list[Tensor] | None = None
         self.used = False
         with _copies(device):
-            self.host = [_to_host(tensor) for tensor in tensors]
+            self.host = [_to_host(tensor, place) for tensor, place in zip(tensors, places, strict=True)]
 
     @property
     def before(self) -> "Parked | None":
@@ -81,10 +99,8 @@ class Parked:
                 tensor.copy_(host, non_blocking=True)
 
 
-def _to_host(tensor: Tensor) -> Tensor:
-    host = torch.empty_like(
-        tensor, device="cpu", pin_memory=tensor.is_cuda, memory_format=torch.contiguous_format, requires_grad=False
-    )
+def _to_host(tensor: Tensor, place: Tensor) -> Tensor:
+    host = place[: tensor.nbytes].view(tensor.dtype).view(tensor.shape)
     return host.copy_(tensor.detach(), non_blocking=True)
 
 

@@ -98,21 +98,31 @@ def as_it_is(batch: Any) -> Any:
     return batch
 
 
-def ignore_interrupts(_worker: int) -> None:
-    """Ctrl+C reaches every process of a terminal; the main one decides when the workers end."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+def ignore_stop_signals(_worker: int) -> None:
+    """Ctrl+C reaches every process of a terminal, and a launcher, systemd or SLURM sends SIGTERM to all of a run.
+
+    The main process decides when the workers end.
+    """
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def delivered(loader: DataLoader) -> Iterator[Any]:
-    """The batches of a `batch_loader`.
+    """The batches of a `batch_loader`; its workers end with them, or when they are closed.
 
     Raises:
         UserError: the dataset raised it.
     """
-    for batch in loader:
-        if isinstance(batch, UserError):
-            raise batch
-        yield batch
+    batches = iter(loader)
+    try:
+        for batch in batches:
+            if isinstance(batch, UserError):
+                raise batch
+            yield batch
+    finally:
+        if loader.num_workers:
+            # A traceback may hold the iterator until torch ends its workers by SIGTERM, which they ignore.
+            batches._shutdown_workers()
 
 
 def batch_loader(dataset: Any, plan: StepPlan, rank: int, first_step: int, workers: int) -> DataLoader:
@@ -129,6 +139,5 @@ def batch_loader(dataset: Any, plan: StepPlan, rank: int, first_step: int, worke
         sampler=_KeySampler(plan, rank, first_step),
         num_workers=workers,
         collate_fn=as_it_is,
-        worker_init_fn=ignore_interrupts,
-        persistent_workers=workers > 0,
+        worker_init_fn=ignore_stop_signals,
     )

@@ -2,6 +2,7 @@
 run can be stopped and continued anywhere, and shared by any number of processes, with the same result.
 """
 
+import contextlib
 import math
 import statistics
 from collections.abc import Sequence
@@ -92,25 +93,26 @@ def train(trainer: Trainer) -> None:
     Raises:
         UserError: too many steps in a row were not finite, or a file could not be written.
     """
-    plan, progress, batches = trainer.plan, trainer.progress, delivered(trainer.loader)
+    plan, progress = trainer.plan, trainer.progress
     begin(trainer)
     summary = None
-    while progress.step < plan.total_steps and not (summary and summary.quit):
-        micro_batches = [next(batches) for _ in range(plan.accumulation)]
-        names = [batch.names if batch is not None else [] for batch in micro_batches]
-        positions_of, samples = global_positions(trainer.accelerator, names)
-        trainer.trained.start_step()
-        result = StepResult()
-        for batch, positions in zip(micro_batches, positions_of, strict=True):
-            if batch is None:  # the epoch has no batch left for this rank
-                continue
-            losses, sigma = train_batch(trainer, batch, positions, samples)
-            result.add(losses, sigma, batch)
-        summary = summarize(trainer, result, samples)
-        update(trainer, result, summary)
-        progress.step += 1
-        progress.samples += samples
-        after_step(trainer, summary)
+    with contextlib.closing(delivered(trainer.loader)) as batches:
+        while progress.step < plan.total_steps and not (summary and summary.quit):
+            micro_batches = [next(batches) for _ in range(plan.accumulation)]
+            names = [batch.names if batch is not None else [] for batch in micro_batches]
+            positions_of, samples = global_positions(trainer.accelerator, names)
+            trainer.trained.start_step()
+            result = StepResult()
+            for batch, positions in zip(micro_batches, positions_of, strict=True):
+                if batch is None:  # the epoch has no batch left for this rank
+                    continue
+                losses, sigma = train_batch(trainer, batch, positions, samples)
+                result.add(losses, sigma, batch)
+            summary = summarize(trainer, result, samples)
+            update(trainer, result, summary)
+            progress.step += 1
+            progress.samples += samples
+            after_step(trainer, summary)
     finish(trainer, stopped=progress.step < plan.total_steps)
 
 
@@ -143,6 +145,7 @@ def rehearse(trainer: Trainer, batch: Any) -> None:
     """Forward and backward on the largest batch, so that too little memory shows now and not in an hour.
 
     Every step but the first has the optimizer's states beside it; before there are any, as many bytes take their place.
+    All accumulated batches but the first have the gradients beside them.
     """
     model, optimizer = trainer.model, trainer.optimizer
     weights = list(trainer.trained.tensors.values())
@@ -150,9 +153,11 @@ def rehearse(trainer: Trainer, batch: Any) -> None:
     reserved = torch.empty(int(sum(map(torch.numel, weights)) * state_bytes), dtype=torch.uint8, device=model.device)
     latents = model.latents(batch)
     sigma = torch.full((len(latents),), 0.5, device=latents.device)
-    with trainer.accelerator.autocast():
-        prediction = model.velocity(latents, sigma, batch)
-    weighted_mse(prediction, latents).sum().backward()
+    for _ in range(min(trainer.plan.accumulation, 2)):
+        with trainer.accelerator.autocast():
+            prediction = model.velocity(latents, sigma, batch)
+        weighted_mse(prediction, latents).sum().backward()
+        del prediction
     optimizer.zero_grad(set_to_none=True)
     del reserved
 

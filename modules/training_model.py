@@ -1,6 +1,6 @@
 """A video DiT as training sees it: batches in, velocities out; and what of it is trained."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,7 +45,12 @@ class TrainingModel:
         if not self.split_batches:
             return self.dit(*arguments)
         items = [[None if a is None else a[i : i + 1] for a in arguments] for i in range(len(sigma))]
-        return torch.cat([self.dit(*item) for item in items])
+        return torch.cat([self._velocity_of_item(item) for item in items])
+
+    def _velocity_of_item(self, arguments: Sequence[Tensor | None]) -> Tensor:
+        # Selective checkpointing counts operations: the second run of a block casts its weights, so the first one must.
+        torch.clear_autocast_cache()
+        return self.dit(*arguments)
 
     def _with_image(self, x_t: Tensor, batch: Any) -> Tensor:
         """Image-to-video models with doubled input channels see the first frame, and zeros after it, beside x_t."""

@@ -36,6 +36,9 @@ from utils.huggingface_utils import HuggingFaceOptions, Uploader
 from utils.metadata import RunFacts
 from utils.training_options import DistributedOptions, LogOptions, TrainingOptions
 
+# Minutes. The others wait while the main process samples previews and uploads; NCCL alone would allow ten.
+DEFAULT_TIMEOUT = 24 * 60
+
 
 def create_accelerator(training: TrainingOptions, log: LogOptions, distributed: DistributedOptions) -> Accelerator:
     """The processes of this run, as `accelerate launch` started them; one without it.
@@ -46,7 +49,7 @@ def create_accelerator(training: TrainingOptions, log: LogOptions, distributed: 
     torch.backends.cuda.matmul.allow_tf32 = training.cuda_allow_tf32
     torch.backends.cudnn.allow_tf32 = training.cuda_allow_tf32
     torch.backends.cudnn.benchmark = training.cuda_cudnn_benchmark
-    timeout = distributed.ddp_timeout and datetime.timedelta(minutes=distributed.ddp_timeout)
+    timeout = datetime.timedelta(minutes=distributed.ddp_timeout or DEFAULT_TIMEOUT)
     try:
         accelerator = Accelerator(
             # Without it, accelerate takes several processes on a machine without a GPU for separate runs.
@@ -54,7 +57,7 @@ def create_accelerator(training: TrainingOptions, log: LogOptions, distributed: 
             mixed_precision=training.mixed_precision,
             log_with=log.trackers or None,
             project_dir=log.logging_dir and log.logging_dir / f"{log.log_prefix or ''}{time.strftime('%Y%m%d%H%M%S')}",
-            kwargs_handlers=[InitProcessGroupKwargs(timeout=timeout)] if timeout else [],
+            kwargs_handlers=[InitProcessGroupKwargs(timeout=timeout)],
         )
     except (ValueError, ImportError) as error:
         raise UserError(f"--mixed_precision or --log_with: {one_line(error)}") from error
@@ -253,6 +256,8 @@ def build_trainer(
     stateful = {"optimizer": optimizer, "scheduler": scheduler}
     if accelerator.scaler is not None:
         stateful["scaler"] = accelerator.scaler
+        # Its scale comes with the first loss, but the first step of this process may have no batch.
+        accelerator.scaler.scale(torch.zeros((), device=accelerator.device))
     if run.state is not None:
         load_state(run.state, trained.tensors, stateful)
     return Trainer(

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from utils.errors import UserError, one_line
 from utils.files import TEMPORARY_SUFFIX, atomic_path, write_text
-from utils.safetensors_utils import iterate_tensors, read_header, save_file
+from utils.safetensors_utils import iterate_tensors, read_header, streamed_file
 from utils.training_files import PROGRESS_FILE, SETTINGS_FILE, STATE_VERSION, damaged, read_progress
 
 TRAINED_FILE = "trained.safetensors"
@@ -110,7 +110,10 @@ def save_state(
         settings: the run's resolved settings, as TOML.
     """
     with whole_folder(folder) as temporary:
-        save_file(trained, temporary / TRAINED_FILE)
+        layout = {name: (tensor.dtype, tensor.shape) for name, tensor in trained.items()}
+        with streamed_file(temporary / TRAINED_FILE, layout) as write:
+            for name, tensor in trained.items():
+                write(name, tensor)
         with atomic_path(temporary / OPTIMIZER_FILE) as path:
             states = {name: part.state_dict() for name, part in stateful.items()}
             try:
@@ -149,14 +152,29 @@ def load_state(folder: Path, trained: Mapping[str, Tensor], stateful: Mapping[st
         for name, saved in iterate_tensors(folder / TRAINED_FILE):
             trained[name].copy_(saved)
     try:
-        states = torch.load(folder / OPTIMIZER_FILE, map_location="cpu", weights_only=True)
+        # Mapped, for every process reads it, and with full fine-tuning it has twice the size of the model.
+        states = torch.load(folder / OPTIMIZER_FILE, map_location="cpu", weights_only=True, mmap=True)
     except (RuntimeError, OSError, EOFError, ValueError, pickle.UnpicklingError):
         raise damaged(folder / OPTIMIZER_FILE) from None
     try:
         for name, part in stateful.items():
+            _keep_kernels(part, states[name])
             part.load_state_dict(states[name])
+            _leave_file(part)
     except (KeyError, ValueError, RuntimeError, TypeError) as error:
         raise UserError(
             f"{folder}: its optimizer state does not fit: {one_line(error)}; use --optimizer_type and the --network_* "
             "or --trainable_modules of the saved run"
         ) from None
+
+
+def _keep_kernels(part: Any, saved: Mapping[str, Any]) -> None:
+    """Which kernels an optimizer uses is up to the device that it runs on, not to the one that it was saved on."""
+    for group, own in zip(saved.get("param_groups", ()), getattr(part, "param_groups", ())):
+        group.update({name: own[name] for name in ("foreach", "fused") if name in own})
+
+
+def _leave_file(part: Any) -> None:
+    """Copies what an optimizer keeps in main memory out of the mapped file, which may be deleted or overwritten."""
+    for state in getattr(part, "state", {}).values():
+        state.update({k: v.clone() for k, v in state.items() if isinstance(v, Tensor) and v.device.type == "cpu"})

@@ -9,8 +9,7 @@ from torch import Tensor
 
 from dataset.config_utils import load_dataset_config
 from dataset.image_video_dataset import TrainingDataset
-from hunyuan_model import checkpoints
-from hunyuan_model.attention import attention_backend
+from hunyuan_model import attention, checkpoints
 from hunyuan_model.model_files import CLIP, LLM, VAE, identify
 from hunyuan_model.models import HunyuanVideoConfig, HYVideoDiffusionTransformer
 from hunyuan_model.vae import SCALING_FACTOR
@@ -21,7 +20,7 @@ from modules.schedulers import scheduler_class
 from modules.training_model import TrainingModel, check_input_channels
 from modules.training_setup import Run
 from training.options import HunyuanTrainerOptions
-from utils.device_utils import default_dtype
+from utils.device_utils import DTYPES, default_dtype
 from utils.errors import UserError
 from utils.processes import process_share
 from utils.prompt_files import Request
@@ -35,7 +34,7 @@ def check_choices(options: HunyuanTrainerOptions) -> None:
     """
     optimizer_class(options.optimizer)
     scheduler_class(options.scheduler)
-    attention_backend(options.attention.mode)
+    attention.attention_backend(options.attention.mode)
     if options.previews.sample_prompts is not None:
         identify(options.vae.vae).tensors(VAE)
         identify(options.text.text_encoder1).tensors(LLM)
@@ -83,6 +82,17 @@ def read_dit_config(options: HunyuanTrainerOptions, run: Run) -> HunyuanVideoCon
             f"takes {config.text_dim} and {config.text_dim_2}; run cache_text_encoder_outputs.py with its encoders"
         )
     return config
+
+
+def verify_attention(options: HunyuanTrainerOptions, accelerator: Accelerator, weights: torch.dtype) -> None:
+    """Tries the attention in the dtype that training computes in: that of autocast, else that of the weights.
+
+    Raises:
+        UserError: it does not run with this device and dtype, or is wrong.
+    """
+    computed = DTYPES.get(accelerator.mixed_precision, weights)
+    head_dim = checkpoints.read_dit_config(options.dit.dit).head_dim
+    attention.verify_attention(options.attention.mode, accelerator.device, computed, head_dim)
 
 
 def training_model(
@@ -142,7 +152,7 @@ def load_decoder(options: HunyuanTrainerOptions, accelerator: Accelerator) -> De
         vae.to(accelerator.device)
         try:
             pixels = vae.decode((latents / SCALING_FACTOR).to(accelerator.device, dtype)).cpu()
-            return (pixels[0].float() / 2 + 0.5).clamp(0, 1)
+            return pixels[0].float().div_(2).add_(0.5).clamp_(0, 1)
         finally:
             vae.to("cpu")
 

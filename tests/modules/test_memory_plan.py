@@ -2,6 +2,8 @@
 
 import functools
 import itertools
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,6 +19,7 @@ from modules.memory_plan import (
     Settings,
     candidates,
     cheapest,
+    free_main_memory,
     leaner,
     memory_limit,
     predict,
@@ -150,6 +153,36 @@ def test_what_main_memory_cannot_hold_is_not_chosen() -> None:
     assert cheapest(list(needed), 16 * GIB, predicted, host_limit=32 * GIB) == Settings(True, "full")
     with pytest.raises(UserError, match=r"--fp8_base --gradient_checkpointing 13\.30 GiB are needed, and 0\.0 MiB of"):
         cheapest(list(needed), 10 * GIB, predicted, host_limit=32 * GIB)
+
+
+def test_what_passes_through_main_memory_before_it_is_fp8_is_counted() -> None:
+    wide, narrow = (BlockUsage(size * GIB, 0, 0, 0, ()) for size in (4, 2))
+    usages = ModelUsage((wide,) * 3, GIB, 0), ModelUsage((narrow,) * 3, GIB, 0)
+    assert predict(usages[1], swapped=[0]).host == 2 * GIB
+    predicted = predict(usages[1], swapped=[0], quantized_from=usages[0])
+    assert predicted.host == 13 * GIB
+    assert dict(predicted.rows())["main memory while the model is loaded"] == "13.00 GiB"
+
+
+def write_cgroups(folder: Path, **files: str) -> None:
+    folder.mkdir(parents=True)
+    for name, content in files.items():
+        (folder / name.replace("__", ".")).write_text(content)
+
+
+def test_a_container_may_leave_less_main_memory_than_the_machine(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=100))
+    assert free_main_memory(tmp_path / "none") == 100
+    write_cgroups(tmp_path / "2", memory__max="70\n", memory__current="50\n", memory__stat="anon 9\ninactive_file 20\n")
+    assert free_main_memory(tmp_path / "2") == 40
+    write_cgroups(tmp_path / "free", memory__max="max\n", memory__current="50\n", memory__stat="inactive_file 20\n")
+    assert free_main_memory(tmp_path / "free") == 100
+    old = {"memory__limit_in_bytes": "70", "memory__usage_in_bytes": "60", "memory__stat": "total_inactive_file 4"}
+    write_cgroups(tmp_path / "1" / "memory", **old)
+    assert free_main_memory(tmp_path / "1") == 14
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    assert free_main_memory(tmp_path / "1") == 7
 
 
 def test_parked_activations_are_rounded_up_as_pinned_memory_is() -> None:

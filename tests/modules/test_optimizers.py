@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from modules.optimizers import OPTIMIZERS, OptimizerOptions, averaged_weights, create_optimizer, optimizer_class
 from utils.errors import UserError
@@ -83,6 +84,25 @@ def test_optimizers_lower_a_loss_and_continue_from_their_state(name: str) -> Non
     other.data.copy_(middle)
     run(3, resumed, other)
     assert torch.equal(weight, other)
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype", "words", "chosen"),
+    [
+        ("AdamW", torch.float32, [], (None, True)),
+        ("AdamW", torch.bfloat16, [], (False, None)),
+        ("RMSprop", torch.float32, [], (False, None)),
+        ("AdamW", torch.float32, ["foreach=True"], (True, None)),
+    ],
+)
+def test_on_a_gpu_no_copy_of_all_states_is_made(name: str, dtype: torch.dtype, words: list, chosen: tuple) -> None:
+    with FakeTensorMode():
+        weights = [torch.nn.Parameter(torch.empty(8, 8, dtype=dtype, device="cuda"))]
+        options = OptimizerOptions(optimizer_type=name, optimizer_args=words)
+        (group,) = create_optimizer(options, [{"params": weights}]).param_groups
+    assert (group["foreach"], group.get("fused")) == chosen
+    (group,) = create_optimizer(OptimizerOptions(optimizer_type=name), [{"params": [parameter(1.0)]}]).param_groups
+    assert (group["foreach"], group.get("fused")) == (None, None)
 
 
 def test_a_groups_own_rate_wins() -> None:

@@ -13,6 +13,7 @@ from benchmarks.saved_bytes import inputs
 from modules import parking
 from modules.parking import Parked, Parking
 from tests.small_dit import prepare, random_dit, small_config
+from utils.memory_meter import MemoryMeter
 
 CPU = torch.device("cpu")
 
@@ -68,6 +69,19 @@ def test_a_graph_may_be_used_twice() -> None:
     for _ in range(2):
         with block.taken() as tensors:
             assert bool((tensors[0] == 0).all())
+
+
+def test_a_smaller_batch_needs_no_further_main_memory() -> None:
+    parking = Parking()
+    large = [parking.park([torch.ones(40), torch.ones(8)], CPU) for _ in range(2)]
+    del large
+    tensors = [torch.full((9,), 2.0), torch.full((3,), 3.0, dtype=torch.bfloat16)]
+    with MemoryMeter() as meter:
+        small = [parking.park(tensors, CPU) for _ in range(2)]
+    assert meter.live == 0
+    for block in reversed(small):
+        with block.taken() as returned:
+            assert all(torch.equal(*pair) for pair in zip(returned, tensors, strict=True))
 
 
 def test_a_block_without_anything_to_park() -> None:

@@ -2,25 +2,32 @@
 
 import contextlib
 import inspect
+import multiprocessing
+import re
 import signal
+import sys
 from dataclasses import dataclass, field
+from datetime import timedelta
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from modules import trainer
+from modules import trainer, training_setup
 from modules.optimizers import OptimizerOptions
 from modules.step_noise import draw_noise, generator_for, seed_for, step_generators
 from modules.step_plan import StepPlan, batch_loader, delivered
 from modules.timestep_sampling import TimestepOptions, sample_sigmas
 from modules.training_model import TrainingModel
 from modules.training_state import Progress, load_state, save_state
-from tests.training_world import log_of, train, write_world
+from tests.training_world import assert_same, log_of, train, write_world
 from utils.errors import UserError
 from utils.memory_meter import MemoryMeter
+from utils.training_options import DistributedOptions, LogOptions, TrainingOptions
 
 SCALE = 0.476986
 
@@ -128,7 +135,26 @@ def test_the_graph_of_a_batch_is_gone_before_the_next(tiny_models, tmp_path, mon
     monkeypatch.setattr(TrainingModel, "velocity", velocity)
     words = ["--max_train_steps", 2, "--gradient_accumulation_steps", 2]
     train(write_world(tmp_path / "world", items=4), tiny_models.dit, tmp_path / "out", *words)
-    assert len(alive) == 5  # the first tries the largest batch
+    assert len(alive) == 6  # the first two try the largest batch
+
+
+def test_accumulation_is_rehearsed_with_gradients_beside_it_and_leaves_no_trace(tiny_models, tmp_path, monkeypatch):
+    world, original, beside = write_world(tmp_path / "world", items=4), trainer.rehearse, []
+
+    def rehearse(run, batch):
+        velocity = TrainingModel.velocity
+        with monkeypatch.context() as patch:
+            weights = run.trained.tensors.values()
+            watched = lambda *given: (beside.append(any(w.grad is not None for w in weights)), velocity(*given))[1]  # noqa: E731
+            patch.setattr(TrainingModel, "velocity", watched)
+            original(run, batch)
+
+    words = ["--max_train_steps", 2, "--gradient_accumulation_steps", 3, "--network_dropout", 0.5]
+    monkeypatch.setattr(trainer, "rehearse", rehearse)
+    rehearsed = train(world, tiny_models.dit, tmp_path / "rehearsed", *words)
+    assert beside == [False, True]
+    monkeypatch.setattr(trainer, "rehearse", lambda *_: None)
+    assert_same(rehearsed, train(world, tiny_models.dit, tmp_path / "plain", *words))
 
 
 def test_the_rehearsal_has_room_for_the_states_that_the_optimizer_has_not_made_yet():
@@ -151,6 +177,7 @@ def test_the_rehearsal_has_room_for_the_states_that_the_optimizer_has_not_made_y
         trained=SimpleNamespace(tensors={"weight": weight}),
         optimizer=optimizer,
         options=SimpleNamespace(optimizer=OptimizerOptions()),
+        plan=SimpleNamespace(accumulation=1),
         accelerator=SimpleNamespace(autocast=contextlib.nullcontext),
     )
     batch = torch.zeros(1, 16, 1, 2, 2)
@@ -218,17 +245,102 @@ def test_a_damaged_optimizer_state_is_one_line(tmp_path, content):
         load_state(folder, weight, {})
 
 
-class Interrupted:
-    """A dataset whose first batch is what a worker does with Ctrl+C, and whose second is a mistake of the user."""
+def test_a_state_may_be_overwritten_after_it_was_loaded(tmp_path):
+    """Nothing of it stays mapped."""
+    weight = torch.nn.Parameter(torch.ones(4))
+    weight.grad = torch.ones(4)
+    optimizers = [torch.optim.AdamW([weight], fused=fused) for fused in (True, None)]
+    optimizers[0].step()
+    save_state(tmp_path / "state", Progress(seed=1), {"weight": weight.detach()}, {"optimizer": optimizers[0]}, "")
+    load_state(tmp_path / "state", {"weight": weight.detach()}, {"optimizer": optimizers[1]})
+    file = tmp_path / "state" / "optimizer.pt"
+    with open(file, "r+b") as stream:
+        stream.write(bytes(file.stat().st_size))
+    saved, loaded = (next(iter(optimizer.state.values())) for optimizer in optimizers)
+    assert all(torch.equal(saved[name], loaded[name]) for name in ("step", "exp_avg", "exp_avg_sq"))
+    assert optimizers[1].param_groups[0]["fused"] is None
 
-    def batch_of(self, epoch: int, index: int) -> signal.Handlers:
+
+class AnonymousMemory:
+    """An optimizer that only notes how many bytes of the process are no file while it is given its state."""
+
+    def state_dict(self) -> dict:
+        return {"moments": torch.ones(16 << 20)}
+
+    def load_state_dict(self, state: dict) -> None:
+        status = Path("/proc/self/status").read_text()
+        self.bytes = int(re.search(r"RssAnon:\s+(\d+) kB", status)[1]) << 10
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_an_optimizer_state_is_never_in_memory_as_a_whole(tmp_path):
+    optimizer = AnonymousMemory()
+    save_state(tmp_path / "state", Progress(seed=1), {}, {"optimizer": optimizer}, "")
+    optimizer.load_state_dict({})
+    before = optimizer.bytes
+    load_state(tmp_path / "state", {}, {"optimizer": optimizer})
+    assert optimizer.bytes - before < 32 << 20  # of 64 MiB
+
+
+def test_trained_tensors_are_written_one_by_one(tmp_path):
+    trained = {str(index): torch.randn(4, 1000).T for index in range(8)}  # copied to be written, as those on a GPU are
+    with MemoryMeter() as meter:
+        save_state(tmp_path / "state", Progress(seed=1), trained, {}, "")
+    assert meter.peak <= 2 * trained["0"].nbytes
+    loaded = {name: torch.zeros_like(tensor) for name, tensor in trained.items()}
+    load_state(tmp_path / "state", loaded, {})
+    assert all(torch.equal(loaded[name], tensor) for name, tensor in trained.items())
+
+
+class Interrupted:
+    """A dataset whose first batch is what a worker does with signals, and whose second is a mistake of the user."""
+
+    def batch_of(self, epoch: int, index: int) -> set[signal.Handlers]:
         if index:
             raise UserError("item1: its cache is gone")
-        return signal.getsignal(signal.SIGINT)
+        return {signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 
 
-def test_workers_ignore_ctrl_c_and_hand_a_mistake_over_in_one_line():
+def test_workers_ignore_signals_and_hand_a_mistake_over_in_one_line():
     batches = delivered(batch_loader(Interrupted(), StepPlan(2, 1, 1, 2), rank=0, first_step=0, workers=1))
-    assert next(batches) == signal.SIG_IGN
+    assert next(batches) == {signal.SIG_IGN}
     with pytest.raises(UserError, match=r"^item1: its cache is gone$"):
         next(batches)
+
+
+def test_workers_end_when_nothing_is_read_any_more():
+    loader = batch_loader(Numbers(), StepPlan(7, 1, 1, 7), rank=0, first_step=0, workers=1)
+    batches, others = delivered(loader), set(multiprocessing.active_children())
+    assert next(batches) == (0, 0)
+    (worker,) = set(multiprocessing.active_children()) - others
+    batches.close()
+    assert worker.exitcode == 0
+
+
+@pytest.mark.parametrize(("given", "minutes"), [(None, 24 * 60), (3, 3)])
+def test_processes_wait_for_previews_and_uploads_of_the_main_one(monkeypatch, given, minutes):
+    """NCCL's own limit is ten minutes."""
+    taken = {}
+    monkeypatch.setattr(training_setup, "Accelerator", lambda **words: taken.update(words) or Accelerator(cpu=True))
+    training_setup.create_accelerator(TrainingOptions(), LogOptions(), DistributedOptions(ddp_timeout=given))
+    assert [handler.timeout for handler in taken["kwargs_handlers"]] == [timedelta(minutes=minutes)]
+
+
+def test_a_process_whose_first_step_has_no_batch_unscales_the_gradients_of_the_others(
+    tiny_models, tmp_path, monkeypatch
+):
+    create, runs = training_setup.create_accelerator, []
+
+    def with_scaler(*options):
+        accelerator = create(*options)
+        accelerator.scaler = torch.amp.GradScaler("cpu")
+        return accelerator
+
+    monkeypatch.setattr(training_setup, "create_accelerator", with_scaler)
+    monkeypatch.setattr(trainer, "train", runs.append)
+    train(write_world(tmp_path / "world", items=1), tiny_models.dit, tmp_path / "out")
+    (run,) = runs
+    for weight in run.trained.tensors.values():
+        weight.grad = torch.ones_like(weight)
+    run.accelerator.scaler.unscale_(run.optimizer)
+    assert run.accelerator.scaler.get_scale() == 1 / weight.grad.flatten()[0].item() > 1

@@ -1,16 +1,22 @@
 """hv_train_network.py: what a run leaves on disk, and what it does not depend on."""
 
+import os
 import shutil
 import signal
+import subprocess
+import sys
+import time
 
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from tests.conftest import ROOT
 from tests.platforms import needs_posix
 from tests.training_world import (
     assert_same,
     assert_same_course,
+    command,
     log_of,
     run_training,
     train,
@@ -130,6 +136,29 @@ def test_a_signal_saves_and_the_resumed_run_equals_an_undisturbed_one(world, dit
     monkeypatch.undo()
     assert (tmp_path / "lora-step00000003.safetensors").exists()
     assert_same(train(world, dit, tmp_path, "--resume", "auto"), plain[1])
+
+
+@needs_posix
+def test_sigterm_for_all_processes_saves_too(world, dit, tmp_path):
+    """As launchers, systemd and SLURM send it: to the workers of the DataLoader as well."""
+    words = command(world, dit, tmp_path, "--max_train_steps", 100_000, "--max_data_loader_n_workers", 1)
+    script, environment = (
+        [sys.executable, str(ROOT / "hv_train_network.py"), *words],
+        os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+    with subprocess.Popen(script, env=environment, stderr=subprocess.PIPE, text=True, start_new_session=True) as run:
+        try:
+            while not (tmp_path / "train_log.jsonl").exists() or not log_of(tmp_path):
+                assert run.poll() is None, run.stderr.read()
+                time.sleep(0.2)
+            os.killpg(run.pid, signal.SIGTERM)
+            message = run.communicate(timeout=60)[1]
+        finally:
+            run.kill()
+    assert run.returncode == 0, message
+    assert len(list(tmp_path.glob("lora-step*-state"))) == 1
+    with pytest.raises(ProcessLookupError):
+        os.killpg(run.pid, 0)
 
 
 def ask(monkeypatch, actions):

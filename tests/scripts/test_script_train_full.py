@@ -151,6 +151,13 @@ def test_checkpointing_trains_every_weight_alike(world, dit, weights, tmp_path, 
         assert way.norm() > 0 and (saving[name] - plain[name]).norm() < 0.01 * way.norm(), name
 
 
+def test_items_one_by_one_train_alike_with_selective_checkpointing(dit, tmp_path):
+    pair = write_world(tmp_path, items=2, batch_size=2)
+    words = ["--mixed_precision", "bf16", "--max_train_steps", 2, "--split_attn"]
+    plain = tune(pair, dit, tmp_path / "a", *words)
+    assert_same(tune(pair, dit, tmp_path / "b", *words, "--selective_checkpointing"), plain)
+
+
 def test_full_bf16_keeps_trains_and_writes_bfloat16(world, dit, tmp_path):
     words = ["--full_bf16", "--save_state", "--optimizer_type", "adafactor", "--lr_scheduler", "constant"]
     tune(world, dit, tmp_path, *words, "--optimizer_args", "relative_step=False", "scale_parameter=False")
@@ -184,7 +191,7 @@ def test_running_out_of_memory_says_what_to_try(world, dit, tmp_path, monkeypatc
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr("modules.training_model.TrainingModel.velocity", out_of_memory)
-    with pytest.raises(UserError, match="out of GPU memory in training: give --gradient_checkpointing"):
+    with pytest.raises(UserError, match=r"out of GPU memory on the largest batch, .*: give --gradient_checkpointing"):
         tune(world, dit, tmp_path)
 
 

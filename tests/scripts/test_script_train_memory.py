@@ -1,10 +1,15 @@
 """hv_train_network.py: the memory plan, from the command line to the settings that are saved and used."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 import modules.trainer
-from tests.training_world import train, write_world
+from hunyuan_model.block_swap import swapped_blocks
+from hunyuan_model.checkpoints import _Weights
+from hv_train_network import Options, load_model
+from tests.training_world import command, train, write_world
 from utils.errors import UserError
 
 
@@ -18,7 +23,7 @@ def test_vram_gb_chooses_what_fits_and_saves_it(world, tiny_models, tmp_path, mo
     words = ["--max_train_steps", 1]
     train(world, tiny_models.dit, tmp_path / "all", *words, "--vram_gb", 10)
     assert "settings                               no option" in capsys.readouterr().out
-    tight = 4.2 / 1024  # GiB: the weights alone are 4.2 MB in float32
+    tight = 6.5 / 1024  # GiB: 6.8 MiB are the least in float32
     train(world, tiny_models.dit, tmp_path / "tight", *words, "--vram_gb", tight)
     saved = (tmp_path / "tight" / "lora.settings.toml").read_text(encoding="utf-8")
     assert "fp8_base = true" in saved
@@ -34,7 +39,7 @@ def test_what_does_not_fit_ends_before_the_model_is_loaded(world, tiny_models, t
 def test_all_processes_choose_by_the_gpu_that_has_the_least_free(world, tiny_models, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("modules.memory_plan.DEVICE_OVERHEAD", 0)
     monkeypatch.setattr("modules.memory_plan.free_memory", lambda device: 10 << 30)
-    monkeypatch.setattr("modules.distributed.gather_object", lambda numbers: [*numbers, int(4.2 * (1 << 20))])
+    monkeypatch.setattr("modules.distributed.gather_object", lambda numbers: [*numbers, int(6.5 * (1 << 20))])
     train(world, tiny_models.dit, tmp_path, "--vram_gb", 0, "--dry_run")
     assert "--fp8_base" in capsys.readouterr().out
 
@@ -54,3 +59,37 @@ def test_running_out_on_the_largest_batch_says_what_to_try(world, tiny_models, t
     with pytest.raises(UserError, match=r"out of GPU memory on the largest batch.*batch of 1, latents 1x6x8"):
         train(world, tiny_models.dit, tmp_path)
     assert not (tmp_path / "lora.safetensors").exists()
+
+
+@pytest.mark.parametrize("words", [[], ["--fp8_base"]])
+def test_only_swapped_blocks_pass_through_main_memory(world, tiny_models, tmp_path, monkeypatch, words):
+    """The meta device takes the place of a GPU; nothing can be computed on it."""
+    monkeypatch.setattr("hunyuan_model.attention.verify_attention", lambda *_: 0.0)
+    monkeypatch.setattr(_Weights, "_finite", lambda self, name, tensor: tensor)
+    argv = [str(word) for word in command(world, tiny_models.dit, tmp_path, "--blocks_to_swap", 2, *words)]
+    dit = load_model(Options.parse("", argv), SimpleNamespace(device=torch.device("meta"), mixed_precision="no"))
+    swapped = swapped_blocks(2, len(dit.double_blocks), len(dit.single_blocks))
+    on_host = {name for name, weight in dit.named_parameters() if weight.device.type == "cpu"}
+    expected = {id(weight) for index in swapped for weight in dit.blocks[index].parameters()}
+    assert on_host == {name for name, weight in dit.named_parameters() if id(weight) in expected}
+
+
+@pytest.mark.parametrize(("precision", "dtype"), [("bf16", torch.bfloat16), ("no", torch.float32)])
+def test_attention_is_tried_in_the_dtype_that_it_computes_in(
+    world, tiny_models, tmp_path, monkeypatch, precision, dtype
+):
+    tried = []
+    monkeypatch.setattr("hunyuan_model.attention.verify_attention", lambda *given: tried.append(given[2]))
+    words = ["--dit_dtype", "float32", "--mixed_precision", precision, "--max_train_steps", 1]
+    train(world, tiny_models.dit, tmp_path, *words)
+    assert tried == [dtype]
+
+
+def test_a_merge_before_fp8_needs_the_wide_weights_in_main_memory(world, tiny_models, tmp_path, capsys):
+    train(world, tiny_models.dit, tmp_path / "out", "--max_train_steps", 1)
+    capsys.readouterr()
+    words = ["--fp8_base", "--base_weights", tmp_path / "out" / "lora.safetensors", "--dry_run"]
+    train(world, tiny_models.dit, tmp_path, *words)
+    assert "main memory while the model is loaded" in capsys.readouterr().out
+    train(world, tiny_models.dit, tmp_path, *words[1:])
+    assert "main memory while the model is loaded" not in capsys.readouterr().out

@@ -5,7 +5,9 @@ import importlib.util
 import pytest
 import torch
 
+from modules.compilation import compile_blocks
 from tests.training_world import assert_same, log_of, train
+from utils.option_groups import CompileOptions
 from utils.safetensors_utils import read_header
 
 
@@ -50,6 +52,18 @@ def test_compilation_that_fails_is_one_line_and_the_run_goes_on(world, dit, plai
     assert_same(train(world, dit, tmp_path, "--compile"), plain[1])
     lines = [line for line in capsys.readouterr().err.splitlines() if "--compile failed" in line]
     assert len(lines) == 1 and "no compiler here" in lines[0]
+
+
+@pytest.mark.parametrize(
+    ("given", "used"), [("reduce-overhead", "default"), ("max-autotune", "max-autotune-no-cudagraphs")]
+)
+def test_blocks_are_compiled_without_cuda_graphs(capsys, monkeypatch, given, used):
+    """Graphs share their memory: the output of a block would be gone while the next one reads it."""
+    modes = []
+    monkeypatch.setattr(torch, "compile", lambda forward, mode, **_: modes.append(mode) or forward)
+    compile_blocks([torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)], CompileOptions(compile_mode=given))
+    assert modes == [used] * 2
+    assert f"note: --compile_mode {given}" in (note := capsys.readouterr().err) and note.count("\n") == 1
 
 
 def test_training_goes_on_from_network_weights(world, dit, plain, tmp_path):

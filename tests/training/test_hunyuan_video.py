@@ -3,8 +3,10 @@
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from training import hunyuan_video
+from utils.memory_meter import MemoryMeter
 
 
 def test_only_the_first_process_says_what_is_worth_a_note(
@@ -20,3 +22,16 @@ def test_only_the_first_process_says_what_is_worth_a_note(
         monkeypatch.setenv("RANK", rank)
         hunyuan_video.load_datasets(options, seed=0)
         assert capsys.readouterr().err == said
+
+
+def test_pixels_of_a_preview_are_in_memory_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    vae = SimpleNamespace(
+        to=lambda _: None, configure_memory=lambda *_: None, decode=lambda _: torch.full((1, 3, 8, 64, 64), 3.0)
+    )
+    monkeypatch.setattr(hunyuan_video.checkpoints, "load_vae", lambda *_: vae)
+    options = SimpleNamespace(vae=SimpleNamespace(vae=None, vae_dtype=None, vae_chunk_size=None, tile_size=None))
+    decode = hunyuan_video.load_decoder(options, SimpleNamespace(device=torch.device("cpu")))
+    with MemoryMeter() as meter:
+        pixels = decode(torch.zeros(1, 16, 2, 8, 8))
+    assert pixels.shape == (3, 8, 64, 64) and bool((pixels == 1).all())
+    assert meter.peak < 1.2 * pixels.nbytes
