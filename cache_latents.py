@@ -8,7 +8,7 @@ cache_text_encoder_outputs.py. Run again at any time: only what is new or change
         --vae_chunk_size 32 --vae_tiling
 
 Look at the dataset first, without any model: --debug_mode html. Share the work between GPUs:
-`accelerate launch --num_processes 4 cache_latents.py ...`.
+`accelerate launch --multi_gpu --num_processes 4 cache_latents.py ...`.
 """
 
 import dataclasses

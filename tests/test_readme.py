@@ -67,8 +67,8 @@ LAST_CHECK = {
 }
 WRITTEN = ("--output", "--output_dir", "--output_file", "--save_path", "--save_merged_model", "--png")
 FILE_SUFFIXES = (".toml", ".txt", ".pt", ".safetensors")
-# Options of pip and accelerate that the documents mention.
-OF_OTHERS = ("--index-url", "--multi_gpu", "--num_processes")
+# Options of pip, hf and accelerate that the documents mention.
+OF_OTHERS = ("--index-url", "--local-dir", "--multi_gpu", "--num_processes")
 
 
 class StopHereError(Exception):

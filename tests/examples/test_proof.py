@@ -31,7 +31,7 @@ from hunyuan_model.checkpoints import load_vae
 from tests.platforms import needs_posix
 
 MODELS = models_in(proof.SHIPPED)
-SAVINGS = (["--fp8_base"], ["--blocks_to_swap", "2"], ["--gradient_checkpointing"])
+SAVINGS = (["--fp8_base"], ["--blocks_to_swap", "2", "--gradient_checkpointing"])
 SHORT, FEW = ("--max_train_epochs", 20), 20
 MISTAKES = {
     "the target's sign is turned": "trainer.velocity_target = lambda latents, noise: latents - noise",
