@@ -58,6 +58,7 @@ def main() -> None:
 def generate(options: GenerationOptions) -> None:
     """Makes what the prompts ask for, or says what memory that needs."""
     requests, typed = options.prompt.requests(), options
+    check_model_files(options)
     if options.speed.plans:
         options = plan_memory(options, requests)
     if options.speed.dry_run:
@@ -174,6 +175,7 @@ def decode_saved(options: GenerationOptions) -> None:
     from hunyuan_model.checkpoints import read_vae_config
     from modules.outputs import decoding_job, load_latents
 
+    check_model_files(options)
     channels, output = read_vae_config(options.vae.vae).latent_channels, options.output
     jobs, latents_of = [], {}
     for index, path in enumerate(output.latent_path):
@@ -227,7 +229,6 @@ def build_generator(options: GenerationOptions, keep_loaded: bool = False) -> "G
     from utils.device_utils import default_dtype
     from utils.processes import own_device
 
-    check_model_files(options)
     device = own_device(options.device.device)
     text, vae_dtype = options.text, default_dtype(options.vae.vae_dtype, device)
     text_dtype = default_dtype(text.text_encoder_dtype, device)
@@ -300,7 +301,6 @@ def plan_memory(options: GenerationOptions, requests: Sequence[Request]) -> Gene
     from hunyuan_model.checkpoints import read_dit_config
     from modules.sampler import latent_shape
 
-    check_model_files(options)
     channels = read_dit_config(options.dit.dit).out_channels
     shape = max((latent_shape(request, channels) for request in requests), key=math.prod)
     options, rows = plan_text(options)
@@ -354,6 +354,8 @@ def plan_sampling(options: GenerationOptions, shape: Sequence[int], guided: bool
     batch, calls = (1, 1 + guided) if split else (1 + guided, 1)
     dtype = default_dtype(options.dit.dit_dtype, device, on_gpu="bfloat16")
 
+    later = quantizes_later(options, fp8=True)
+
     @functools.cache
     def measured(fp8: bool) -> "ModelUsage":
         usage = measure_dit(config, (batch, config.in_channels, *shape[2:]), LLM_TOKENS, dtype, fp8)
@@ -361,7 +363,7 @@ def plan_sampling(options: GenerationOptions, shape: Sequence[int], guided: bool
 
     def predicted(settings: planner.Settings) -> planner.Prediction:
         swapped = swapped_blocks(settings.blocks_to_swap, *depths)
-        wide = measured(False) if quantizes_later(options, settings.fp8) else None
+        wide = measured(False) if settings.fp8 and later else None
         return planner.predict(measured(settings.fp8), swapped, quantized_from=wide)
 
     settings = planner.Settings(speed.fp8, "none", swap or 0)

@@ -65,10 +65,10 @@ def main() -> None:
         device=device,
         exclude_single_blocks=options.exclude_single_blocks,
     )
-    rows = [("DiT", options.dit)]
-    rows += [("LoRA", report) for report in reports]
+    for report in reports:
+        report.announce()
     size = options.save_merged_model.stat().st_size / 1e9
-    print_table("merge", [*rows, ("written", f"{options.save_merged_model} ({size:.2f} GB)")])
+    print_table("merge", [("DiT", options.dit), ("written", f"{options.save_merged_model} ({size:.2f} GB)")])
 
 
 if __name__ == "__main__":

@@ -56,14 +56,15 @@ def install() -> None:
 
 
 def is_whole() -> bool:
-    """Whether .venv was made in this folder, since its programs hold their path, and has pip.
+    """Whether .venv has programs that run in it.
 
-    One without pip is left where python3-venv is missing, or after Ctrl+C.
+    It has none where python3-venv is missing, or after Ctrl+C; and they name another folder if this one was moved.
     """
-    python, settings = executable("python"), VENV / "pyvenv.cfg"
-    if not python.exists() or str(VENV) not in settings.read_text(encoding="utf-8"):
+    try:
+        pip = subprocess.run([executable("pip"), "--version"], capture_output=True, text=True)
+    except OSError:
         return False
-    return not subprocess.run([python, "-m", "pip", "--version"], capture_output=True).returncode
+    return str(VENV) in pip.stdout
 
 
 def make_environment() -> None:
@@ -85,8 +86,10 @@ def lock() -> TextIO:
             import fcntl
 
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
+    except (BlockingIOError, PermissionError):
         fail("another quickstart.py runs in this folder; wait until it has ended", 2)
+    except OSError:  # a network drive that cannot lock
+        pass
     return file
 
 

@@ -143,10 +143,9 @@ def beside_swapped(config: HunyuanVideoConfig, blocks_to_swap: int, device: Devi
     Raises:
         UserError: more blocks than the model can swap.
     """
-    kinds = ["double_blocks"] * config.depth_double + ["single_blocks"] * config.depth_single
-    indices = [*range(config.depth_double), *range(config.depth_single)]
-    swapped = swapped_blocks(blocks_to_swap, config.depth_double, config.depth_single)
-    on_host = tuple(f"{kinds[block]}.{indices[block]}." for block in swapped)
+    blocks = [f"double_blocks.{index}." for index in range(config.depth_double)]
+    blocks += [f"single_blocks.{index}." for index in range(config.depth_single)]
+    on_host = tuple(blocks[index] for index in swapped_blocks(blocks_to_swap, config.depth_double, config.depth_single))
     return lambda name: "cpu" if name.startswith(on_host) else device
 
 

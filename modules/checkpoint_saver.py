@@ -85,10 +85,10 @@ class CheckpointSaver:
         every = options.save_every_n_epochs
         self._rotate("epoch", kept and epoch - every * kept + 1, kept_states and epoch - every * kept_states + 1)
 
-    def save_step(self, progress: Progress) -> None:
-        """The checkpoint of a step, then rotation."""
+    def save_step(self, progress: Progress, with_state: bool = False) -> None:
+        """The checkpoint of a step, and its state if that is wanted now or always, then rotation."""
         options = self.options
-        self.save(self.files.of_step(progress.step), progress, options.save_state)
+        self.save(self.files.of_step(progress.step), progress, with_state or options.save_state)
         kept = options.save_last_n_steps
         kept_states = options.save_last_n_steps_state or kept
         self._rotate("step", kept and progress.step - kept, kept_states and progress.step - kept_states)

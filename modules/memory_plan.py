@@ -208,6 +208,11 @@ def cheapest(
             return settings
     leanest = min(list(filter(is_housed, ordered)) or ordered, key=lambda settings: predicted(settings).device)
     needed = predicted(leanest)
+    if host_limit is not None and needed.loading > host_limit:
+        raise UserError(
+            f"merging LoRAs into weights that then become fp8 needs {in_words(needed.loading)} of main memory, "
+            f"{in_words(host_limit)} are free; merge them into a file with merge_lora.py first, or do without fp8"
+        )
     room = ""
     if host_limit is not None:
         room = f", and {in_words(needed.host)} of main memory, where {in_words(host_limit)} are free"

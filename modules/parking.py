@@ -21,7 +21,7 @@ from torch import Tensor
 class Parking:
     """The tensors of a model's blocks, in the order in which the blocks ran.
 
-    Their places in main memory serve again, for smaller batches too: torch would pin more for every other size, and
+    Their places in main memory serve again, for smaller tensors too: torch would pin more for every other size, and
     keep it. No copy can meet one that is still on its way, since all are made in order on one stream.
     """
 

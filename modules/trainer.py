@@ -284,9 +284,10 @@ def after_step(trainer: Trainer, summary: StepSummary) -> None:
     with trainer.log.pause():
         if epoch_ended and _every(options.save.save_every_n_epochs, epoch) and not last:
             trainer.saver.save_epoch(epoch, progress)
+        asked = summary.save and not summary.quit
         if _every(options.save.save_every_n_steps, progress.step):
-            trainer.saver.save_step(progress)
-        if summary.save and not summary.quit:
+            trainer.saver.save_step(progress, with_state=asked)
+        elif asked:
             trainer.saver.save(trainer.saver.files.of_step(progress.step), progress, state=True)
     if epoch_ended and not last:
         trainer.trained.start_epoch()

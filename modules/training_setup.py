@@ -36,9 +36,6 @@ from utils.huggingface_utils import HuggingFaceOptions, Uploader
 from utils.metadata import RunFacts
 from utils.training_options import DistributedOptions, LogOptions, TrainingOptions
 
-# Minutes. The others wait while the main process samples previews and uploads; NCCL alone would allow ten.
-DEFAULT_TIMEOUT = 24 * 60
-
 
 def create_accelerator(training: TrainingOptions, log: LogOptions, distributed: DistributedOptions) -> Accelerator:
     """The processes of this run, as `accelerate launch` started them; one without it.
@@ -49,7 +46,7 @@ def create_accelerator(training: TrainingOptions, log: LogOptions, distributed: 
     torch.backends.cuda.matmul.allow_tf32 = training.cuda_allow_tf32
     torch.backends.cudnn.allow_tf32 = training.cuda_allow_tf32
     torch.backends.cudnn.benchmark = training.cuda_cudnn_benchmark
-    timeout = datetime.timedelta(minutes=distributed.ddp_timeout or DEFAULT_TIMEOUT)
+    timeout = datetime.timedelta(minutes=distributed.ddp_timeout)
     try:
         accelerator = Accelerator(
             # Without it, accelerate takes several processes on a machine without a GPU for separate runs.

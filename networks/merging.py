@@ -23,7 +23,7 @@ class MergeReport:
     leftover: int = 0
 
     def __str__(self) -> str:
-        leftover = f", {self.leftover} keys belong to no module of HunyuanVideo" if self.leftover else ""
+        leftover = f", {self.leftover} keys belong to no module of HunyuanVideo's DiT" if self.leftover else ""
         return f"{self.path}: {self.matched} of {self.total} modules merged{leftover}"
 
     def announce(self) -> None:

@@ -116,7 +116,9 @@ class TrainingMemoryOptions:
 class DistributedOptions:
     """several processes"""
 
-    ddp_timeout: int | None = option(None, help="minutes until a silent process ends the run (a day)", minimum=1)
+    ddp_timeout: int = option(
+        24 * 60, help="minutes until a silent process ends the run; the others wait for previews and uploads", minimum=1
+    )
     ddp_gradient_as_bucket_view: bool = option(
         False, help="accepted: gradients are averaged once per step, in one buffer"
     )

@@ -317,12 +317,12 @@ def test_workers_end_when_nothing_is_read_any_more():
     assert worker.exitcode == 0
 
 
-@pytest.mark.parametrize(("given", "minutes"), [(None, 24 * 60), (3, 3)])
+@pytest.mark.parametrize(("given", "minutes"), [({}, 24 * 60), ({"ddp_timeout": 3}, 3)])
 def test_processes_wait_for_previews_and_uploads_of_the_main_one(monkeypatch, given, minutes):
     """NCCL's own limit is ten minutes."""
     taken = {}
     monkeypatch.setattr(training_setup, "Accelerator", lambda **words: taken.update(words) or Accelerator(cpu=True))
-    training_setup.create_accelerator(TrainingOptions(), LogOptions(), DistributedOptions(ddp_timeout=given))
+    training_setup.create_accelerator(TrainingOptions(), LogOptions(), DistributedOptions(**given))
     assert [handler.timeout for handler in taken["kwargs_handlers"]] == [timedelta(minutes=minutes)]
 
 

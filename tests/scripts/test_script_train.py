@@ -142,10 +142,8 @@ def test_a_signal_saves_and_the_resumed_run_equals_an_undisturbed_one(world, dit
 def test_sigterm_for_all_processes_saves_too(world, dit, tmp_path):
     """As launchers, systemd and SLURM send it: to the workers of the DataLoader as well."""
     words = command(world, dit, tmp_path, "--max_train_steps", 100_000, "--max_data_loader_n_workers", 1)
-    script, environment = (
-        [sys.executable, str(ROOT / "hv_train_network.py"), *words],
-        os.environ | {"OMP_NUM_THREADS": "1"},
-    )
+    script = [sys.executable, str(ROOT / "hv_train_network.py"), *words]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
     with subprocess.Popen(script, env=environment, stderr=subprocess.PIPE, text=True, start_new_session=True) as run:
         try:
             while not (tmp_path / "train_log.jsonl").exists() or not log_of(tmp_path):
