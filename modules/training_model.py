@@ -48,7 +48,8 @@ class TrainingModel:
         return torch.cat([self._velocity_of_item(item) for item in items])
 
     def _velocity_of_item(self, arguments: Sequence[Tensor | None]) -> Tensor:
-        # Selective checkpointing counts operations: the second run of a block casts its weights, so the first one must.
+        # Casts that autocast keeps from one item to the next would sum the items' gradients in half precision; and
+        # selective checkpointing, which counts operations, would miss them where a block's second run makes its own.
         torch.clear_autocast_cache()
         return self.dit(*arguments)
 
