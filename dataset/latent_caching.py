@@ -16,7 +16,6 @@ from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
 from tqdm import tqdm
 
 from dataset.cache import (
@@ -234,7 +233,7 @@ class LatentWriter:
             for (source, item), of_item in zip(members, latents, strict=True):
                 try:
                     self._write(task.dataset, source, item, of_item)
-                except (OSError, SafetensorError) as error:
+                except OSError as error:
                     raise UserError(
                         f"{item.path}: cannot be written: {one_line(error)}; what is cached stays"
                     ) from None

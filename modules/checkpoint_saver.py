@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from safetensors import SafetensorError
 
 from modules.optimizers import averaged_weights
 from modules.training_model import Trained
@@ -24,7 +23,7 @@ def writing(path: Path) -> Iterator[None]:
     """Turns the failure of a write into one line; what was there before is still there."""
     try:
         yield
-    except (OSError, SafetensorError) as error:
+    except OSError as error:
         raise UserError(
             f"{path}: cannot be written: {one_line(error)}; the files before it are intact: "
             "make room and continue with --resume auto"

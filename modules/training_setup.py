@@ -150,6 +150,7 @@ class Run:
         self.uploader = Uploader(options.hub if main else HuggingFaceOptions())
         if main:
             require_writable(options.save.output_dir, "--output_dir")
+            options.files.remove_leftovers()
         start_trackers(self.accelerator, options.log, self.settings)
 
     def print_plan(self) -> None:

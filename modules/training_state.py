@@ -5,7 +5,6 @@ Noise, timesteps, dropout and data order are functions of (seed, step), so no ra
 
 import dataclasses
 import errno
-import glob
 import json
 import os
 import pickle
@@ -84,8 +83,6 @@ class Progress:
 def whole_folder(folder: Path) -> Iterator[Path]:
     """Yields a temporary folder beside `folder` that takes its place on success and vanishes on failure."""
     folder.parent.mkdir(parents=True, exist_ok=True)
-    for leftover in folder.parent.glob(f"{glob.escape(folder.name)}.*{TEMPORARY_SUFFIX}"):
-        shutil.rmtree(leftover, ignore_errors=True)
     temporary = folder.with_name(f"{folder.name}.{os.getpid()}{TEMPORARY_SUFFIX}")
     replaced = folder.with_name(f"{folder.name}.old{TEMPORARY_SUFFIX}")
     temporary.mkdir()

@@ -13,9 +13,6 @@ TEMPORARY_SUFFIX = ".partial"
 # The zero-width joiners U+200C and U+200D are not among them: Persian and Indic names and emoji are spelled with them.
 INVISIBLE_CHARACTERS = dict.fromkeys([0xFEFF, 0x200B, 0x200E, 0x200F, *range(0x202A, 0x202F), *range(0x2066, 0x206A)])
 
-_UMASK = os.umask(0)
-os.umask(_UMASK)
-
 
 @contextlib.contextmanager
 def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
@@ -25,6 +22,7 @@ def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
 
     Raises:
         UserError: `path` is a folder.
+        OSError: the disk is full or the like; it names `path`.
     """
     path = Path(path)
     if path.is_dir():
@@ -37,11 +35,11 @@ def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
         yield temporary
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
-        # safetensors makes its files readable to their owner alone; caches and LoRAs are shared.
-        temporary.chmod(0o666 & ~_UMASK)
         os.replace(temporary, path)
-    except BaseException:
+    except BaseException as error:
         temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.filename is None:  # a failed write does not know its file
+            error.filename = str(path)
         raise
 
 

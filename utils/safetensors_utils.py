@@ -1,7 +1,6 @@
 """The one reader and the one writer of safetensors files."""
 
 import contextlib
-import errno
 import json
 import math
 import os
@@ -12,23 +11,22 @@ from pathlib import Path
 from typing import BinaryIO
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import save_file as _save_file
 
 from utils.errors import UserError, one_line
 from utils.files import atomic_path
 
-# Names of the format's dtypes: https://github.com/huggingface/safetensors, "Format".
+# Names of the format's dtypes (https://github.com/huggingface/safetensors, "Format"), in the order in which the
+# reference implementation lays them out: programs know a LoRA by a hash of its bytes.
 TORCH_DTYPES = {
+    "I64": torch.int64,
     "F64": torch.float64,
     "F32": torch.float32,
-    "F16": torch.float16,
+    "I32": torch.int32,
     "BF16": torch.bfloat16,
+    "F16": torch.float16,
+    "I16": torch.int16,
     "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2": torch.float8_e5m2,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
     "I8": torch.int8,
     "U8": torch.uint8,
     "BOOL": torch.bool,
@@ -129,12 +127,9 @@ def save_file(
     Raises:
         OSError: the disk is full or the like; what was there before is still there.
     """
-    contiguous = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
-    with atomic_path(path) as temporary:
-        try:
-            _save_file(contiguous, temporary, metadata=dict(metadata) if metadata else None)
-        except SafetensorError as error:
-            raise OSError(errno.EIO, one_line(error), str(path)) from None
+    with streamed_file(path, {name: (t.dtype, t.shape) for name, t in tensors.items()}, metadata) as write:
+        for name, tensor in tensors.items():
+            write(name, tensor)
 
 
 @contextlib.contextmanager
@@ -145,19 +140,21 @@ def streamed_file(
 ) -> Iterator[Callable[[str, torch.Tensor], None]]:
     """Yields `write(name, tensor)`, for a file that is never in memory as a whole; renamed when all is written.
 
+    The file is that of the reference implementation, byte for byte. Its own writer is not used: it writes into a
+    hidden file of a name of its own, which stays behind when the process is killed.
+
     Args:
         path: the file.
         layout: dtype and shape of every tensor; each must be written once, in any order.
         metadata: of the file.
     """
-    names = {dtype: name for name, dtype in TORCH_DTYPES.items()}
+    names, order = {dtype: name for name, dtype in TORCH_DTYPES.items()}, list(TORCH_DTYPES.values())
     header: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
     offsets, end = {}, 0
-    # The widest first, as the reference implementation does, so that every tensor is aligned.
-    for name, (dtype, shape) in sorted(layout.items(), key=lambda item: (-item[1][0].itemsize, item[0])):
+    for name, (dtype, shape) in sorted(layout.items(), key=lambda item: (order.index(item[1][0]), item[0])):
         offsets[name], end = end, end + math.prod(shape) * dtype.itemsize
         header[name] = {"dtype": names[dtype], "shape": list(shape), "data_offsets": [offsets[name], end]}
-    text = json.dumps(header).encode()
+    text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     missing = set(layout)
     with atomic_path(path) as temporary, open(temporary, "wb") as file:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from utils.errors import UserError
-from utils.files import read_text
+from utils.files import TEMPORARY_SUFFIX, read_text
 
 PROGRESS_FILE = "train_state.json"
 SETTINGS_FILE = "settings.toml"
@@ -77,6 +77,16 @@ class TrainingFiles:
         pattern = re.compile(f"{re.escape(self.best_of_step(step))}({COMPANIONS})")
         for path in self.folder.iterdir():
             if pattern.fullmatch(path.name):
+                path.unlink(missing_ok=True)
+
+    def remove_leftovers(self) -> None:
+        """Removes what killed runs of this name left half written; no other process may be writing these."""
+        stem = re.escape(self.name) + r"(-\d{6}|(-best)?-step\d{8})?"
+        pattern = re.compile(rf"{stem}({COMPANIONS}|{STATE_SUFFIX})\.\w+{re.escape(TEMPORARY_SUFFIX)}")
+        for path in self.folder.iterdir():
+            if pattern.fullmatch(path.name) and path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+            elif pattern.fullmatch(path.name):
                 path.unlink(missing_ok=True)
 
     def _numbered(self, kind: str, ending: str) -> list[tuple[Path, int]]:

@@ -2,7 +2,10 @@
 
 import errno
 import json
+import signal
 import struct
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -12,6 +15,8 @@ import torch
 from tests.platforms import needs_posix
 from utils.errors import UserError
 from utils.safetensors_utils import TORCH_DTYPES, iterate_tensors, load_file, read_header, save_file
+
+ROOT = Path(__file__).parents[2]
 
 
 def every_dtype() -> dict[str, torch.Tensor]:
@@ -36,6 +41,7 @@ def test_the_library_reads_what_we_write_and_we_read_what_it_writes(tmp_path: Pa
     save_file(tensors, tmp_path / "ours.safetensors", {"key": "välue"})
     library = {name: tensor.contiguous() for name, tensor in tensors.items()}
     safetensors.torch.save_file(library, tmp_path / "library.safetensors", {"key": "välue"})
+    assert (tmp_path / "ours.safetensors").read_bytes() == (tmp_path / "library.safetensors").read_bytes()
     theirs = safetensors.torch.load_file(tmp_path / "ours.safetensors")
     ours = load_file(tmp_path / "library.safetensors")
     assert theirs.keys() == ours.keys() == tensors.keys()
@@ -109,6 +115,27 @@ def test_missing_file_and_folder(tmp_path: Path) -> None:
 
 
 @needs_posix
+def test_a_process_killed_while_it_writes_leaves_one_file_that_is_known_as_a_leftover(tmp_path: Path) -> None:
+    code = (
+        "import resource, signal, sys, torch; from utils.safetensors_utils import save_file\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_DFL)  # the first byte beyond the limit kills\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))\n"
+        "save_file({'x': torch.zeros(1_000_000)}, sys.argv[1])"
+    )
+    path = tmp_path / "x.safetensors"
+    died = subprocess.run([sys.executable, "-c", code, str(path)], cwd=ROOT, timeout=60).returncode
+    assert died == -signal.SIGXFSZ
+    assert [leftover.suffix for leftover in tmp_path.iterdir()] == [".partial"]
+
+
+@needs_posix
+def test_files_are_as_readable_as_the_user_lets_them_be(tmp_path: Path) -> None:
+    save_file({"x": torch.zeros(4)}, tmp_path / "x.safetensors")
+    (tmp_path / "any").touch()
+    assert (tmp_path / "x.safetensors").stat().st_mode == (tmp_path / "any").stat().st_mode
+
+
+@needs_posix
 def test_a_full_disk_leaves_the_old_file(tmp_path: Path) -> None:
     import resource
 
@@ -121,6 +148,6 @@ def test_a_full_disk_leaves_the_old_file(tmp_path: Path) -> None:
             save_file({"x": torch.zeros(1_000_000)}, path)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert error.value.errno == errno.EIO and "too large" in error.value.strerror
+    assert error.value.errno == errno.EFBIG and "too large" in error.value.strerror
     assert list(tmp_path.iterdir()) == [path]
     assert torch.equal(load_file(path)["x"], torch.zeros(4))
