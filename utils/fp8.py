@@ -112,7 +112,8 @@ class Fp8Linear(nn.Module):
     def from_linear(cls, linear: nn.Linear) -> "Fp8Linear":
         """The quantised twin; of a linear layer on the meta device, one without data."""
         layer = cls(linear.in_features, linear.out_features, linear.bias, "meta")
-        layer.set_weight(linear.weight.detach())
+        if not linear.weight.is_meta:
+            layer.set_weight(linear.weight.detach())
         return layer
 
     def set_weight(self, weight: Tensor) -> None:
