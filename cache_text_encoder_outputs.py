@@ -6,7 +6,8 @@ After:  {name}_hv_te.safetensors for each captioned file, in the dataset's cache
     python cache_text_encoder_outputs.py --dataset_config dataset.toml --batch_size 16 \
         --text_encoder1 ckpts/text_encoder --text_encoder2 ckpts/text_encoder_2 --fp8_llm
 
-A second run encodes only what changed. One text encoder is in memory at a time.
+A second run encodes only what changed. One text encoder is in memory at a time. --vram_gb 0 takes --fp8_llm only where
+it is needed.
 """
 
 import json
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
     import torch
 
     from dataset.cache import Manifest, Verdict
-    from dataset.config_utils import DatasetSettings
+    from dataset.config_utils import DatasetConfig, DatasetSettings
     from dataset.sources import Source
     from hunyuan_model.text_encoder import ClipTextEncoder, LlmTextEncoder
 
@@ -53,6 +54,10 @@ class CachingOptions:
     keep_cache: bool = option(False, help="accepted; cache files are kept anyway unless --prune is given")
     prune: bool = option(False, help="delete cache files in the cache directories that belong to no caption")
     strict: bool = option(False, help="stop when a file of the dataset cannot be used, instead of skipping it")
+    vram_gb: float | None = option(
+        None, help="take --fp8_llm where text encoder 1 does not fit into so many GiB; 0: what is free", minimum=0
+    )
+    dry_run: bool = option(False, help="print what there is and the memory that encoding it needs, and end")
 
     def __post_init__(self) -> None:
         if self.prune and self.keep_cache:
@@ -96,7 +101,7 @@ class Work:
     def batches(self, limit: int | None) -> Iterator[list[Entry]]:
         """The captions that this process encodes, at most `limit` at once."""
         pending = [entry for entry in self.share if not entry.verdict.kept]
-        size = min(self.settings.batch_size, limit or self.settings.batch_size)
+        size = batch_size(self.settings, limit)
         for start in range(0, len(pending), size):
             yield pending[start : start + size]
 
@@ -107,11 +112,16 @@ def main() -> None:
     from dataset.config_utils import load_dataset_config
 
     config = load_dataset_config(options.dataset_config)
+    if options.dry_run or options.vram_gb is not None:
+        encoders = plan_memory(config, options, encoders, device.device)
     made_from = fingerprint(encoders)
     is_first = is_first_process()
     works = [survey(settings, options, made_from) for settings in config.every_dataset]
     if is_first:
         name_skipped(works, options.strict)
+    if options.dry_run:
+        print_works(works)
+        return
     for work in works:
         work.remove_leftovers()
     batches = [batch for work in works for batch in work.batches(options.batch_size)]
@@ -125,6 +135,24 @@ def is_first_process() -> bool:
     from utils.processes import process_share
 
     return process_share()[0] == 0
+
+
+def plan_memory(
+    config: "DatasetConfig", options: CachingOptions, encoders: TextEncoderOptions, device: str | None
+) -> TextEncoderOptions:
+    """Prints what the largest batch needs; --vram_gb takes --fp8_llm if it does not fit without."""
+    from planning.text_encoder import plan_text_encoder_1
+    from utils.processes import own_device
+
+    captions = max(batch_size(settings, options.batch_size) for settings in config.every_dataset)
+    encoders, rows = plan_text_encoder_1(encoders, own_device(device), options.vram_gb, captions)
+    if is_first_process():
+        print_table(f"memory plan, batch of {captions}", rows)
+    return encoders
+
+
+def batch_size(settings: "DatasetSettings", limit: int | None) -> int:
+    return min(settings.batch_size, limit or settings.batch_size)
 
 
 def fingerprint(encoders: TextEncoderOptions) -> dict[str, Any]:
@@ -281,9 +309,11 @@ def finish(works: Sequence[Work], prune: bool) -> None:
         print(f"note: {foreign} cache files were made by musubi-tuner and are used as they are")
     for work in works:
         close(work, prune)
-    header = ["cache directory", "captions", "new", "changed", "kept", "orphaned", "skipped", "changed because"]
-    if prune:
-        header[header.index("orphaned")] = "deleted"
+    print_works(works, "deleted" if prune else "orphaned")
+
+
+def print_works(works: Sequence[Work], orphaned: str = "orphaned") -> None:
+    header = ["cache directory", "captions", "new", "changed", "kept", orphaned, "skipped", "changed because"]
     print_table("Text encoder outputs", [table_row(work) for work in works], header)
 
 

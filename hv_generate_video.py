@@ -57,7 +57,7 @@ def generate(options: GenerationOptions) -> None:
     requests, typed = options.prompt.requests(), options
     check_model_files(options)
     if options.speed.plans:
-        from generation.planning import plan_memory
+        from planning.generation import plan_memory
 
         options = plan_memory(options, requests)
     if options.speed.dry_run:
@@ -184,7 +184,7 @@ def decode_saved(options: GenerationOptions) -> None:
         jobs.append(decoding_job(path, settings, index, options.prompt.fps, not output.no_metadata))
         latents_of[jobs[-1].stem] = latents
     if options.speed.plans:
-        from generation.planning import plan_decoding, print_plan
+        from planning.generation import plan_decoding, print_plan
 
         largest = max((latents.shape for latents in latents_of.values()), key=math.prod)
         options, rows = plan_decoding(options, largest)
@@ -295,10 +295,10 @@ def check_loras(options: GenerationOptions) -> None:
 
 def load_merged_dit(options: GenerationOptions, device: "torch.device", fp8: bool) -> "HYVideoDiffusionTransformer":
     """The DiT with its LoRAs merged before it is quantised; on the CPU where it would not fit otherwise."""
-    from generation.planning import quantizes_later
     from hunyuan_model.checkpoints import beside_swapped, is_quantized_in_dit, load_dit, read_dit_config
     from networks.live import LiveLoras
     from networks.merging import merge_lora_into
+    from planning.generation import quantizes_later
     from utils.device_utils import default_dtype
     from utils.fp8 import quantize_linears
 

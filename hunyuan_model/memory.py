@@ -1,4 +1,4 @@
-"""How many bytes the DiT and the VAE need at work, measured on their real code with tensors that have no data."""
+"""How many bytes the models need at work, measured on their real code with tensors that have no data."""
 
 import dataclasses
 import math
@@ -7,11 +7,13 @@ from pathlib import Path
 
 import torch
 from torch import nn
+from torch.func import functional_call
 
 from hunyuan_model.checkpoints import empty_text_encoder_1, is_quantized_in_dit
 from hunyuan_model.layers import rotary_frequencies
 from hunyuan_model.model_files import identify
 from hunyuan_model.models import ROPE_THETA, HunyuanVideoConfig, HYVideoDiffusionTransformer
+from hunyuan_model.tokenizers import LLAMA_3_PREFIX, LLM_TOKENS, VIDEO_TEMPLATE
 from hunyuan_model.vae import TIME_TILE, AutoencoderKLCausal3D, VaeConfig
 from hunyuan_model.vae_tiling import SPACE_COMPRESSION, pixel_size
 from utils.fp8 import FP8, Fp8Linear
@@ -99,7 +101,21 @@ def estimate_vae(
     return measure_vae(config, (1, C, *largest), dtype, chunk, None) + beside
 
 
-def text_encoder_1_bytes(path: Path, dtype: torch.dtype, fp8: bool) -> int:
-    """Bytes of the weights of text encoder 1 once loaded; beside them, its activations hardly count."""
-    weights = empty_text_encoder_1(identify(path), fp8).parameters()
-    return sum(weight.numel() * (FP8.itemsize if weight.dtype == FP8 else dtype.itemsize) for weight in weights)
+def measure_text_encoder_1(path: Path, dtype: torch.dtype, fp8: bool, captions: int) -> int:
+    """Peak bytes of encoding so many captions at once with text encoder 1, the weights included.
+
+    Raises:
+        UserError: the file is no Llama.
+    """
+    llm = empty_text_encoder_1(identify(path), fp8).eval()
+    L = LLAMA_3_PREFIX[VIDEO_TEMPLATE] + LLM_TOKENS
+    with without_data(dtype), torch.no_grad():
+        weights = {
+            name: torch.empty(tensor.shape, dtype=FP8 if tensor.dtype == FP8 else dtype)
+            for name, tensor in [*llm.named_parameters(), *llm.named_buffers()]
+        }
+        # Given whole: of the mask (B, L) that is really given, transformers would look at the values.
+        mask = torch.ones(captions, 1, L, L, dtype=torch.bool)
+        with MemoryMeter() as meter:
+            functional_call(llm, weights, (torch.ones(captions, L, dtype=torch.long), mask))
+        return meter.peak + sum(map(nbytes, weights.values()))

@@ -24,7 +24,7 @@ DOCUMENTS = (
     "dataset/dataset_config.md",
     *(f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md"))),
 )
-ROOMS = ("hunyuan_model", "modules", "networks", "dataset", "generation", "training", "utils")
+ROOMS = ("hunyuan_model", "modules", "networks", "dataset", "planning", "training", "utils")
 SCRIPTS = (
     "cache_latents.py",
     "cache_text_encoder_outputs.py",

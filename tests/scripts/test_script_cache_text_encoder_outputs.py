@@ -1,6 +1,7 @@
 """cache_text_encoder_outputs.py on real files and the small models."""
 
 import json
+import re
 import subprocess
 import sys
 import time
@@ -387,3 +388,30 @@ def test_killed_runs_go_on_to_the_same_caches(dataset, run, tiny_models):
     assert not list((dataset.parent / "cache").glob("*.partial"))
     for name, path in caches(dataset).items():
         assert all(torch.equal(tensor, undisturbed[name][key]) for key, tensor in load_file(path).items())
+
+
+def test_a_dry_run_says_what_there_is_and_what_it_needs(run, dataset):
+    assert run("--dry_run")["new"] == "3"
+    assert re.search(r"memory plan, batch of 2\n.*\n +GPU memory of text encoder 1 +[\d.]+ [MG]iB", run.output.out)
+    assert not (dataset.parent / "cache").exists()
+    run()
+    assert run("--dry_run")["kept"] == "3"
+
+
+def test_vram_gb_takes_fp8_where_the_llm_does_not_fit_without(run, dataset, monkeypatch):
+    counted = []
+
+    def measure(path: Path, dtype: torch.dtype, fp8: bool, captions: int) -> int:
+        counted.append(captions)
+        return (14 - 7 * fp8) << 30
+
+    monkeypatch.setattr("planning.text_encoder.measure_text_encoder_1", measure)
+    run("--vram_gb", 24)
+    (path,) = (dataset.parent / "cache").glob("cat*.safetensors")
+    plain = path.read_bytes()
+    run("--vram_gb", 12, "--batch_size", 1)
+    assert path.read_bytes() != plain and set(counted) == {2, 1}
+    rounded = path.read_bytes()
+    path.unlink()
+    run("--fp8_llm")
+    assert path.read_bytes() == rounded

@@ -91,20 +91,24 @@ def test_what_vram_gb_chooses_is_said_once_and_finished_lines_stay_finished(gene
     assert "1 of 1 prompts are finished" in capfd.readouterr().out
 
 
-def test_text_encoder_1_is_planned_as_it_is_loaded(tiny_models):
+@pytest.mark.parametrize("fp8", [False, True])
+@pytest.mark.parametrize("captions", [1, 16])
+def test_text_encoder_1_is_planned_as_it_works(tiny_models, fp8, captions):
     from hunyuan_model.checkpoints import load_text_encoder_1
-    from hunyuan_model.memory import text_encoder_1_bytes
-    from utils.memory_meter import nbytes
+    from hunyuan_model.memory import measure_text_encoder_1
+    from utils.memory_meter import MemoryMeter, nbytes
 
-    for fp8 in (False, True):
-        loaded = load_text_encoder_1(tiny_models.text_encoder1, "cpu", torch.float16, fp8).model
-        needed = sum(map(nbytes, loaded.parameters()))
-        assert text_encoder_1_bytes(tiny_models.text_encoder1, torch.float16, fp8) == pytest.approx(needed, rel=0.02)
+    llm = load_text_encoder_1(tiny_models.text_encoder1, "cpu", torch.float32, fp8)
+    with MemoryMeter() as meter:
+        llm.encode(["a cat walks"] * captions)
+    needed = meter.peak + sum(map(nbytes, llm.model.parameters()))
+    planned = measure_text_encoder_1(tiny_models.text_encoder1, torch.float32, fp8, captions)
+    assert planned == pytest.approx(needed, rel=0.1)
 
 
 def test_vram_gb_takes_fp8_for_text_encoder_1_where_it_does_not_fit_otherwise(generate, monkeypatch, capfd):
     monkeypatch.setattr("modules.memory_plan.DEVICE_OVERHEAD", 0)
-    monkeypatch.setattr("hunyuan_model.memory.text_encoder_1_bytes", lambda path, dtype, fp8: (15 - 8 * fp8) << 30)
+    monkeypatch.setattr("planning.text_encoder.measure_text_encoder_1", lambda _, dtype, fp8, n: (15 - 8 * fp8) << 30)
     chosen = []
     for limit in (24, 12, 6):
         generate("--prompt=cat", "--dry_run", "--vram_gb", limit)

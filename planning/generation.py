@@ -13,14 +13,13 @@ from hunyuan_model.tokenizers import LLM_TOKENS
 from modules import memory_plan as planner
 from modules.sampler import latent_shape
 from modules.step_cache import with_step_cache
+from planning.text_encoder import PlanRows, plan_text_encoder_1
 from utils.cli import print_table
 from utils.device_utils import default_dtype
 from utils.generation_options import GenerationOptions
 from utils.memory_meter import ModelUsage
 from utils.processes import own_device
 from utils.prompt_files import Request
-
-PlanRows = list[tuple[str, object]]  # name, value
 
 
 def plan_memory(options: GenerationOptions, requests: Sequence[Request]) -> GenerationOptions:
@@ -31,7 +30,8 @@ def plan_memory(options: GenerationOptions, requests: Sequence[Request]) -> Gene
     """
     channels = read_dit_config(options.dit.dit).out_channels
     shape = max((latent_shape(request, channels) for request in requests), key=math.prod)
-    options, rows = plan_text(options)
+    text, rows = plan_text_encoder_1(options.text, own_device(options.device.device), options.speed.vram_gb)
+    options = dataclasses.replace(options, text=text)
     guided = any(request.cfg_scale != 1 for request in requests)
     for plan in (functools.partial(plan_sampling, guided=guided), plan_decoding):
         options, further = plan(options, shape)
@@ -43,23 +43,6 @@ def plan_memory(options: GenerationOptions, requests: Sequence[Request]) -> Gene
 def print_plan(shape: Sequence[int], rows: PlanRows) -> None:
     """For latents (1, C, f, h, w)."""
     print_table("memory plan, latents " + "x".join(map(str, shape[2:])), rows)
-
-
-def plan_text(options: GenerationOptions) -> tuple[GenerationOptions, PlanRows]:
-    text, device = options.text, own_device(options.device.device)
-    dtype = default_dtype(text.text_encoder_dtype, device)
-
-    def needed(fp8: bool) -> int:
-        return planner.with_overhead(memory.text_encoder_1_bytes(text.text_encoder1, dtype, fp8))
-
-    choices = [True] if text.fp8_llm else [False, True]
-    limit = planner.memory_limit(options.speed.vram_gb, planner.free_memory(device))
-    fp8 = planner.first_fitting("text encoder 1", choices, needed, limit)
-    rows = [
-        ("text encoder 1", "--fp8_llm" if fp8 else "no option"),
-        ("GPU memory of text encoder 1", planner.in_words(needed(fp8))),
-    ]
-    return dataclasses.replace(options, text=dataclasses.replace(text, fp8_llm=fp8)), rows
 
 
 def plan_sampling(options: GenerationOptions, shape: Sequence[int], guided: bool) -> tuple[GenerationOptions, PlanRows]:
