@@ -1,6 +1,7 @@
 """What text encoder 1 needs of a GPU's memory, and whether it fits without --fp8_llm."""
 
 import dataclasses
+import functools
 
 import torch
 
@@ -22,6 +23,7 @@ def plan_text_encoder_1(
     """
     dtype = default_dtype(text.text_encoder_dtype, device)
 
+    @functools.cache
     def needed(fp8: bool) -> int:
         return planner.with_overhead(measure_text_encoder_1(text.text_encoder1, dtype, fp8, captions))
 
