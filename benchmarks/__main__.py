@@ -13,7 +13,7 @@ from concurrent.futures import ProcessPoolExecutor
 from benchmarks.comparison import print_comparisons, run
 
 ANYWHERE = ("saved_bytes", "dit_speed", "training_overhead")
-ON_LINUX = ("vae_memory", "planner_memory", "caching", "loading_memory", "merge_memory")
+ON_LINUX = ("vae_memory", "planner_memory", "full_size", "caching", "loading_memory", "merge_memory")
 ON_A_GPU = ("gpu_suite",)
 
 

@@ -78,14 +78,15 @@ def load_image(path: Path) -> np.ndarray:
 def resize_to_bucket(pixels: np.ndarray, bucket: Size) -> np.ndarray:
     """(H, W, 3) -> (bucket height, bucket width, 3): scaled to cover, area average down, Lanczos up, centre crop."""
     size = (pixels.shape[1], pixels.shape[0])
-    if size == bucket:
-        return pixels
-    fit = fit_to_bucket(size, bucket)
-    if fit.scale > 1:
-        pixels = np.asarray(Image.fromarray(pixels).resize(fit.scaled, Image.Resampling.LANCZOS))
-    else:
-        pixels = cv2.resize(pixels, fit.scaled, interpolation=cv2.INTER_AREA)
-    return np.ascontiguousarray(pixels[fit.top : fit.top + bucket[1], fit.left : fit.left + bucket[0]])
+    if size != bucket:
+        fit = fit_to_bucket(size, bucket)
+        if fit.scale > 1:
+            pixels = np.asarray(Image.fromarray(pixels).resize(fit.scaled, Image.Resampling.LANCZOS))
+        else:
+            pixels = cv2.resize(pixels, fit.scaled, interpolation=cv2.INTER_AREA)
+        pixels = pixels[fit.top : fit.top + bucket[1], fit.left : fit.left + bucket[0]]
+    # What Pillow hands out is read-only, of which torch complains.
+    return np.require(pixels, requirements=("C", "W"))
 
 
 def _probe_image(path: Path) -> Probe:

@@ -1,12 +1,14 @@
 """Decoding: every frame told by its content, every oddity of media files made on the spot."""
 
 import math
+import warnings
 from pathlib import Path
 
 import av
 import cv2
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from dataset.buckets import Clip
@@ -244,6 +246,14 @@ def test_enlarging_is_lanczos_and_crops_are_centred() -> None:
     large = np.asarray(Image.fromarray(pixels).resize((107, 64), Image.Resampling.LANCZOS))
     assert np.array_equal(resize_to_bucket(pixels, (64, 64)), large[:, 21:85])
     assert resize_to_bucket(pixels, (50, 30)) is pixels
+
+
+@pytest.mark.parametrize("bucket", [(48, 32), (96, 64), (24, 16)])
+def test_an_image_that_needs_no_crop_is_no_reason_for_torch_to_warn(tmp_path: Path, bucket: tuple[int, int]) -> None:
+    pixels = resize_to_bucket(load_image(write_image(tmp_path / "a.png", (48, 32))), bucket)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        torch.from_numpy(pixels)
 
 
 def test_pixels_equal_the_reference_rule_for_many_sizes() -> None:
