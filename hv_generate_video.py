@@ -85,20 +85,21 @@ def generate_file(options: GenerationOptions, requests: Sequence[Request], origi
     Args:
         origin: the `surroundings` of the options as they were typed, before --vram_gb chose others.
     """
-    from modules.outputs import OutputFolder, run_keys
+    from modules.outputs import OutputFolder, remove_leftovers, run_keys, sampled_stem
     from utils.processes import process_share
 
     outputs = OutputFolder(options.output.save_path, options.output.output_type)
     rank, world = process_share()
     keyed = list(enumerate(zip(requests, run_keys(requests, origin), strict=True)))[rank::world]
-    pending = [(index, request, key) for index, (request, key) in keyed if not outputs.is_finished(key)]
+    found = outputs.by_key()
+    pending = [(index, request, key) for index, (request, key) in keyed if not outputs.is_finished(key, found[key])]
     if len(pending) < len(keyed):
         print(f"{len(keyed) - len(pending)} of {len(keyed)} prompts are finished and skipped")
     if not pending:
         return
     for _, _, key in pending:
-        outputs.remove_leftovers(key)
-    jobs = [new_job(options, request, index, key, outputs.sampled_stem(key)) for index, request, key in pending]
+        remove_leftovers(found[key])
+    jobs = [new_job(options, request, index, key, sampled_stem(key, found[key])) for index, request, key in pending]
     generator = build_generator(options)
     generator.run(jobs)
     report(generator, jobs)
@@ -294,25 +295,24 @@ def check_loras(options: GenerationOptions) -> None:
 
 
 def load_merged_dit(options: GenerationOptions, device: "torch.device", fp8: bool) -> "HYVideoDiffusionTransformer":
-    """The DiT with its LoRAs merged before it is quantised; on the CPU where it would not fit otherwise."""
-    from hunyuan_model.checkpoints import beside_swapped, is_quantized_in_dit, load_dit, read_dit_config
+    """The DiT with its LoRAs: each weight is changed before it is rounded, but a weight that is fp8 and stays so.
+
+    Most of a small change would be lost in rounding that to the same value again: there LoRAs compute beside it.
+    """
+    from hunyuan_model.checkpoints import beside_swapped, load_dit, open_dit, read_dit_config
     from networks.live import LiveLoras
-    from networks.merging import merge_lora_into
-    from planning.generation import quantizes_later
+    from networks.merging import weight_changes
     from utils.device_utils import default_dtype
-    from utils.fp8 import quantize_linears
 
     dtype = default_dtype(options.dit.dit_dtype, device, on_gpu="bfloat16")
-    loras, speed = options.lora.merged(), options.speed
-    config, quantize_later = read_dit_config(options.dit.dit), quantizes_later(options, fp8)
-    place = "cpu" if quantize_later else beside_swapped(config, options.swap.blocks_to_swap or 0, device)
-    model = load_dit(options.dit.dit, place, dtype, fp8 and not quantize_later, speed.attn_mode, speed.split_attn)
-    if loras and fp8 and not quantize_later:
-        LiveLoras(model).use(loras, options.lora.exclude_single_blocks)
-    elif loras:
-        merge_lora_into(model, loras, options.lora.exclude_single_blocks)
-    if quantize_later:
-        quantize_linears(model, is_quantized_in_dit)
+    path, loras, speed = options.dit.dit, options.lora.merged(), options.speed
+    place = beside_swapped(read_dit_config(path), options.swap.blocks_to_swap or 0, device)
+    tensors, exclude_single_blocks = open_dit(path), options.lora.exclude_single_blocks
+    beside = fp8 and tensors.file.fp8 != "none"
+    changes = weight_changes(tensors.shapes, loras, exclude_single_blocks) if loras and not beside else None
+    model = load_dit(path, place, dtype, fp8, speed.attn_mode, speed.split_attn, compute=device, changes=changes)
+    if loras and beside:
+        LiveLoras(model).use(loras, exclude_single_blocks)
     return model
 
 

@@ -204,7 +204,6 @@ def plan_memory(options: Options, module: ModuleType, run: "Run", trained: int) 
             trained,
             moments,
             settings.checkpointing == "offload",
-            measured(False, settings.checkpointing) if settings.fp8 and options.network.base_weights else None,
         )
 
     settings = planner.Settings(options.memory.fp8_base, policy or "none", swap or 0)
@@ -285,29 +284,19 @@ def with_settings(options: Options, settings: "Settings") -> Options:
 
 
 def load_model(options: Options, accelerator: "Accelerator") -> "HYVideoDiffusionTransformer":
-    """The frozen DiT with --base_weights merged; the blocks that will be swapped are on the CPU.
-
-    What is merged and then made fp8 passes through the CPU, so that the GPU never holds the larger weights.
-    """
-    from hunyuan_model.checkpoints import beside_swapped, is_quantized_in_dit, load_dit, read_dit_config
+    """The frozen DiT with --base_weights merged; the blocks that will be swapped are on the CPU."""
+    from hunyuan_model.checkpoints import beside_swapped, load_dit, open_dit, read_dit_config
+    from networks.merging import weight_changes
     from training.hunyuan_video import verify_attention
     from utils.device_utils import default_dtype
 
-    fp8, swap, device = options.memory.fp8_base, options.swap.blocks_to_swap or 0, accelerator.device
+    path, swap, device = options.dit.dit, options.swap.blocks_to_swap or 0, accelerator.device
     merges = list(zip(options.network.base_weights, options.network.base_multipliers, strict=True))
     dtype = default_dtype(options.dit.dit_dtype, device, on_gpu="bfloat16")
     verify_attention(options, accelerator, dtype)
-    quantize_later = fp8 and bool(merges)
-    place = "cpu" if quantize_later else beside_swapped(read_dit_config(options.dit.dit), swap, device)
-    dit = load_dit(options.dit.dit, place, dtype, fp8 and not quantize_later, options.attention.mode)
-    if merges:
-        from networks.merging import merge_lora_into
-        from utils.fp8 import quantize_linears
-
-        merge_lora_into(dit, merges)
-        if quantize_later:
-            quantize_linears(dit, is_quantized_in_dit)
-    return dit if swap else dit.to(device)
+    changes = weight_changes(open_dit(path).shapes, merges) if merges else None
+    place, attention = beside_swapped(read_dit_config(path), swap, device), options.attention.mode
+    return load_dit(path, place, dtype, options.memory.fp8_base, attention, compute=device, changes=changes)
 
 
 def create_trained(

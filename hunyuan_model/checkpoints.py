@@ -53,6 +53,8 @@ def load_dit(
     fp8: bool = False,
     attention: str = "torch",
     split_attention: bool = False,
+    compute: Device | None = None,
+    changes: Mapping[str, Callable[[Tensor], Tensor]] | None = None,
 ) -> HYVideoDiffusionTransformer:
     """A frozen DiT.
 
@@ -63,6 +65,8 @@ def load_dit(
         fp8: keep the linear weights of the blocks, modulation excepted, as float8; those of an fp8 file as they are.
         attention: the backend, a value of --attn_mode.
         split_attention: attend to the items of a batch one after the other.
+        compute: where weights are changed and quantised, one at a time; by default where they go.
+        changes: by official name, what becomes of the float32 form of a weight before it is rounded, once.
 
     Raises:
         UserError: not a HunyuanVideo DiT, or a broken or incomplete one.
@@ -76,7 +80,7 @@ def load_dit(
     _check_names(path, model, shapes)
     if fp8:
         quantize_linears(model, is_quantized_in_dit)
-    return _dit_weights(file, naming).fill(model, device, dtype)
+    return _dit_weights(file, naming).fill(model, device, dtype, compute, changes)
 
 
 def _dit_weights(file: ModelFile, naming: str) -> "_Weights":
@@ -319,17 +323,28 @@ class _Weights:
         self.copies = self.file.checkpoint.container == ".pt"  # what is read is a view of the file
         self.map = read_fp8_map(self.file.checkpoint) if self.file.fp8 == "official" else {}
 
-    def fill(self, model: nn.Module, device: Devices, dtype: torch.dtype | Callable[[str], torch.dtype]) -> nn.Module:
-        """Gives every parameter of a model on the meta device its tensor, frozen."""
+    def fill(
+        self,
+        model: nn.Module,
+        device: Devices,
+        dtype: torch.dtype | Callable[[str], torch.dtype],
+        compute: Device | None = None,
+        changes: Mapping[str, Callable[[Tensor], Tensor]] | None = None,
+    ) -> nn.Module:
+        """Gives every parameter of a model on the meta device its tensor, frozen; arguments as `load_dit`."""
         for name in [name for name, _ in model.named_parameters()]:
             owner, _, leaf = name.rpartition(".")
             module = model.get_submodule(owner)
             wanted = dtype if isinstance(dtype, torch.dtype) else dtype(name)
-            place = device(name) if callable(device) else device
+            place, change = device(name) if callable(device) else device, (changes or {}).get(name)
+            at = place if compute is None else compute
             if not isinstance(module, Fp8Linear) or leaf == "bias":
-                setattr(module, leaf, nn.Parameter(self._dense(name, place, wanted), requires_grad=False))
+                dense = self._dense(name, place, wanted) if change is None else change(self._wide(name, at))
+                setattr(module, leaf, nn.Parameter(dense.to(place, wanted), requires_grad=False))
             elif leaf == "weight":
-                self._fill_fp8(name, module, place)
+                self._fill_fp8(name, module, at, change)
+                for part in ("weight", "scale"):
+                    setattr(module, part, nn.Parameter(getattr(module, part).to(place), requires_grad=False))
         print(self.file.summary())
         return model.eval()
 
@@ -341,9 +356,18 @@ class _Weights:
             tensor = dequantize(tensor.to(device), scale.to(device), dtype)
         return self._finite(name, tensor)
 
-    def _fill_fp8(self, name: str, layer: Fp8Linear, device: Device) -> None:
+    def _wide(self, name: str, device: Device) -> Tensor:
+        """A copy in float32."""
         tensor, scale = self.read(name)
-        if tensor.dtype != FP8:
+        if scale is None:
+            return self._finite(name, tensor.to(device, torch.float32, copy=True))
+        return self._finite(name, dequantize(tensor.to(device), scale.to(device), torch.float32))
+
+    def _fill_fp8(self, name: str, layer: Fp8Linear, device: Device, change: Callable[[Tensor], Tensor] | None) -> None:
+        tensor, scale = self.read(name)
+        if change is not None:
+            layer.set_weight(change(self._wide(name, device)))
+        elif tensor.dtype != FP8:
             tensor = tensor.to(device)
             layer.set_weight(tensor if scale is None else dequantize(tensor, scale.to(device), torch.float32))
         else:

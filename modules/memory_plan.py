@@ -97,10 +97,7 @@ def candidates(
 
 @dataclass(frozen=True)
 class Prediction:
-    """Bytes at the peak: on the device, and in main memory those of swapped blocks and of parked activations.
-
-    Before both, main memory may hold the model while it is loaded.
-    """
+    """Bytes at the peak: on the device, and in main memory those of swapped blocks and of parked activations."""
 
     weights: int
     trained: int
@@ -108,7 +105,6 @@ class Prediction:
     working: int
     swapped: int
     parked: int = 0
-    loading: int = 0
 
     @property
     def tensors(self) -> int:
@@ -123,7 +119,7 @@ class Prediction:
     @property
     def host(self) -> int:
         """What main memory must have free."""
-        return max(self.swapped + self.parked, self.loading)
+        return self.swapped + self.parked
 
     def rows(self, training: bool = True) -> list[tuple[str, str]]:
         """Lines of a table."""
@@ -137,8 +133,6 @@ class Prediction:
         }
         if training:
             parts["main memory for parked activations"] = self.parked
-        if self.loading:
-            parts["main memory while the model is loaded"] = self.loading
         return [(name, in_words(size)) for name, size in parts.items()]
 
 
@@ -149,7 +143,6 @@ def predict(
     trained: int = 0,
     moments: int = MOMENTS,
     offload: bool = False,
-    quantized_from: ModelUsage | None = None,
 ) -> Prediction:
     """The peak of a training step, or of a sampling step if nothing is trained.
 
@@ -160,11 +153,10 @@ def predict(
         trained: elements of trained parameters.
         moments: bytes per trained element that the optimizer keeps.
         offload: what blocks keep for backward waits in main memory.
-        quantized_from: the model as main memory holds it before its weights become fp8 there.
     """
     gone = {index: usage.blocks[index].matrices for index in swapped}
     ring = max(gone.values(), default=0) * min(ring_size, len(gone))
-    weights = _weights(usage) - sum(gone.values()) + ring
+    weights = usage.outside + sum(block.matrices + block.rest for block in usage.blocks) - sum(gone.values()) + ring
     kept = sum(block.kept for block in usage.blocks)
     # On the device, the inputs of one block are on their way.
     return Prediction(
@@ -174,12 +166,7 @@ def predict(
         max(block.working for block in usage.blocks),
         sum(gone.values()),
         sum(pinned(stream) for block in usage.blocks for stream in block.streams) if offload else 0,
-        _weights(quantized_from) if quantized_from else 0,
     )
-
-
-def _weights(usage: ModelUsage) -> int:
-    return usage.outside + sum(block.matrices + block.rest for block in usage.blocks)
 
 
 def pinned(size: int) -> int:
@@ -208,11 +195,6 @@ def cheapest(
             return settings
     leanest = min(list(filter(is_housed, ordered)) or ordered, key=lambda settings: predicted(settings).device)
     needed = predicted(leanest)
-    if host_limit is not None and needed.loading > host_limit:
-        raise UserError(
-            f"merging LoRAs into weights that then become fp8 needs {in_words(needed.loading)} of main memory, "
-            f"{in_words(host_limit)} are free; merge them into a file with merge_lora.py first, or do without fp8"
-        )
     room = ""
     if host_limit is not None:
         room = f", and {in_words(needed.host)} of main memory, where {in_words(host_limit)} are free"

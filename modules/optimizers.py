@@ -140,8 +140,9 @@ def averaged_weights(optimizer: "torch.optim.Optimizer") -> Iterator[None]:
         yield
         return
     # The optimizer's own way back rounds, so that looking at a training would change it.
+    # The copy waits in main memory: validation and previews need that of the GPU.
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    trained = [parameter.detach().clone() for parameter in parameters]
+    trained = [parameter.detach().to("cpu", copy=True) for parameter in parameters]
     optimizer.eval()
     try:
         yield

@@ -6,9 +6,11 @@ same file finds what is finished. Every file appears under its name only when it
 
 import hashlib
 import json
+import re
 import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -71,28 +73,32 @@ class OutputFolder:
         if not self.keeps_latents:
             self.latent_path(job).unlink(missing_ok=True)
 
-    def with_key(self, key: str) -> list[Path]:
-        """Everything in the folder that belongs to one line of a prompt file."""
-        return sorted(self.folder.glob(f"*_{key}*")) if self.folder.is_dir() else []
+    def by_key(self) -> defaultdict[str, list[Path]]:
+        """What is there of each line of a prompt file, from one listing: on a network disk that takes long."""
+        found = defaultdict(list)
+        for path in sorted(self.folder.iterdir()) if self.folder.is_dir() else []:
+            for part in set(re.findall(r"_([^_.]+)", path.name)):
+                found[part].append(path)
+        return found
 
-    def is_finished(self, key: str) -> bool:
-        """Whether everything that --output_type asks for is there."""
-        names = [path.name for path in self.with_key(key)]
+    def is_finished(self, key: str, paths: Sequence[Path]) -> bool:
+        """Whether of a line everything that --output_type asks for is among its paths."""
+        names = [path.name for path in paths]
         wanted = {"video": [".mp4"], "images": [""], "latent": [LATENT_SUFFIX], "both": [".mp4", LATENT_SUFFIX]}
         return all(any(name.endswith(key + suffix) for name in names) for suffix in wanted[self.output_type])
 
-    def remove_leftovers(self, key: str) -> None:
-        """Deletes what a killed process had begun to write for a line."""
-        for path in self.with_key(key):
-            if path.name.endswith(TEMPORARY_SUFFIX):
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
 
-    def sampled_stem(self, key: str) -> str | None:
-        """The stem of a line whose latents are there although the line is not finished."""
-        for path in self.with_key(key):
-            if path.name.endswith(key + LATENT_SUFFIX):
-                return path.name.removesuffix(LATENT_SUFFIX)
-        return None
+def remove_leftovers(paths: Iterable[Path]) -> None:
+    """Deletes what a killed process had begun to write."""
+    for path in paths:
+        if path.name.endswith(TEMPORARY_SUFFIX):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def sampled_stem(key: str, paths: Iterable[Path]) -> str | None:
+    """The stem of a line whose latents are among its paths although the line is not finished."""
+    stems = [path.name.removesuffix(LATENT_SUFFIX) for path in paths if path.name.endswith(key + LATENT_SUFFIX)]
+    return stems[0] if stems else None
 
 
 def _latent_metadata(job: Job) -> dict[str, str]:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from modules.sampler import Conditioning, sample_latents
 from modules.training_log import TrainingLog
@@ -92,8 +93,14 @@ class Previewer:
     ) -> Tensor:
         device = self.accelerator.device
         seeded = dataclasses.replace(request, seed=self.seed if request.seed is None else request.seed)
-        with self.accelerator.autocast():
-            latents = sample_latents(self.dit, seeded, positive, negative, device=device)
+        silent = not self.accelerator.is_main_process
+        bar = tqdm(total=request.steps, desc=f"preview {index + 1}", unit="step", leave=False, disable=silent)
+
+        def before_step(step: int, steps: int) -> None:
+            bar.update(step - bar.n)
+
+        with bar, self.accelerator.autocast():
+            latents = sample_latents(self.dit, seeded, positive, negative, device=device, before_step=before_step)
         with torch.no_grad():
             pixels = self.decode(latents)
         seed = "" if request.seed is None else f"_{request.seed}"

@@ -1,7 +1,7 @@
 """How a person stops a run, or asks it to save: Ctrl+C, SIGTERM, a file `save` or `save_quit` in the output folder."""
 
+import os
 import signal
-import sys
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -39,7 +39,8 @@ class StopRequests:
             raise KeyboardInterrupt
         self._interrupted |= number == signal.SIGINT
         if not self.quit and self.speaks:
-            print(f"\n{signal.Signals(number).name}: saving after this step; Ctrl+C stops at once", file=sys.stderr)
+            # Past sys.stderr: the progress bar may be writing to it, and Python lets nobody in twice.
+            os.write(2, f"\n{signal.Signals(number).name}: saving after this step; Ctrl+C stops at once\n".encode())
         self.quit = True
 
     def poll_files(self) -> None:

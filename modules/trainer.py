@@ -148,6 +148,7 @@ def rehearse(trainer: Trainer, batch: Any) -> None:
     All accumulated batches but the first have the gradients beside them.
     """
     model, optimizer = trainer.model, trainer.optimizer
+    trainer.log.say(f"trying the largest batch: {len(batch.latents)} of bucket {batch.bucket}")
     weights = list(trainer.trained.tensors.values())
     state_bytes = 0 if optimizer.state else try_optimizer(trainer.options.optimizer, weights[0].dtype, model.device)
     reserved = torch.empty(int(sum(map(torch.numel, weights)) * state_bytes), dtype=torch.uint8, device=model.device)

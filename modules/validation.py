@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from tqdm import tqdm
 
 from modules.distributed import sum_over_processes
 from modules.flow_matching import interpolate, velocity_target, weighted_mse
@@ -26,7 +27,9 @@ def validation_losses(
         seed: of the noise, one draw per item and sigma.
     """
     totals = torch.zeros(len(sigmas) + 1, dtype=torch.float64, device=accelerator.device)
-    for index in range(accelerator.process_index, len(dataset), accelerator.num_processes):
+    share = range(accelerator.process_index, len(dataset), accelerator.num_processes)
+    silent = not accelerator.is_main_process
+    for index in tqdm(share, desc="validation", unit="batch", leave=False, disable=silent):
         batch = dataset[index]
         latents = model.latents(batch)
         size = len(latents)

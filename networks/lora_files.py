@@ -56,9 +56,9 @@ def require_formats(shapes: Mapping[str, Sequence[int]], formats: Sequence[str])
 
 def write_formats(path: Path, formats: Sequence[str]) -> list[Path]:
     """Writes a native file in other formats beside it, as {stem}.{format}.safetensors; returns their paths."""
-    written = []
-    for name in formats:
-        if FORMATS[name] is not NATIVE:
-            written.append(path.with_name(f"{path.stem}.{name}.safetensors"))
-            write_lora(read_lora(path), written[-1], FORMATS[name])
+    others = [name for name in formats if FORMATS[name] is not NATIVE]
+    written = [path.with_name(f"{path.stem}.{name}.safetensors") for name in others]
+    lora = read_lora(path) if others else None
+    for name, other in zip(others, written, strict=True):
+        write_lora(lora, other, FORMATS[name])
     return written

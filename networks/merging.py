@@ -1,8 +1,10 @@
 """LoRA into weights, computed exactly: each weight in float32, with all its LoRAs, rounded once."""
 
+import functools
+import math
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -127,27 +129,32 @@ def count_matches(
     return reports
 
 
-def merge_lora_into(
-    model: nn.Module, loras: Sequence[tuple[str | os.PathLike, float]], exclude_single_blocks: bool = False
-) -> list[MergeReport]:
-    """Merges LoRA files of any format into a DiT, where its weights are and in the dtype that they have.
+def weight_changes(
+    shapes: Mapping[str, Sequence[int]],
+    loras: Sequence[tuple[str | os.PathLike, float]],
+    exclude_single_blocks: bool = False,
+) -> dict[str, Callable[[Tensor], Tensor]]:
+    """What `load_dit` does to the weights of a DiT so that LoRA files of any format are merged into it.
 
     Args:
-        model: the DiT; its Linear may be quantised.
+        shapes: of the DiT's tensors, by official name.
         loras: (path, multiplier).
         exclude_single_blocks: leave the single blocks as they are.
 
     Returns:
-        How many modules of each file matched; also printed.
+        By the name of each weight that changes, a function of its float32 form; it changes that in place.
+        How many modules of each file are among them is printed.
 
     Raises:
         UserError: a file cannot be read, matches nothing, or is for other shapes.
     """
     changes, files = read_changes(loras, exclude_single_blocks)
-    targets = {name: module for name, module in model.named_modules() if name in changes and hasattr(module, "weight")}
-    reports = count_matches([path for path, _ in loras], files, targets)
-    for name, module in targets.items():
-        write_weight(module, lambda weight, name=name: change_weight(name, weight, changes[name]))
+    found = {name: own for name, own in changes.items() if f"{name}.weight" in shapes}
+    reports = count_matches([path for path, _ in loras], files, found)
+    for name, own in found.items():
+        rows, *columns = shapes[f"{name}.weight"]
+        for factors, _ in own:
+            require_shape(name, factors, rows, math.prod(columns))
     for report in reports:
         report.announce()
-    return reports
+    return {f"{name}.weight": functools.partial(change_weight, name, changes=own) for name, own in found.items()}

@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from hunyuan_model import memory
 from hunyuan_model.block_swap import max_blocks_to_swap, swapped_blocks
 from hunyuan_model.checkpoints import read_dit_config, read_vae_config
-from hunyuan_model.model_files import identify
 from hunyuan_model.tokenizers import LLM_TOKENS
 from modules import memory_plan as planner
 from modules.sampler import latent_shape
@@ -51,7 +50,6 @@ def plan_sampling(options: GenerationOptions, shape: Sequence[int], guided: bool
     split = speed.split_uncond or speed.split_attn
     batch, calls = (1, 1 + guided) if split else (1 + guided, 1)
     dtype = default_dtype(options.dit.dit_dtype, device, on_gpu="bfloat16")
-    later = quantizes_later(options, fp8=True)
 
     @functools.cache
     def measured(fp8: bool) -> ModelUsage:
@@ -59,9 +57,7 @@ def plan_sampling(options: GenerationOptions, shape: Sequence[int], guided: bool
         return usage if speed.step_cache is None else with_step_cache(usage, calls)
 
     def predicted(settings: planner.Settings) -> planner.Prediction:
-        swapped = swapped_blocks(settings.blocks_to_swap, *depths)
-        wide = measured(False) if settings.fp8 and later else None
-        return planner.predict(measured(settings.fp8), swapped, quantized_from=wide)
+        return planner.predict(measured(settings.fp8), swapped_blocks(settings.blocks_to_swap, *depths))
 
     settings = planner.Settings(speed.fp8, "none", swap or 0)
     limit = planner.memory_limit(speed.vram_gb, planner.free_memory(device))
@@ -92,11 +88,3 @@ def plan_decoding(options: GenerationOptions, shape: Sequence[int]) -> tuple[Gen
     tile = planner.first_fitting("decoding", tiles, needed, limit)
     rows = [("VAE tiles", tile or "none"), ("GPU memory of decoding", planner.in_words(needed(tile)))]
     return dataclasses.replace(options, vae=dataclasses.replace(vae, vae_spatial_tile_sample_min_size=tile)), rows
-
-
-def quantizes_later(options: GenerationOptions, fp8: bool) -> bool:
-    """Whether LoRAs are merged into the wide weights, in main memory, before these become fp8.
-
-    A small change of a weight that is fp8 already would be lost in rounding it back to the same value.
-    """
-    return fp8 and bool(options.lora.merged()) and identify(options.dit.dit).fp8 == "none"

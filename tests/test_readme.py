@@ -179,7 +179,7 @@ def helps() -> dict[str, str]:
 
 def test_help_is_quick():
     interpreter = run("-c", "pass")[1]
-    seconds = {script: run(script, "--help")[1] - interpreter for script in SCRIPTS}
+    seconds = {script: min(run(script, "--help")[1] for _ in range(3)) - interpreter for script in SCRIPTS}
     assert max(seconds.values()) <= 0.5, seconds
 
 

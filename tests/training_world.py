@@ -87,6 +87,7 @@ def run_training(words: Sequence[object], script: str = "hv_train_network") -> N
         main([str(word) for word in words])
     finally:
         torch.set_num_threads(threads)
+        AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def train(world: World, dit: Path, output: Path, *words: object) -> dict[str, torch.Tensor]:

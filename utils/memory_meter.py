@@ -29,7 +29,7 @@ class MemoryMeter(TorchDispatchMode):
         results = op(*args, **(kwargs or {}))
         self.forget_released()
         for result in results if isinstance(results, (tuple, list)) else [results]:
-            if isinstance(result, Tensor) and result.untyped_storage()._cdata not in given:
+            if isinstance(result, Tensor) and not result.is_meta and result.untyped_storage()._cdata not in given:
                 self._count(result)
         self.peak = max(self.peak, self.live)
         return results

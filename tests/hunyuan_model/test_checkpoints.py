@@ -32,7 +32,7 @@ from tests.hunyuan_model.model_layouts import (
     single_file,
 )
 from utils.errors import UserError
-from utils.fp8 import Fp8Linear
+from utils.fp8 import Fp8Linear, quantize
 from utils.safetensors_utils import load_file, save_file
 from utils.tiny_models import DitSize, VaeSize, dit_shapes, random_weights, vae_shapes
 
@@ -86,6 +86,32 @@ def test_fp8_dit_is_the_identical_dequantized_model(layout: str, dit_weights: We
         assert torch.equal(layer.weight.view(torch.uint8), stored[f"{name}.weight"].view(torch.uint8))
         assert torch.equal(layer.dequantized(torch.float32), meant[f"{name}.weight"])
         assert layer.scale.shape == (layer.out_features, 1) and layer.scale.is_contiguous()
+
+
+@pytest.mark.parametrize("fp8", [False, True])
+@pytest.mark.parametrize("layout", ["official .pt, module", "diffusers folder, shards", *FP8_LAYOUTS])
+def test_weights_are_changed_in_float32_and_rounded_once(layout, fp8, dit_weights: Weights, tmp_path: Path) -> None:
+    """And the file stays as it is, which is mapped into memory."""
+    if layout in DIT_LAYOUTS:
+        path = DIT_LAYOUTS[layout](tmp_path, dit_weights)
+    else:
+        path = FP8_LAYOUTS[layout](tmp_path, *quantized(dit_weights, scaled=layout != "plain")[:2])
+    stored = load_dit(path, dtype=torch.float32).state_dict()
+    linear, embedder = "single_blocks.1.linear2.weight", "txt_in.input_embedder.weight"
+    difference = {name: torch.randn_like(stored[name]) * 1e-3 for name in (linear, embedder)}
+    changes = {name: lambda weight, name=name: weight.add_(difference[name]) for name in difference}
+    for _ in range(2):
+        model = load_dit(path, dtype=torch.bfloat16, fp8=fp8, changes=changes)
+        untouched = load_dit(path, dtype=torch.bfloat16, fp8=fp8).state_dict()
+        for name, tensor in model.state_dict().items():
+            if name == embedder or (name == linear and not fp8):
+                assert torch.equal(tensor, (stored[name] + difference[name]).bfloat16())
+            elif name not in (linear, linear.replace("weight", "scale")):
+                assert torch.equal(tensor.view(torch.uint8), untouched[name].view(torch.uint8)), name
+        if fp8:
+            weight, scale = quantize(stored[linear] + difference[linear])
+            assert torch.equal(model.single_blocks[1].linear2.weight.float(), weight.float())
+            assert torch.equal(model.single_blocks[1].linear2.scale, scale)
 
 
 def test_scales_under_comfyuis_newer_name(dit_weights: Weights, tmp_path: Path) -> None:

@@ -155,17 +155,6 @@ def test_what_main_memory_cannot_hold_is_not_chosen() -> None:
         cheapest(list(needed), 10 * GIB, predicted, host_limit=32 * GIB)
 
 
-def test_what_passes_through_main_memory_before_it_is_fp8_is_counted() -> None:
-    wide, narrow = (BlockUsage(size * GIB, 0, 0, 0, ()) for size in (4, 2))
-    usages = ModelUsage((wide,) * 3, GIB, 0), ModelUsage((narrow,) * 3, GIB, 0)
-    assert predict(usages[1], swapped=[0]).host == 2 * GIB
-    predicted = predict(usages[1], swapped=[0], quantized_from=usages[0])
-    assert predicted.host == 13 * GIB
-    assert dict(predicted.rows())["main memory while the model is loaded"] == "13.00 GiB"
-    with pytest.raises(UserError, match=r"needs 13\.00 GiB of main memory, 12\.00 GiB are free; merge"):
-        cheapest([Settings(True)], 99 * GIB, lambda _: predicted, host_limit=12 * GIB)
-
-
 def write_cgroups(folder: Path, **files: str) -> None:
     folder.mkdir(parents=True)
     for name, content in files.items():

@@ -1,6 +1,7 @@
 """Optimizers by name: the right class, arguments checked early, one step equal to the formula."""
 
 import copy
+import gc
 import subprocess
 import sys
 import types
@@ -8,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from modules.optimizers import OPTIMIZERS, OptimizerOptions, averaged_weights, create_optimizer, optimizer_class
 from utils.errors import UserError
@@ -191,6 +192,15 @@ def test_schedule_free_optimizers_are_switched(monkeypatch: pytest.MonkeyPatch) 
         raise KeyError
     assert optimizer.mode == "train"
     assert torch.equal(weight.detach(), torch.tensor([0.1, 0.7]))
+
+
+def test_the_trained_weights_wait_in_main_memory() -> None:
+    """The meta device takes the place of a GPU."""
+    with FakeTensorMode():
+        weight = torch.nn.Parameter(torch.empty(8, 8, device="meta"))
+        with averaged_weights(_TwoModes([weight], lr=0.1)):
+            made = [each.device.type for each in gc.get_objects() if type(each) is FakeTensor and each is not weight]
+    assert made == ["cpu"]
 
 
 def test_other_optimizers_are_not_touched_by_it() -> None:

@@ -5,7 +5,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from modules.outputs import Job, OutputFolder, decoding_job, load_latents, run_keys, stem
+from modules.outputs import (
+    Job,
+    OutputFolder,
+    decoding_job,
+    load_latents,
+    remove_leftovers,
+    run_keys,
+    sampled_stem,
+    stem,
+)
 from utils.errors import UserError
 from utils.prompt_files import Request
 from utils.safetensors_utils import save_file
@@ -36,16 +45,32 @@ def test_stems():
     ],
 )
 def test_finished_is_everything_that_was_asked_for_and_whole(tmp_path, output_type, needed):
-    folder = OutputFolder(tmp_path, output_type)
+    folder = OutputFolder(tmp_path / "out", output_type)
+
+    def is_finished(key):
+        return folder.is_finished(key, folder.by_key()[key])
+
+    assert not is_finished("abc")
+    folder.folder.mkdir()
     for suffix in needed:
-        assert not folder.is_finished("abc")
-        (tmp_path / f"t_0_1_abc{suffix}.77.partial").touch()
-        assert not folder.is_finished("abc")
-        (tmp_path / f"t_0_1_abc{suffix}").touch()
-    assert folder.is_finished("abc")
-    assert not folder.is_finished("bc")
-    folder.remove_leftovers("abc")
-    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(f"t_0_1_abc{suffix}" for suffix in needed)
+        assert not is_finished("abc")
+        (folder.folder / f"t_0_1_abc{suffix}.77.partial").touch()
+        assert not is_finished("abc")
+        (folder.folder / f"t_0_1_abc{suffix}").touch()
+    assert is_finished("abc")
+    assert not is_finished("bc")
+    remove_leftovers(folder.by_key()["abc"])
+    names = sorted(path.name for path in folder.folder.iterdir())
+    assert names == sorted(f"t_0_1_abc{suffix}" for suffix in needed)
+
+
+def test_what_belongs_to_a_line_is_found_by_its_key_behind_an_underscore(tmp_path):
+    names = ["t_1_2_abc", "t_1_2_abc.mp4.77.partial", "t_3_2_abc_latent.safetensors", "t_4_2_abcd.mp4", "abc.mp4"]
+    for name in names:
+        (tmp_path / name).touch()
+    found = OutputFolder(tmp_path, "both").by_key()
+    assert [path.name for path in found["abc"]] == names[:3]
+    assert sampled_stem("abc", found["abc"]) == "t_3_2_abc" and sampled_stem("abcd", found["abcd"]) is None
 
 
 def test_latents_come_back_bit_for_bit(tmp_path):

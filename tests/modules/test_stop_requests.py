@@ -1,6 +1,8 @@
 """Stopping a run: what asks for it, and what stops at once."""
 
+import io
 import signal
+import sys
 
 import pytest
 
@@ -21,6 +23,27 @@ def test_ctrl_c_twice_stops_at_once(tmp_path):
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)
     assert requests.quit
+
+
+def test_a_signal_while_the_progress_bar_is_written_is_taken_notice_of(tmp_path, monkeypatch, capfd):
+    """Python lets nobody enter the buffer of a file twice."""
+
+    coming = [signal.SIGTERM]
+
+    class Interrupted(io.RawIOBase):
+        def writable(self) -> bool:
+            return True
+
+        def write(self, data: bytes) -> int:
+            if coming:
+                signal.raise_signal(coming.pop())
+            return len(data)
+
+    monkeypatch.setattr(sys, "stderr", io.TextIOWrapper(io.BufferedWriter(Interrupted()), line_buffering=True))
+    with StopRequests(tmp_path) as requests:
+        sys.stderr.write("50 %")
+        sys.stderr.flush()
+    assert requests.quit and "SIGTERM: saving after this step" in capfd.readouterr().err
 
 
 def test_handlers_are_put_back(tmp_path):

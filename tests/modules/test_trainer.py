@@ -159,13 +159,13 @@ def test_accumulation_is_rehearsed_with_gradients_beside_it_and_leaves_no_trace(
 
 def test_the_rehearsal_has_room_for_the_states_that_the_optimizer_has_not_made_yet():
     weight = torch.nn.Parameter(torch.zeros(300, 100))
-    seen, optimizer = [], torch.optim.AdamW([weight])
+    seen, said, optimizer = [], [], torch.optim.AdamW([weight])
 
     class Model:
         device = torch.device("cpu")
 
         def latents(self, batch):
-            return batch
+            return batch.latents
 
         def velocity(self, x_t, sigma, batch):
             meter.forget_released()
@@ -179,11 +179,13 @@ def test_the_rehearsal_has_room_for_the_states_that_the_optimizer_has_not_made_y
         options=SimpleNamespace(optimizer=OptimizerOptions()),
         plan=SimpleNamespace(accumulation=1),
         accelerator=SimpleNamespace(autocast=contextlib.nullcontext),
+        log=SimpleNamespace(say=said.append),
     )
-    batch = torch.zeros(1, 16, 1, 2, 2)
+    batch = SimpleNamespace(latents=torch.zeros(1, 16, 1, 2, 2), bucket="16x16x1")
     with MemoryMeter() as meter:
         trainer.rehearse(run, batch)
     assert weight.grad is None and not optimizer.state
+    assert said == ["trying the largest batch: 1 of bucket 16x16x1"]
     optimizer.state[weight]["exp_avg"] = torch.zeros(300, 100)
     with MemoryMeter() as meter:
         trainer.rehearse(run, batch)

@@ -11,6 +11,7 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from networks.formats import read_lora
 from tests.conftest import ROOT
 from tests.platforms import needs_posix
 from tests.training_world import (
@@ -150,7 +151,7 @@ def test_sigterm_for_all_processes_saves_too(world, dit, tmp_path):
                 assert run.poll() is None, run.stderr.read()
                 time.sleep(0.2)
             os.killpg(run.pid, signal.SIGTERM)
-            message = run.communicate(timeout=60)[1]
+            message = run.communicate(timeout=600)[1]
         finally:
             run.kill()
     assert run.returncode == 0, message
@@ -201,8 +202,12 @@ def test_what_killed_runs_of_this_name_left_half_written_is_removed(world, dit, 
     assert {path.name for path in tmp_path.glob("*.partial")} == others
 
 
-def test_extra_formats_and_precision(world, dit, tmp_path):
-    train(world, dit, tmp_path, "--max_train_steps", 1, "--save_format", "default", "other", "--save_precision", "bf16")
+def test_extra_formats_and_precision(world, dit, tmp_path, monkeypatch):
+    read = []
+    monkeypatch.setattr("networks.lora_files.read_lora", lambda path: (read.append(path), read_lora(path))[1])
+    words = ["--max_train_steps", 1, "--save_format", "default", "other", "comfyui", "--save_precision", "bf16"]
+    train(world, dit, tmp_path, *words)
+    assert len(read) == 1 and (tmp_path / "lora.comfyui.safetensors").exists()
     infos, _ = read_header(tmp_path / "lora.safetensors")
     others, _ = read_header(tmp_path / "lora.other.safetensors")
     assert {info.dtype for info in infos.values()} == {torch.bfloat16}

@@ -137,7 +137,7 @@ def test_two_processes_are_one_with_batches_of_two(dit, tmp_path):
     together = tune(two, dit, tmp_path / "together", *words)
     launch = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--main_process_port", "0"]
     script = [sys.executable, *launch, str(ROOT / "hv_train.py"), *full_command(one, dit, tmp_path / "shared", *words)]
-    subprocess.run(script, check=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=240)
+    subprocess.run(script, check=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=1200)
     torch.testing.assert_close(load_file(tmp_path / "shared" / "full.safetensors"), together, rtol=0, atol=1e-5)
     assert_same_course(tmp_path / "shared", tmp_path / "together")
 

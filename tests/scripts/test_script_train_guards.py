@@ -35,8 +35,8 @@ def test_nan_in_a_cache_skips_the_item_and_names_it(tiny_models, tmp_path, capsy
 
 
 def test_nan_in_the_weights_stops_within_five_steps(world, tiny_models, tmp_path, monkeypatch):
-    def load_damaged(*arguments):
-        dit = load_dit(*arguments)
+    def load_damaged(*arguments, **named):
+        dit = load_dit(*arguments, **named)
         dit.final_layer.linear.weight.data[0, 0] = float("nan")
         return dit
 
@@ -89,6 +89,7 @@ def test_previews_do_not_change_the_training(world, tiny_models, tmp_path, monke
         (f"lora_{step:06d}_{index:02d}_", ending) for step in (0, 2, 4) for index, ending in enumerate((".png", ".mp4"))
     ]
     assert all(name.endswith("_3.mp4") for name in names if "_01_" in name)
+    assert "preview 2:   0%" in capsys.readouterr().err
 
     def fails(*_: object, **__: object) -> None:
         torch.randn(1000)  # a preview may have drawn numbers before it failed

@@ -17,11 +17,12 @@ def validations(output, name="validation_loss"):
     return [(line["step"], line[name]) for line in log_of(output) if name in line]
 
 
-def test_nothing_changes_where_nothing_is_learned(world, dit, tmp_path):
+def test_nothing_changes_where_nothing_is_learned(world, dit, tmp_path, capsys):
     words = ["--validation_split", 0.3, "--validate_every_n_steps", 1, "--learning_rate", 0]
     train(world, dit, tmp_path, *words)
     ((step, base),) = validations(tmp_path, "base_validation_loss")
     assert step == 0 and validations(tmp_path) == [(number, base) for number in (1, 2, 3, 4)]
+    assert "validation:   0%" in capsys.readouterr().err
 
 
 def test_held_out_items_are_not_trained_and_validation_changes_nothing(world, dit, tmp_path):
