@@ -192,18 +192,21 @@ def cache(
     device: "torch.device",
 ) -> "dict[str, Outcome]":
     """Encodes what is new or changed and returns what was done, by the heading of the dataset."""
+    from dataset.cache import kept_when_stopped
     from dataset.latent_caching import Outcome, begin, finish, judge, tasks_of
 
     rank, processes = process_share()
-    outcomes, tasks = {}, []
-    for dataset in datasets:
-        mine = begin(dataset, rank, processes)
-        verdicts = judge(dataset, mine, ingredients, options.skip_existing)
-        outcomes[dataset.heading] = Outcome(verdicts)
-        to_do = [member for member in mine if not verdicts[member[1].name].kept]
-        tasks += tasks_of(dataset, to_do, batch_size(dataset, options))
-    if tasks:
-        encode(tasks, outcomes, ingredients, options, vae, device)
+    outcomes, tasks, shares = {}, [], []
+    with kept_when_stopped(shares, rank):
+        for dataset in datasets:
+            mine = begin(dataset, rank, processes)
+            shares.append((dataset.manifest, [item.path for _, item in mine]))
+            verdicts = judge(dataset, mine, ingredients, options.skip_existing)
+            outcomes[dataset.heading] = Outcome(verdicts)
+            to_do = [member for member in mine if not verdicts[member[1].name].kept]
+            tasks += tasks_of(dataset, to_do, batch_size(dataset, options))
+        if tasks:
+            encode(tasks, outcomes, ingredients, options, vae, device)
     for dataset in datasets:
         finish(dataset, outcomes[dataset.heading], rank, processes, options.prune)
     return outcomes

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 from utils.cli import option, parse_options, print_table, run_script
 from utils.errors import UserError
 from utils.option_groups import DeviceOptions, TextEncoderOptions, require
+from utils.processes import own_device, process_share
 
 if TYPE_CHECKING:
     import torch
@@ -71,6 +72,7 @@ class Entry:
     source: "Source"
     cache: Path
     verdict: "Verdict"
+    manifest: "Manifest"
     written: bool = False
 
 
@@ -87,8 +89,6 @@ class Work:
     @property
     def share(self) -> list[Entry]:
         """This process's part, cut from the whole list, which all see alike; what is left to do changes meanwhile."""
-        from utils.processes import process_share
-
         rank, processes = process_share()
         return self.entries[rank::processes]
 
@@ -96,7 +96,8 @@ class Work:
         """Removes what killed runs left of this process's files; others may be writing theirs."""
         from dataset.cache import remove_leftovers
 
-        remove_leftovers(self.settings.cache_directory, [entry.cache for entry in self.share])
+        own_list = self.manifest.share(process_share()[0]).path
+        remove_leftovers(self.settings.cache_directory, [*(entry.cache for entry in self.share), own_list])
 
     def batches(self, limit: int | None) -> Iterator[list[Entry]]:
         """The captions that this process encodes, at most `limit` at once."""
@@ -115,25 +116,31 @@ def main() -> None:
     if options.dry_run or options.vram_gb is not None:
         encoders = plan_memory(config, options, encoders, device.device)
     made_from = fingerprint(encoders)
-    is_first = is_first_process()
-    works = [survey(settings, options, made_from) for settings in config.every_dataset]
-    if is_first:
-        name_skipped(works, options.strict)
-    if options.dry_run:
-        print_works(works)
-        return
-    for work in works:
-        work.remove_leftovers()
-    batches = [batch for work in works for batch in work.batches(options.batch_size)]
-    if batches:
-        encode(batches, encoders, device.device, made_from)
-    if is_first:
+    from dataset.cache import kept_when_stopped
+
+    rank, _ = process_share()
+    shares: list[tuple[Manifest, list[Path]]] = []
+    with kept_when_stopped(shares, rank):
+        works = [survey(settings, options, made_from, shares) for settings in config.every_dataset]
+        if rank == 0:
+            name_skipped(works, options.strict)
+        if options.dry_run:
+            if rank == 0:  # which alone looks at all files
+                print_works(works)
+            return
+        for work in works:
+            work.remove_leftovers()
+        batches = [batch for work in works for batch in work.batches(options.batch_size)]
+        if batches:
+            encode(batches, encoders, device.device, made_from)
+    if rank == 0:
         finish(works, options.prune)
+    else:
+        for manifest, mine in shares:
+            manifest.save_share(rank, mine)
 
 
 def is_first_process() -> bool:
-    from utils.processes import process_share
-
     return process_share()[0] == 0
 
 
@@ -142,7 +149,6 @@ def plan_memory(
 ) -> TextEncoderOptions:
     """Prints what the largest batch needs; --vram_gb takes --fp8_llm if it does not fit without."""
     from planning.text_encoder import plan_text_encoder_1
-    from utils.processes import own_device
 
     captions = max(batch_size(settings, options.batch_size) for settings in config.every_dataset)
     encoders, rows = plan_text_encoder_1(encoders, own_device(device), options.vram_gb, captions)
@@ -186,8 +192,16 @@ def stored_dtype(encoders: TextEncoderOptions) -> str:
     return dtype_word(DTYPES[encoders.text_encoder_dtype or "float16"])
 
 
-def survey(settings: "DatasetSettings", options: CachingOptions, made_from: Mapping[str, Any]) -> Work:
-    """What a dataset needs: nothing is encoded whose cache file was made from the same things."""
+def survey(
+    settings: "DatasetSettings",
+    options: CachingOptions,
+    made_from: Mapping[str, Any],
+    shares: "list[tuple[Manifest, list[Path]]]",
+) -> Work:
+    """What a dataset needs: nothing is encoded whose cache file was made from the same things.
+
+    Appends the manifest and this process's cache files to `shares` before it reads any.
+    """
     from dataset.cache import TEXT_SUFFIX, Manifest, Verdict, check_text, orphans, text_cache_path
     from dataset.sources import explain_empty, list_sources
 
@@ -199,13 +213,17 @@ def survey(settings: "DatasetSettings", options: CachingOptions, made_from: Mapp
     caches = {source.name: text_cache_path(settings.cache_directory, source.name) for source in sources}
     trusted = usable if options.skip_existing else ()
     manifest.trusted = {caches[source.name].name: {"caption": source.caption} for source in trusted}
+    rank, processes = process_share()
+    mine = [caches[source.name] for source in usable[rank::processes]]
+    shares.append((manifest, mine))
+    read_whole = set(caches.values() if rank == 0 else mine)  # the first process counts all of them in its table
 
     def entry(source: "Source") -> Entry:
         cache = caches[source.name]
         verdict = check_text(cache, source.caption, made_from, trust_name=options.skip_existing)
-        if verdict.kept and not manifest.is_sound(cache):
+        if verdict.kept and cache in read_whole and not manifest.is_sound(cache):
             verdict = Verdict("changed", "the cache file is damaged")
-        return Entry(source, cache, verdict)
+        return Entry(source, cache, verdict, manifest)
 
     with ThreadPoolExecutor(options.num_workers or DEFAULT_WORKERS) as pool:
         entries = list(pool.map(entry, usable))
@@ -231,7 +249,6 @@ def encode(
     """Encodes and writes; CLIP goes first, because its small results can wait for the LLM's."""
     from hunyuan_model.checkpoints import load_text_encoder_1, load_text_encoder_2
     from utils.device_utils import default_dtype, is_out_of_memory, release_memory
-    from utils.processes import own_device
 
     device = own_device(device_name)
     dtype = default_dtype(encoders.text_encoder_dtype, device)
@@ -295,6 +312,7 @@ def write_batch(
                 f"{entry.source.path}: {error} in {made_from['dtype']}; use --text_encoder_dtype bfloat16 or float32"
             ) from None
         entry.written = True
+        entry.manifest.mark_sound(entry.cache)
 
 
 def finish(works: Sequence[Work], prune: bool) -> None:
@@ -340,11 +358,8 @@ def cut_text(cache: Path) -> str:
 
 
 def close(work: Work, prune: bool) -> None:
-    """Notes which files are sound, and deletes the orphans."""
-    for entry in work.entries:
-        if entry.written:
-            work.manifest.mark_sound(entry.cache)
-    work.manifest.save()
+    """Saves which files are sound, and deletes the orphans."""
+    work.manifest.save_all(process_share()[1])
     for path in work.orphaned if prune else []:
         path.unlink()
 

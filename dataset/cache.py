@@ -9,7 +9,8 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -256,7 +257,14 @@ class Manifest:
 
     @classmethod
     def load(cls, directory: Path, kind: str) -> "Manifest":
-        """The manifest of a directory; an empty one where none is or where it is damaged."""
+        """The manifest of a directory with what all processes found sound; empty where none is or it is damaged."""
+        manifest = cls._read(directory, kind)
+        for share in manifest._shares().values():
+            manifest.sound |= share.sound
+        return manifest
+
+    @classmethod
+    def _read(cls, directory: Path, kind: str) -> "Manifest":
         manifest = cls(directory, kind)
         try:
             values = json.loads(manifest.path.read_text(encoding="utf-8"))
@@ -271,6 +279,27 @@ class Manifest:
         """Writes the manifest atomically."""
         values = {"version": CACHE_VERSION, "sources": self.sources, "sound": self.sound, "trusted": self.trusted}
         write_text(self.path, json.dumps(values, ensure_ascii=False, indent=1) + "\n")
+
+    def share(self, rank: int) -> "Manifest":
+        """The list, still empty, of what one process found sound: each has its own, so none writes another's file."""
+        return Manifest(self.directory, f"{self.kind}-sound-{rank}")
+
+    def save_share(self, rank: int, mine: Iterable[Path]) -> None:
+        """Saves what a process knows to be sound of the cache files that are its part."""
+        share = self.share(rank)
+        share.sound = {path.name: self.sound[path.name] for path in mine if path.name in self.sound}
+        if share.sound:
+            share.save()
+
+    def save_all(self, world_size: int) -> None:
+        """Saves the manifest when process 0 is done; deletes the lists that no process renews, for it holds these."""
+        self.save()
+        for rank, share in self._shares().items():
+            if rank == 0 or rank >= world_size:
+                share.path.unlink(missing_ok=True)
+
+    def _shares(self) -> dict[int, "Manifest"]:
+        return _by_rank(self.directory, f"{self.kind}-sound-")
 
     def is_sound(self, path: Path) -> bool:
         """Whether a cache file is readable and finite throughout; read whole only if it changed since the last time."""
@@ -299,8 +328,28 @@ def failed_items(directory: Path) -> dict[str, list[int]]:
 
 def failure_manifests(directory: Path) -> dict[int, Manifest]:
     """The lists of failed items by the rank of the process that wrote them."""
-    found = [re.fullmatch(rf"hv_({FAILURES}(\d+))\.manifest\.json", path.name) for path in directory.glob("hv_*.json")]
-    return {int(match[2]): Manifest.load(directory, match[1]) for match in found if match}
+    return _by_rank(directory, FAILURES)
+
+
+def _by_rank(directory: Path, stem: str) -> dict[int, Manifest]:
+    found = [re.fullmatch(rf"hv_({stem}(\d+))\.manifest\.json", path.name) for path in directory.glob("hv_*.json")]
+    return {int(match[2]): Manifest._read(directory, match[1]) for match in found if match}
+
+
+@contextmanager
+def kept_when_stopped(shares: Sequence[tuple[Manifest, Sequence[Path]]], rank: int) -> Iterator[None]:
+    """Saves what is known to be sound when the run ends early, so that the next does not read it whole again.
+
+    Args:
+        shares: manifests with the cache files that are this process's part; the list may grow meanwhile.
+    """
+    try:
+        yield
+    except BaseException:
+        for manifest, mine in shares:
+            with suppress(OSError):  # a full disk must not hide why the run ended
+                manifest.save_share(rank, mine)
+        raise
 
 
 def orphans(directory: Path, suffix: str, wanted: Iterable[Path]) -> list[Path]:

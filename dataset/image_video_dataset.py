@@ -6,12 +6,13 @@ cache_latents.py left in the cache directory. Files that lie there besides are n
 
 import hashlib
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from tqdm import tqdm
 
 from dataset.cache import (
     Manifest,
@@ -53,6 +54,15 @@ class TrainingItem:
     tokens: int  # size of the latents, to find the largest batch
 
 
+@dataclass
+class CachedItems:
+    """The items of a dataset whose caches can be used, why others cannot, and what is worth a note."""
+
+    items: list[TrainingItem] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+
 @dataclass(frozen=True)
 class _Bucket:
     dataset: int
@@ -81,13 +91,20 @@ class TrainingDataset(torch.utils.data.Dataset):
         seed: of the order.
         subset: "train" or "validation".
         validation_split: share of the sources (not clips) of each dataset that belong to "validation".
+        items_of: looks at the caches of a dataset; one that remembers serves both subsets with one look.
 
     Raises:
         UserError: items without a cache, or whose cache is out of date; says how many, why, and which script to run.
     """
 
     def __init__(
-        self, config: DatasetConfig, seed: int, *, subset: str = "train", validation_split: float = 0.0
+        self,
+        config: DatasetConfig,
+        seed: int,
+        *,
+        subset: str = "train",
+        validation_split: float = 0.0,
+        items_of: Callable[[DatasetSettings], CachedItems] | None = None,
     ) -> None:
         self.seed = seed
         self.subset = subset
@@ -103,10 +120,10 @@ class TrainingDataset(torch.utils.data.Dataset):
             held_out = settings in config.validation
             if held_out and subset == "train":
                 continue
-            items = _items_of(settings, problems, self.notes)
-            if not held_out:
-                items = _subset(items, subset, validation_split)
-            self._add(settings, items)
+            cached = (items_of or cached_items)(settings)
+            problems += cached.problems
+            self.notes += cached.notes
+            self._add(settings, cached.items if held_out else _subset(cached.items, subset, validation_split))
         if problems:
             raise UserError("; ".join(problems))
         if not self._buckets and subset == "train":
@@ -214,22 +231,29 @@ class _Faults:
         return [f"{directory}: caches cannot be used ({'; '.join(parts)}); run {self.script}"] if parts else []
 
 
-def _items_of(settings: DatasetSettings, problems: list[str], notes: list[str]) -> list[TrainingItem]:
-    """The items of a dataset, every cache checked; what is wrong with caches is added to `problems`."""
-    directory = settings.cache_directory
+def cached_items(settings: DatasetSettings, show_progress: bool = False) -> CachedItems:
+    """Checks every cache of a dataset by its header."""
+    directory, cached = settings.cache_directory, CachedItems()
     manifest = Manifest.load(directory, "latents")
     if not manifest.sources:
-        problems.append(
+        cached.problems.append(
             f"{directory}: hv_latents.manifest.json is missing, so nothing is known to be cached here; "
             "run cache_latents.py, which also takes over caches of musubi-tuner"
         )
-        return []
+        return cached
     listed = {source.name: source for source in list_sources(settings)}
     failed, trusted_texts = failed_items(directory), Manifest.load(directory, "text").trusted
     latent_faults, text_faults = _Faults("cache_latents.py"), _Faults("cache_text_encoder_outputs.py")
     by_musubi, left_out = 0, []
-    items: list[TrainingItem] = []
-    for name in listed or manifest.sources:
+    progress = tqdm(
+        listed or manifest.sources,
+        desc=f"{directory}: looking at the caches",
+        unit="file",
+        leave=False,
+        delay=2,
+        disable=not show_progress,
+    )
+    for name in progress:
         source, entry = listed.get(name), manifest.sources.get(name)
         cached_elsewhere = source is not None and source.absent and entry is not None and "probe" in entry
         if source and source.problem and not cached_elsewhere:
@@ -249,15 +273,17 @@ def _items_of(settings: DatasetSettings, problems: list[str], notes: list[str]) 
         for item, item_verdict in _checked_items(settings, name, manifest, latent_faults):
             by_musubi += item_verdict.by_musubi
             if item_verdict.kept:
-                items.append(_training_item(item, text))
+                cached.items.append(_training_item(item, text))
             elif failed.get(item.name) != entry["stamp"]:
                 latent_faults.add(item_verdict.reason, item.name)
-    problems += latent_faults.lines(directory) + text_faults.lines(directory)
+    cached.problems += latent_faults.lines(directory) + text_faults.lines(directory)
     if left_out:
-        notes.append(f"{directory}: {len(left_out)} listed files are left out, the first because of {left_out[0]}")
+        cached.notes.append(
+            f"{directory}: {len(left_out)} listed files are left out, the first because of {left_out[0]}"
+        )
     if by_musubi:
-        notes.append(f"{directory}: {by_musubi} latent caches were made by musubi-tuner and are used")
-    return items
+        cached.notes.append(f"{directory}: {by_musubi} latent caches were made by musubi-tuner and are used")
+    return cached
 
 
 def _checked_items(

@@ -270,7 +270,7 @@ def begin(dataset: TakenDataset, rank: int, world_size: int) -> list[tuple[Sourc
     directory = dataset.settings.cache_directory
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        remove_leftovers(directory, [item.path for _, item in mine])
+        remove_leftovers(directory, [*(item.path for _, item in mine), dataset.manifest.share(rank).path])
         if rank == 0:
             remove_leftovers(directory, [dataset.manifest.path])
             dataset.manifest.save()
@@ -284,6 +284,7 @@ def finish(dataset: TakenDataset, outcome: Outcome, rank: int, world_size: int, 
     directory = dataset.settings.cache_directory
     _save_failures(dataset, outcome, rank)
     if rank > 0:
+        dataset.manifest.save_share(rank, [item.path for _, item in share_of(list(dataset.items), rank, world_size)])
         return
     for other_rank, failures in failure_manifests(directory).items():
         if other_rank >= world_size:  # of an earlier run with more processes
@@ -294,7 +295,7 @@ def finish(dataset: TakenDataset, outcome: Outcome, rank: int, world_size: int, 
         path.unlink(missing_ok=True)
     names = {path.name for path in wanted}
     dataset.manifest.sound = {name: stamp for name, stamp in dataset.manifest.sound.items() if name in names}
-    dataset.manifest.save()
+    dataset.manifest.save_all(world_size)
 
 
 def _save_failures(dataset: TakenDataset, outcome: Outcome, rank: int) -> None:

@@ -1,5 +1,6 @@
 """What every training script does with the caches and models of HunyuanVideo, whatever it trains."""
 
+import functools
 import sys
 from collections.abc import Callable, Sequence
 
@@ -8,7 +9,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from dataset.config_utils import load_dataset_config
-from dataset.image_video_dataset import TrainingDataset
+from dataset.image_video_dataset import TrainingDataset, cached_items
 from hunyuan_model import attention, checkpoints
 from hunyuan_model.model_files import CLIP, LLM, VAE, identify
 from hunyuan_model.models import HunyuanVideoConfig, HYVideoDiffusionTransformer
@@ -49,12 +50,14 @@ def load_datasets(options: HunyuanTrainerOptions, seed: int) -> tuple[TrainingDa
     """
     config = load_dataset_config(options.dataset.dataset_config)
     split = options.validation.validation_split
-    train_set = TrainingDataset(config, seed, subset="train", validation_split=split)
-    for note in (*config.notes, *train_set.notes) if process_share()[0] == 0 else ():
+    is_first = process_share()[0] == 0
+    items_of = functools.cache(functools.partial(cached_items, show_progress=is_first))
+    train_set = TrainingDataset(config, seed, subset="train", validation_split=split, items_of=items_of)
+    for note in (*config.notes, *train_set.notes) if is_first else ():
         print(f"note: {note}", file=sys.stderr)
     if not split and not config.validation:
         return train_set, None
-    validation_set = TrainingDataset(config, seed, subset="validation", validation_split=split)
+    validation_set = TrainingDataset(config, seed, subset="validation", validation_split=split, items_of=items_of)
     if not len(validation_set):
         raise UserError(
             f"{config.path}: nothing is held out for validation (--validation_split {split:g}), for a source is never "

@@ -373,6 +373,30 @@ def test_processes_share_the_items(world: World, monkeypatch) -> None:
         assert all(torch.equal(tensor, alone[name][key]) for key, tensor in load_file(path).items())
 
 
+@pytest.mark.parametrize("ending", [KeyboardInterrupt(), UserError("out of memory")], ids=repr)
+def test_what_was_known_to_be_sound_is_not_read_again_whoever_found_it_and_however_it_ended(
+    world: World, monkeypatch, ending: BaseException
+) -> None:
+    """Also where the last run was of fewer processes, of which none renews the list of the second."""
+    encode = script.encode
+
+    def encode_and_end(*arguments) -> None:
+        encode(*arguments)
+        raise ending
+
+    monkeypatch.setattr(script, "encode", encode_and_end)
+    for run, (processes, rank) in enumerate([(2, 1), (2, 0), (2, 1), (1, 0), (2, 1), (1, 0)]):
+        monkeypatch.setenv("WORLD_SIZE", str(processes))
+        monkeypatch.setenv("RANK", str(rank))
+        if run < 2:
+            with pytest.raises(type(ending)):
+                world.run()
+            monkeypatch.setattr("dataset.cache.load_file", lambda path: pytest.fail(f"{path.name} was read whole"))
+        else:
+            world.run()
+    assert list(world.folder.glob("c*/*-sound-*")) == []
+
+
 def write_text_caches(world: World) -> None:
     for settings in load_dataset_config(world.config).datasets:
         for source in (source for source in list_sources(settings) if source.problem is None):

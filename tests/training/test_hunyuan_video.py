@@ -1,10 +1,14 @@
 """What every training script does with the caches, beside what the scripts' own tests show."""
 
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from tqdm import tqdm
 
+from dataset import image_video_dataset
+from tests.training_world import write_world
 from training import hunyuan_video
 from utils.memory_meter import MemoryMeter
 
@@ -22,6 +26,31 @@ def test_only_the_first_process_says_what_is_worth_a_note(
         monkeypatch.setenv("RANK", rank)
         hunyuan_video.load_datasets(options, seed=0)
         assert capsys.readouterr().err == said
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_each_cache_is_looked_at_once_for_both_sets(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, rank: int) -> None:
+    """And with a bar in the first process alone."""
+    looked, hidden, check = [], [], image_video_dataset.check_latents
+
+    def noting(path: Path, *arguments, **options) -> object:
+        looked.append(path.name)
+        return check(path, *arguments, **options)
+
+    def bar(names, disable: bool, **options) -> tqdm:
+        hidden.append(disable)
+        return tqdm(names, disable=disable, **options)
+
+    options = SimpleNamespace(
+        dataset=SimpleNamespace(dataset_config=write_world(tmp_path).config),
+        validation=SimpleNamespace(validation_split=0.4),
+    )
+    monkeypatch.setenv("RANK", str(rank))
+    monkeypatch.setattr(image_video_dataset, "check_latents", noting)
+    monkeypatch.setattr(image_video_dataset, "tqdm", bar)
+    train_set, validation_set = hunyuan_video.load_datasets(options, seed=0)
+    assert (train_set.num_items, validation_set.num_items) == (3, 2)
+    assert len(looked) == 5 and hidden == [rank > 0]
 
 
 def test_pixels_of_a_preview_are_in_memory_once(monkeypatch: pytest.MonkeyPatch) -> None:
