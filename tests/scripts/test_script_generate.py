@@ -390,9 +390,9 @@ def test_one_model_is_in_memory_at_a_time(generate, loras, monkeypatch, tmp_path
     def watched(name):
         load = getattr(checkpoints, name)
 
-        def watching(*arguments):
+        def watching(*arguments, **named):
             alive.append([other for other, model in loaded if model() is not None])
-            model = load(*arguments)
+            model = load(*arguments, **named)
             loaded.append((name, weakref.ref(model)))
             return model
 

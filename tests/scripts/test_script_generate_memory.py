@@ -18,7 +18,7 @@ def latents_of(folder) -> torch.Tensor:
 
 
 def test_dry_run_prints_what_is_needed_and_loads_nothing(generate, capfd, monkeypatch):
-    monkeypatch.setattr("hunyuan_model.checkpoints.load_dit", lambda *_: pytest.fail("loaded"))
+    monkeypatch.setattr("hunyuan_model.checkpoints.load_dit", lambda *_, **__: pytest.fail("loaded"))
     folder = generate("--prompt", "a cat", "--dry_run")
     printed = capfd.readouterr().out
     assert "memory plan, latents 2x4x6" in printed
