@@ -5,7 +5,7 @@
 The files have the official names and shapes, and weights of zero, which take no place on the disk. So no picture comes
 out, but every byte is held and moved as with the published weights: a LoRA is trained for a step on the DiT of 12.8
 billion parameters in fp8, which then makes a video, once whole and once with as many blocks swapped as --vram_gb 12
-chooses. Linux only.
+chooses. malloc hands memory back as in `benchmarks.planner_memory`. Linux only.
 """
 
 import argparse
@@ -26,6 +26,7 @@ from PIL import Image
 
 from benchmarks.comparison import Comparison, print_comparisons
 from benchmarks.loading_memory import MB
+from benchmarks.planner_memory import LIMIT, MALLOC
 from modules.memory_plan import DEVICE_OVERHEAD, FRAGMENTATION, GIB
 from utils.tiny_models import ClipSize, DitSize, LlmSize, VaeSize, clip_shapes, dit_shapes, llm_shapes, vae_shapes
 
@@ -39,7 +40,7 @@ MODELS = {
     "text_encoder1": ("F16", llm_shapes(LlmSize(4096, 32, 8, 128, 14336, 32), LLM_VOCABULARY)),
     "text_encoder2": ("F16", clip_shapes(ClipSize(768, 12, 3072, 12), CLIP_VOCABULARY)),
 }
-NEEDED, LIMIT = 21 * GIB, 1.1
+NEEDED = 21 * GIB
 IN_BYTES = {"MiB": GIB / 1024, "GiB": GIB}
 
 
@@ -90,7 +91,7 @@ def commands(folder: Path) -> dict[str, list[str]]:
 def peak(command: Sequence[str]) -> tuple[int, str]:
     """The most that was resident in a script or in a process that it started, in bytes, and what it printed."""
     with tempfile.TemporaryFile() as printed:
-        process = subprocess.Popen([sys.executable, *command], cwd=ROOT, stdout=printed)
+        process = subprocess.Popen([sys.executable, *command], cwd=ROOT, env=os.environ | MALLOC, stdout=printed)
         _, status, usage = os.wait4(process.pid, 0)
         process.returncode = os.waitstatus_to_exitcode(status)
         if process.returncode:

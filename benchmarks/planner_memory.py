@@ -43,6 +43,7 @@ CASES = (
     *(Case("batch of 2", False, kind, 0) for kind in ("none", "selective")),
 )
 LIMIT = 1.1
+MALLOC = {"MALLOC_MMAP_THRESHOLD_": str(1 << 18)}
 
 
 def measure(case: Case) -> None:
@@ -66,7 +67,7 @@ def main(argv: Sequence[str] | None = None) -> list[Comparison]:
     if number is not None:
         measure(CASES[number])
         return []
-    comparisons, environment = [], os.environ | {"MALLOC_MMAP_THRESHOLD_": str(1 << 18)}
+    comparisons, environment = [], os.environ | MALLOC
     for number, case in enumerate(CASES):
         command = [sys.executable, "-m", "benchmarks.planner_memory", "--measure", str(number)]
         output = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env=environment).stdout
