@@ -96,8 +96,9 @@ class Work:
         """Removes what killed runs left of this process's files; others may be writing theirs."""
         from dataset.cache import remove_leftovers
 
-        own_list = self.manifest.share(process_share()[0]).path
-        remove_leftovers(self.settings.cache_directory, [*(entry.cache for entry in self.share), own_list])
+        rank, _ = process_share()
+        lists = [self.manifest.share(rank).path, *([self.manifest.path] if rank == 0 else [])]
+        remove_leftovers(self.settings.cache_directory, [*(entry.cache for entry in self.share), *lists])
 
     def batches(self, limit: int | None) -> Iterator[list[Entry]]:
         """The captions that this process encodes, at most `limit` at once."""
@@ -217,10 +218,16 @@ def survey(
     mine = [caches[source.name] for source in usable[rank::processes]]
     shares.append((manifest, mine))
     read_whole = set(caches.values() if rank == 0 else mine)  # the first process counts all of them in its table
+    if options.dry_run:
+        read_whole = set()
+    choices = [made_from]
+    if options.vram_gb is not None:  # what it chose last time, when another amount was free, is as good
+        choices.append({**made_from, "fp8_llm": not made_from["fp8_llm"]})
 
     def entry(source: "Source") -> Entry:
         cache = caches[source.name]
-        verdict = check_text(cache, source.caption, made_from, trust_name=options.skip_existing)
+        verdicts = [check_text(cache, source.caption, choice, trust_name=options.skip_existing) for choice in choices]
+        verdict = next((each for each in verdicts if each.kept), verdicts[0])
         if verdict.kept and cache in read_whole and not manifest.is_sound(cache):
             verdict = Verdict("changed", "the cache file is damaged")
         return Entry(source, cache, verdict, manifest)

@@ -290,6 +290,8 @@ class Manifest:
         share.sound = {path.name: self.sound[path.name] for path in mine if path.name in self.sound}
         if share.sound:
             share.save()
+        else:
+            share.path.unlink(missing_ok=True)
 
     def save_all(self, world_size: int) -> None:
         """Saves the manifest when process 0 is done; deletes the lists that no process renews, for it holds these."""

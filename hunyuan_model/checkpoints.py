@@ -44,6 +44,7 @@ if TYPE_CHECKING:
 Device = torch.device | str
 Devices = Device | Callable[[str], Device]
 Shapes = Mapping[str, Sequence[int]]
+MERGED = "they come from the LoRAs merged into it: lower the multiplier or use another LoRA"
 
 
 def load_dit(
@@ -339,8 +340,8 @@ class _Weights:
             place, change = device(name) if callable(device) else device, (changes or {}).get(name)
             at = place if compute is None else compute
             if not isinstance(module, Fp8Linear) or leaf == "bias":
-                dense = self._dense(name, place, wanted) if change is None else change(self._wide(name, at))
-                setattr(module, leaf, nn.Parameter(dense.to(place, wanted), requires_grad=False))
+                dense = self._dense(name, place, wanted, at, change)
+                setattr(module, leaf, nn.Parameter(dense, requires_grad=False))
             elif leaf == "weight":
                 self._fill_fp8(name, module, at, change)
                 for part in ("weight", "scale"):
@@ -348,7 +349,11 @@ class _Weights:
         print(self.file.summary())
         return model.eval()
 
-    def _dense(self, name: str, device: Device, dtype: torch.dtype) -> Tensor:
+    def _dense(
+        self, name: str, device: Device, dtype: torch.dtype, compute: Device, change: Callable[[Tensor], Tensor] | None
+    ) -> Tensor:
+        if change is not None:
+            return self._finite(name, change(self._wide(name, compute)).to(device, dtype), MERGED)
         tensor, scale = self.read(name)
         if scale is None:
             tensor = tensor.to(device, dtype, copy=self.copies)
@@ -364,10 +369,13 @@ class _Weights:
         return self._finite(name, dequantize(tensor.to(device), scale.to(device), torch.float32))
 
     def _fill_fp8(self, name: str, layer: Fp8Linear, device: Device, change: Callable[[Tensor], Tensor] | None) -> None:
-        tensor, scale = self.read(name)
         if change is not None:
             layer.set_weight(change(self._wide(name, device)))
-        elif tensor.dtype != FP8:
+            self._finite(name, layer.weight, MERGED)
+            self._finite(name, layer.scale, MERGED)
+            return
+        tensor, scale = self.read(name)
+        if tensor.dtype != FP8:
             tensor = tensor.to(device)
             layer.set_weight(tensor if scale is None else dequantize(tensor, scale.to(device), torch.float32))
         else:
@@ -406,7 +414,7 @@ class _Weights:
             raise UserError(f"{self.file.path}: {found}; one or {rows} numbers are expected")
         return scale.reshape(-1, 1)
 
-    def _finite(self, name: str, tensor: Tensor) -> Tensor:
+    def _finite(self, name: str, tensor: Tensor, cure: str = "download it again") -> Tensor:
         values = tensor.detach()
         if values.dtype == FP8:
             # Its NaNs are the bytes 0x7F and 0xFF, the largest ones as signed and as unsigned; it has no infinity.
@@ -415,7 +423,7 @@ class _Weights:
             sound = values.numel() == 0 or all(bool(torch.isfinite(extreme)) for extreme in values.aminmax())
         if not sound:
             word = dtype_word(values.dtype)
-            raise UserError(f"{self.file.path}: {name} holds NaN or infinite numbers (as {word}); download it again")
+            raise UserError(f"{self.file.path}: {name} holds NaN or infinite numbers (as {word}); {cure}")
         return tensor
 
 

@@ -1,5 +1,6 @@
 """How a person stops a run, or asks it to save: Ctrl+C, SIGTERM, a file `save` or `save_quit` in the output folder."""
 
+import contextlib
 import os
 import signal
 from pathlib import Path
@@ -38,10 +39,12 @@ class StopRequests:
         if number == signal.SIGINT and self._interrupted:
             raise KeyboardInterrupt
         self._interrupted |= number == signal.SIGINT
-        if not self.quit and self.speaks:
-            # Past sys.stderr: the progress bar may be writing to it, and Python lets nobody in twice.
-            os.write(2, f"\n{signal.Signals(number).name}: saving after this step; Ctrl+C stops at once\n".encode())
-        self.quit = True
+        speaks, self.quit = self.speaks and not self.quit, True
+        # Past sys.stderr: the progress bar may be writing to it, and Python lets nobody in twice.
+        with contextlib.suppress(OSError):
+            if speaks:
+                text = f"\n{signal.Signals(number).name}: saving after this step; Ctrl+C stops at once\n"
+                os.write(2, text.encode())
 
     def poll_files(self) -> None:
         """Takes notice of the request files and removes them; for the process that writes."""

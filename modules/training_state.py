@@ -21,7 +21,7 @@ from torch import Tensor
 from utils.errors import UserError, one_line
 from utils.files import TEMPORARY_SUFFIX, atomic_path, write_text
 from utils.safetensors_utils import iterate_tensors, read_header, streamed_file
-from utils.training_files import PROGRESS_FILE, SETTINGS_FILE, STATE_VERSION, damaged, read_progress
+from utils.training_files import PROGRESS_FILE, REPLACED, SETTINGS_FILE, STATE_VERSION, damaged, read_progress
 
 TRAINED_FILE = "trained.safetensors"
 OPTIMIZER_FILE = "optimizer.pt"
@@ -84,7 +84,10 @@ def whole_folder(folder: Path) -> Iterator[Path]:
     """Yields a temporary folder beside `folder` that takes its place on success and vanishes on failure."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = folder.with_name(f"{folder.name}.{os.getpid()}{TEMPORARY_SUFFIX}")
-    replaced = folder.with_name(f"{folder.name}.old{TEMPORARY_SUFFIX}")
+    replaced = folder.with_name(f"{folder.name}.{REPLACED}{TEMPORARY_SUFFIX}")
+    # What could not be removed the last time, such as a file that a viewer holds open on Windows.
+    for leftover in (temporary, replaced):
+        shutil.rmtree(leftover, ignore_errors=True)
     temporary.mkdir()
     try:
         yield temporary

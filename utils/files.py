@@ -38,8 +38,8 @@ def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
         os.replace(temporary, path)
     except BaseException as error:
         temporary.unlink(missing_ok=True)
-        if isinstance(error, OSError) and error.filename is None:  # a failed write does not know its file
-            error.filename = str(path)
+        if type(error) is OSError and error.errno is not None and error.filename is None:
+            error.filename = str(path)  # a failed write does not know its file; PyAV's errors cannot be told
         raise
 
 

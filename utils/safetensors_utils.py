@@ -154,7 +154,8 @@ def streamed_file(
     for name, (dtype, shape) in sorted(layout.items(), key=lambda item: (order.index(item[1][0]), item[0])):
         offsets[name], end = end, end + math.prod(shape) * dtype.itemsize
         header[name] = {"dtype": names[dtype], "shape": list(shape), "data_offsets": [offsets[name], end]}
-    text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+    # A file name in the metadata need not be UTF-8; what cannot be encoded is escaped, which JSON reads as well.
+    text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode(errors="backslashreplace")
     text += b" " * (-len(text) % 8)
     missing = set(layout)
     with atomic_path(path) as temporary, open(temporary, "wb") as file:

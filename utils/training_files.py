@@ -5,10 +5,13 @@
 """
 
 import json
+import os
 import re
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
+
+import psutil
 
 from utils.errors import UserError
 from utils.files import TEMPORARY_SUFFIX, read_text
@@ -16,6 +19,7 @@ from utils.files import TEMPORARY_SUFFIX, read_text
 PROGRESS_FILE = "train_state.json"
 SETTINGS_FILE = "settings.toml"
 STATE_SUFFIX = "-state"
+REPLACED = "old"  # in the name of a state that makes room for its successor
 COMPANIONS = r"(\.[\w-]+)?\.safetensors|\.settings\.toml"  # endings of what is written for one checkpoint
 STATE_VERSION = 1
 
@@ -80,13 +84,19 @@ class TrainingFiles:
                 path.unlink(missing_ok=True)
 
     def remove_leftovers(self) -> None:
-        """Removes what killed runs of this name left half written; no other process may be writing these."""
+        """Removes what killed runs of this name left half written, and puts a state back that was to be replaced."""
         stem = re.escape(self.name) + r"(-\d{6}|(-best)?-step\d{8})?"
-        pattern = re.compile(rf"{stem}({COMPANIONS}|{STATE_SUFFIX})\.\w+{re.escape(TEMPORARY_SUFFIX)}")
-        for path in self.folder.iterdir():
-            if pattern.fullmatch(path.name) and path.is_dir():
+        name = rf"(?P<name>{stem}({COMPANIONS}|{STATE_SUFFIX}))"
+        pattern = re.compile(rf"{name}\.(?P<owner>\w+){re.escape(TEMPORARY_SUFFIX)}")
+        for path in list(self.folder.iterdir()):
+            found = pattern.fullmatch(path.name)
+            if found is None or _is_of_another_run(found["owner"]):
+                continue
+            if found["owner"] == REPLACED and not (self.folder / found["name"]).exists():
+                path.rename(self.folder / found["name"])
+            elif path.is_dir():
                 shutil.rmtree(path, ignore_errors=True)
-            elif pattern.fullmatch(path.name):
+            else:
                 path.unlink(missing_ok=True)
 
     def _numbered(self, kind: str, ending: str) -> list[tuple[Path, int]]:
@@ -94,6 +104,11 @@ class TrainingFiles:
         pattern = re.compile(f"{re.escape(self.name)}{number}({ending})")
         matches = [(path, pattern.fullmatch(path.name)) for path in self.folder.iterdir()]
         return [(path, int(match[1])) for path, match in matches if match]
+
+
+def _is_of_another_run(owner: str) -> bool:
+    """Whether a process other than this one, by its number, may be writing: a run with a similar name."""
+    return owner.isdigit() and int(owner) != os.getpid() and psutil.pid_exists(int(owner))
 
 
 def read_progress(state: Path) -> dict:

@@ -114,6 +114,14 @@ def test_weights_are_changed_in_float32_and_rounded_once(layout, fp8, dit_weight
             assert torch.equal(model.single_blocks[1].linear2.scale, scale)
 
 
+@pytest.mark.parametrize("fp8", [False, True])
+def test_a_change_that_overflows_is_not_blamed_on_the_file(fp8, dit_weights: Weights, tmp_path: Path) -> None:
+    path = DIT_LAYOUTS["safetensors"](tmp_path, dit_weights)
+    changes = {"single_blocks.1.linear2.weight": lambda weight: weight.mul_(float("inf"))}
+    with pytest.raises(UserError, match=r"single_blocks\.1\.linear2\..* come from the LoRAs merged into it"):
+        load_dit(path, dtype=torch.float16, fp8=fp8, changes=changes)
+
+
 def test_scales_under_comfyuis_newer_name(dit_weights: Weights, tmp_path: Path) -> None:
     stored, scales, meant = quantized(dit_weights)
     old = load_file(FP8_LAYOUTS["ComfyUI scaled"](tmp_path, stored, scales))

@@ -46,6 +46,16 @@ def test_a_signal_while_the_progress_bar_is_written_is_taken_notice_of(tmp_path,
     assert requests.quit and "SIGTERM: saving after this step" in capfd.readouterr().err
 
 
+def test_a_terminal_that_is_gone_does_not_lose_the_request(tmp_path, monkeypatch):
+    def gone(*_: object) -> None:
+        raise BrokenPipeError
+
+    monkeypatch.setattr("os.write", gone)
+    with StopRequests(tmp_path) as requests:
+        signal.raise_signal(signal.SIGTERM)
+    assert requests.quit
+
+
 def test_handlers_are_put_back(tmp_path):
     before = signal.getsignal(signal.SIGTERM)
     with StopRequests(tmp_path):

@@ -192,14 +192,16 @@ def test_a_full_disk_ends_in_one_line_with_the_last_checkpoint_whole(world, dit,
 
 def test_what_killed_runs_of_this_name_left_half_written_is_removed(world, dit, tmp_path):
     for name in ("lora.safetensors", "lora-best-step00000004.comfyui.safetensors", "lora-000002.settings.toml"):
-        (tmp_path / f"{name}.123.partial").touch()
-    for name in ("lora-step00000002-state.123", "lora-state.old"):
+        (tmp_path / f"{name}.99999999.partial").touch()
+    for name in ("lora-step00000002-state.99999999", "lora-step00000003-state.old", "lora-step00000004-state.old"):
         (tmp_path / f"{name}.partial" / "deep").mkdir(parents=True)
-    others = {"lora2.safetensors.123.partial", "lora.txt.partial"}
+    (tmp_path / "lora-step00000003-state").mkdir()
+    others = {"lora2.safetensors.99999999.partial", "lora.txt.partial", f"lora.v2.safetensors.{os.getppid()}.partial"}
     for name in others:
         (tmp_path / name).touch()
     train(world, dit, tmp_path, "--max_train_steps", 1)
     assert {path.name for path in tmp_path.glob("*.partial")} == others
+    assert (tmp_path / "lora-step00000004-state" / "deep").is_dir(), "a run died between taking it away and the new one"
 
 
 def test_extra_formats_and_precision(world, dit, tmp_path, monkeypatch):

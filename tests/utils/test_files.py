@@ -1,9 +1,11 @@
 """Files are whole or not there, and read as the user meant them."""
 
+import errno
 import subprocess
 import sys
 from pathlib import Path
 
+import av
 import pytest
 
 from tests.platforms import needs_posix
@@ -31,6 +33,15 @@ def test_a_failure_leaves_the_old_file_and_nothing_else(tmp_path: Path, error: t
         raise error
     assert path.read_text() == "old"
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_an_error_of_the_disk_names_the_file(tmp_path: Path) -> None:
+    with pytest.raises(OSError, match=r"No space left on device: '.*a\.txt'"), atomic_path(tmp_path / "a.txt"):
+        raise OSError(errno.ENOSPC, "No space left on device")
+    with pytest.raises(OSError, match=r"^broken data stream$"), atomic_path(tmp_path / "a.txt"):
+        raise OSError("broken data stream")
+    with pytest.raises(av.error.OSError, match="No space left"), atomic_path(tmp_path / "a.mp4"):
+        av.error.err_check(-errno.ENOSPC)
 
 
 def test_a_folder_is_no_file_name(tmp_path: Path) -> None:

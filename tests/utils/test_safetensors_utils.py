@@ -128,6 +128,12 @@ def test_a_process_killed_while_it_writes_leaves_one_file_that_is_known_as_a_lef
     assert [leftover.suffix for leftover in tmp_path.iterdir()] == [".partial"]
 
 
+def test_metadata_may_hold_what_is_no_utf8(tmp_path: Path) -> None:
+    """As names of files may, on Linux."""
+    save_file({"x": torch.zeros(1)}, tmp_path / "x.safetensors", {"name": "caf\udce9 ä"})
+    assert read_header(tmp_path / "x.safetensors")[1] == {"name": "caf\udce9 ä"}
+
+
 @needs_posix
 def test_files_are_as_readable_as_the_user_lets_them_be(tmp_path: Path) -> None:
     save_file({"x": torch.zeros(4)}, tmp_path / "x.safetensors")
