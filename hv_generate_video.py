@@ -282,16 +282,11 @@ def check_model_files(options: GenerationOptions) -> None:
 def check_loras(options: GenerationOptions) -> None:
     """Reads every LoRA as merging will, one at a time, and holds it against the header of the DiT's file."""
     from hunyuan_model.checkpoints import open_dit
-    from networks.merging import count_matches, read_changes, require_shape
+    from networks.merging import matching_changes
 
-    shapes = {name.removesuffix(".weight"): shape for name, shape in open_dit(options.dit.dit).shapes.items()}
+    shapes = open_dit(options.dit.dit).shapes
     for path in options.lora.lora_weight:
-        changes, files = read_changes([(path, 1.0)], options.lora.exclude_single_blocks)
-        count_matches([path], files, shapes)
-        for name, [(factors, _)] in changes.items():
-            if name in shapes:
-                rows, *columns = shapes[name]
-                require_shape(f"{path}: {name}", factors, rows, math.prod(columns))
+        matching_changes(shapes, [(path, 1.0)], options.lora.exclude_single_blocks)
 
 
 def load_merged_dit(options: GenerationOptions, device: "torch.device", fp8: bool) -> "HYVideoDiffusionTransformer":

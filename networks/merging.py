@@ -148,13 +148,23 @@ def weight_changes(
     Raises:
         UserError: a file cannot be read, matches nothing, or is for other shapes.
     """
-    changes, files = read_changes(loras, exclude_single_blocks)
-    found = {name: own for name, own in changes.items() if f"{name}.weight" in shapes}
-    reports = count_matches([path for path, _ in loras], files, found)
-    for name, own in found.items():
-        rows, *columns = shapes[f"{name}.weight"]
-        for factors, _ in own:
-            require_shape(name, factors, rows, math.prod(columns))
+    changes, reports = matching_changes(shapes, loras, exclude_single_blocks)
     for report in reports:
         report.announce()
-    return {f"{name}.weight": functools.partial(change_weight, name, changes=own) for name, own in found.items()}
+    return {f"{name}.weight": functools.partial(change_weight, name, changes=own) for name, own in changes.items()}
+
+
+def matching_changes(
+    shapes: Mapping[str, Sequence[int]],
+    loras: Sequence[tuple[str | os.PathLike, float]],
+    exclude_single_blocks: bool = False,
+) -> tuple[Changes, list[MergeReport]]:
+    """The changes of a DiT's own modules, and how many of each file these are; arguments and errors as above."""
+    changes, files = read_changes(loras, exclude_single_blocks)
+    changes = {name: own for name, own in changes.items() if f"{name}.weight" in shapes}
+    reports = count_matches([path for path, _ in loras], files, changes)
+    for (path, _), lora in zip(loras, files, strict=True):
+        for name in (name for name in lora.modules if name in changes):
+            rows, *columns = shapes[f"{name}.weight"]
+            require_shape(f"{path}: {name}", lora.modules[name], rows, math.prod(columns))
+    return changes, reports
