@@ -21,9 +21,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from modules.options import DeviceOptions, VaeOptions, require
 from utils.cli import option, parse_options, print_table, run_script
 from utils.errors import UserError
-from utils.option_groups import DeviceOptions, VaeOptions, require
 from utils.processes import own_device, process_share
 
 if TYPE_CHECKING:
@@ -116,7 +116,7 @@ def fingerprint(vae: VaeOptions) -> dict[str, str]:
     Raises:
         UserError: the file is no VAE of HunyuanVideo.
     """
-    from hunyuan_model.model_files import VAE, identify
+    from hunyuan_model.checkpoints.identification import VAE, identify
     from utils.device_utils import dtype_word
 
     file = identify(vae.vae)
@@ -142,8 +142,8 @@ def plan_memory(
 ) -> VaeOptions:
     """Prints what encoding the largest batch needs; --vram_gb chooses the tiles where the user has not."""
     from hunyuan_model.checkpoints import read_vae_config
-    from hunyuan_model.memory import estimate_vae
-    from modules import memory_plan as planner
+    from modules.memory import plan as planner
+    from modules.memory.measure import estimate_vae
     from utils.device_utils import default_dtype
 
     config, dtype = read_vae_config(vae.vae), default_dtype(vae.vae_dtype, device)

@@ -19,9 +19,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from modules.options import DeviceOptions, TextEncoderOptions, require
 from utils.cli import option, parse_options, print_table, run_script
 from utils.errors import UserError
-from utils.option_groups import DeviceOptions, TextEncoderOptions, require
 from utils.processes import own_device, process_share
 
 if TYPE_CHECKING:
@@ -149,7 +149,7 @@ def plan_memory(
     config: "DatasetConfig", options: CachingOptions, encoders: TextEncoderOptions, device: str | None
 ) -> TextEncoderOptions:
     """Prints what the largest batch needs; --vram_gb takes --fp8_llm if it does not fit without."""
-    from planning.text_encoder import plan_text_encoder_1
+    from modules.memory.text_encoder import plan_text_encoder_1
 
     captions = max(batch_size(settings, options.batch_size) for settings in config.every_dataset)
     encoders, rows = plan_text_encoder_1(encoders, own_device(device), options.vram_gb, captions)
@@ -169,7 +169,7 @@ def fingerprint(encoders: TextEncoderOptions) -> dict[str, Any]:
         UserError: a path does not hold the model that its option names, or a tokenizer is missing.
     """
     from hunyuan_model import tokenizers
-    from hunyuan_model.model_files import CLIP, LLM, identify
+    from hunyuan_model.checkpoints.identification import CLIP, LLM, identify
 
     llm, clip = identify(encoders.text_encoder1), identify(encoders.text_encoder2)
     for file, part in ((llm, LLM), (clip, CLIP)):

@@ -11,13 +11,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from networks.format_table import FORMATS, Format
+from networks.files.format_table import FORMATS, Format
 from utils.cli import option, parse_options, print_table, run_script
 from utils.errors import UserError
 from utils.files import atomic_path, refuse_overwriting
 
 if TYPE_CHECKING:
-    from networks.formats import Lora
+    from networks.files.formats import Lora
 
 DTYPE_WORDS = ("float32", "fp32", "float", "float16", "fp16", "bfloat16", "bf16")
 
@@ -58,9 +58,9 @@ class ConvertOptions:
 def main() -> None:
     (options,) = parse_options(__doc__, ConvertOptions)
 
-    from networks.coverage import coverage
-    from networks.formats import read_lora, write_lora
-    from networks.surgery import reduce_rank
+    from networks.files.coverage import coverage
+    from networks.files.formats import read_lora, write_lora
+    from networks.lora_ops import reduce_rank
     from utils.device_utils import DTYPES
 
     lora = read_lora(options.input, options.allow_partial)
@@ -92,7 +92,7 @@ def verify(lora: "Lora", written: Path, options: ConvertOptions) -> str:
     import torch
 
     from networks.comparison import worst_difference
-    from networks.formats import from_tensors
+    from networks.files.formats import from_tensors
     from utils.safetensors_utils import load_file, read_header
 
     output = str(options.output)

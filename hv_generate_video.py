@@ -21,9 +21,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from utils.cli import print_table, run_script
-from utils.errors import UserError
-from utils.generation_options import (
+from modules.generation.options import (
     GenerationOptions,
     decode_command,
     drawn_seed,
@@ -31,15 +29,17 @@ from utils.generation_options import (
     parse_generation_options,
     video_settings,
 )
-from utils.prompt_files import Request, parse_line
+from modules.generation.requests import Request, parse_line
+from utils.cli import print_table, run_script
+from utils.errors import UserError
 
 if TYPE_CHECKING:
     import torch
 
     from hunyuan_model.models import HYVideoDiffusionTransformer
-    from modules.generation import Generator
-    from modules.outputs import Job
-    from modules.step_cache import StepCache
+    from modules.blocks.step_cache import StepCache
+    from modules.generation.outputs import Job
+    from modules.generation.pipeline import Generator
 
 
 def main() -> None:
@@ -57,7 +57,7 @@ def generate(options: GenerationOptions) -> None:
     requests, typed = options.prompt.requests(), options
     check_model_files(options)
     if options.speed.plans:
-        from planning.generation import plan_memory
+        from modules.memory.generation import plan_memory
 
         options = plan_memory(options, requests)
     if options.speed.dry_run:
@@ -85,7 +85,7 @@ def generate_file(options: GenerationOptions, requests: Sequence[Request], origi
     Args:
         origin: the `surroundings` of the options as they were typed, before --vram_gb chose others.
     """
-    from modules.outputs import OutputFolder, remove_leftovers, run_keys, sampled_stem
+    from modules.generation.outputs import OutputFolder, remove_leftovers, run_keys, sampled_stem
     from utils.processes import process_share
 
     outputs = OutputFolder(options.output.save_path, options.output.output_type)
@@ -129,10 +129,10 @@ def _next_line() -> str:
 
 def compare(options: GenerationOptions, requests: Sequence[Request]) -> None:
     """--compare: every LoRA file at every multiplier for every prompt, with one seed and one load of the DiT."""
-    from hunyuan_model.variants import conditioned
-    from modules.compare import ComparisonOutput, Page, Row
-    from modules.outputs import Job, time_stamp
-    from networks.live import LiveLoras
+    from modules.generation.compare import ComparisonOutput, Page, Row
+    from modules.generation.outputs import Job, time_stamp
+    from modules.generation.variants import conditioned
+    from networks.hooks import LiveLoras
 
     seed = drawn_seed() if options.prompt.seed is None else options.prompt.seed
     requests = [dataclasses.replace(each, seed=seed if each.seed is None else each.seed) for each in requests]
@@ -173,7 +173,7 @@ def compare(options: GenerationOptions, requests: Sequence[Request]) -> None:
 def decode_saved(options: GenerationOptions) -> None:
     """--latent_path: only the VAE is loaded."""
     from hunyuan_model.checkpoints import read_vae_config
-    from modules.outputs import decoding_job, load_latents
+    from modules.generation.outputs import decoding_job, load_latents
 
     check_model_files(options)
     channels, output = read_vae_config(options.vae.vae).latent_channels, options.output
@@ -185,7 +185,7 @@ def decode_saved(options: GenerationOptions) -> None:
         jobs.append(decoding_job(path, settings, index, options.prompt.fps, not output.no_metadata))
         latents_of[jobs[-1].stem] = latents
     if options.speed.plans:
-        from planning.generation import plan_decoding, print_plan
+        from modules.memory.generation import plan_decoding, print_plan
 
         largest = max((latents.shape for latents in latents_of.values()), key=math.prod)
         options, rows = plan_decoding(options, largest)
@@ -200,7 +200,7 @@ def decode_saved(options: GenerationOptions) -> None:
 
 def save_merged_model(options: GenerationOptions) -> None:
     """--save_merged_model: the DiT's file with the LoRAs in its weights, tensor by tensor, and no video."""
-    from networks.merged_files import merge_files
+    from networks.files.merged_files import merge_files
     from utils.device_utils import DTYPES
     from utils.processes import own_device
 
@@ -221,13 +221,13 @@ def save_merged_model(options: GenerationOptions) -> None:
 
 def build_generator(options: GenerationOptions, keep_loaded: bool = False) -> "Generator":
     """The models, none of them loaded yet, and everything that the options say about using them."""
-    from dataset.source_pixels import source_pixels
     from hunyuan_model.attention import verify_attention
     from hunyuan_model.checkpoints import load_text_encoder_1, load_text_encoder_2, load_vae, read_dit_config
     from hunyuan_model.vae import SCALING_FACTOR
-    from modules.generation import Generator, LazyModel
-    from modules.outputs import OutputFolder
-    from modules.step_cache import StepCache
+    from modules.blocks.step_cache import StepCache
+    from modules.generation.outputs import OutputFolder
+    from modules.generation.pipeline import Generator, LazyModel
+    from modules.generation.source_pixels import source_pixels
     from utils.device_utils import default_dtype
     from utils.processes import own_device
 
@@ -264,7 +264,7 @@ def build_generator(options: GenerationOptions, keep_loaded: bool = False) -> "G
 
 def check_model_files(options: GenerationOptions) -> None:
     """Looks into every model file's header and into every LoRA, so that a wrong one is found before any is loaded."""
-    from hunyuan_model.model_files import CLIP, DIT, LLM, VAE, identify
+    from hunyuan_model.checkpoints.identification import CLIP, DIT, LLM, VAE, identify
 
     text = options.text
     for path, part in (
@@ -295,7 +295,7 @@ def load_merged_dit(options: GenerationOptions, device: "torch.device", fp8: boo
     Most of a small change would be lost in rounding that to the same value again: there LoRAs compute beside it.
     """
     from hunyuan_model.checkpoints import beside_swapped, load_dit, open_dit, read_dit_config
-    from networks.live import LiveLoras
+    from networks.hooks import LiveLoras
     from networks.merging import weight_changes
     from utils.device_utils import default_dtype
 
@@ -316,9 +316,9 @@ def load_ready_dit(
 ) -> "HYVideoDiffusionTransformer":
     """The DiT as it samples: merged, quantised, in place, compiled, with a step cache around its blocks."""
     from hunyuan_model.block_swap import enable_block_swap, offload_embedders
-    from modules.compilation import compile_blocks
-    from modules.step_cache import add_step_cache
-    from utils.fp8 import use_fp8_matmul
+    from hunyuan_model.quantization import use_fp8_matmul
+    from modules.blocks.compilation import compile_blocks
+    from modules.blocks.step_cache import add_step_cache
 
     speed = options.speed
     model = load_merged_dit(options, device, speed.fp8)
@@ -340,8 +340,8 @@ def new_job(
     options: GenerationOptions, request: Request, index: int, key: str | None = None, sampled: str | None = None
 ) -> "Job":
     """A request with its seed drawn and its files named; `sampled` is the stem of latents that are there already."""
-    from hunyuan_model.variants import conditioned
-    from modules.outputs import Job, stem, time_stamp
+    from modules.generation.outputs import Job, stem, time_stamp
+    from modules.generation.variants import conditioned
 
     if sampled is not None:
         request = dataclasses.replace(request, seed=int(sampled.split("_")[-2]))

@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from training.full_options import (
+from modules.training.full_options import (
     SAVE_MEMORY,
     FineTuningOptions,
     FullAttentionOptions,
@@ -27,17 +27,17 @@ from training.full_options import (
     FullTimestepOptions,
     FullTrainingOptions,
 )
-from training.options import HunyuanTrainerOptions
+from modules.training.hunyuan_options import HunyuanTrainerOptions
+from networks.files.metadata import checkpoint_metadata
 from utils.cli import print_table, run_script
 from utils.errors import UserError
-from utils.metadata import checkpoint_metadata
 
 if TYPE_CHECKING:
     import torch
 
     from hunyuan_model.models import HunyuanVideoConfig, HYVideoDiffusionTransformer
-    from modules.training_setup import Run
-    from modules.training_state import Progress
+    from modules.training.setup import Run
+    from modules.training.state import Progress
 
 
 @dataclass(frozen=True)
@@ -64,19 +64,19 @@ def main(argv: Sequence[str] | None = None) -> None:
     state = options.find_state()
     requests = options.preview_requests()
 
-    from hunyuan_model.model_files import identify
-    from modules.half_precision import HalfGradScaler
-    from modules.memory_plan import out_of_memory_in_one_line
-    from modules.trained_model import TrainedModel, trained_names
-    from modules.trainer import rehearse, train
-    from modules.training_setup import build_trainer, close_run, prepare_run
-    from training.hunyuan_video import (
+    from hunyuan_model.checkpoints.identification import identify
+    from modules.memory.plan import out_of_memory_in_one_line
+    from modules.training.full_model import TrainedModel, trained_names
+    from modules.training.half_precision import HalfGradScaler
+    from modules.training.hunyuan_video import (
         check_choices,
         create_previewer,
         load_datasets,
         read_dit_config,
         training_model,
     )
+    from modules.training.loop import rehearse, train
+    from modules.training.setup import build_trainer, close_run, prepare_run
 
     check_choices(options)
     run = prepare_run(options, state, lambda seed: load_datasets(options, seed))
@@ -130,7 +130,7 @@ def check_trained(options: Options, shapes: "Mapping[str, torch.Size]", names: s
     Raises:
         UserError: it does not.
     """
-    from modules.training_state import check_network
+    from modules.training.state import check_network
 
     check_dtypes(options, frozen=len(names) < len(shapes), run=run)
     if options.swap.img_in_txt_in_offloading and any(name.startswith(("img_in.", "txt_in.")) for name in names):
@@ -170,8 +170,8 @@ def print_memory(options: Options, shapes: "Mapping[str, torch.Size]", names: se
     Raises:
         UserError: the optimizer does not work with the dtype of the trained weights.
     """
-    from modules.half_precision import try_optimizer
-    from modules.memory_plan import in_words
+    from modules.memory.plan import in_words
+    from modules.training.half_precision import try_optimizer
     from utils.device_utils import DTYPES
 
     trained, frozen = DTYPES[options.tuning.dtype], DTYPES[options.saved_dtype]
@@ -190,7 +190,7 @@ def load_model(options: Options, names: set[str], run: "Run") -> "HYVideoDiffusi
     """The DiT with trained weights in the dtype of the training and all others in --dit_dtype."""
     from hunyuan_model.block_swap import offload_embedders
     from hunyuan_model.checkpoints import load_dit
-    from training.hunyuan_video import keep_less, verify_attention
+    from modules.training.hunyuan_video import keep_less, verify_attention
     from utils.device_utils import DTYPES
 
     device, attention = run.accelerator.device, options.attention.mode

@@ -22,24 +22,24 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING
 
-from modules.timestep_plot import show_timesteps
-from training.options import HunyuanTrainerOptions
+from modules.options import CompileOptions, require
+from modules.training.hunyuan_options import HunyuanTrainerOptions
+from modules.training.timestep_plot import show_timesteps
+from modules.training.training_options import NetworkOptions, TrainingMemoryOptions
+from networks.files.metadata import checkpoint_metadata
 from utils.cli import run_script, unused_options
 from utils.errors import UserError, did_you_mean
-from utils.metadata import checkpoint_metadata
-from utils.option_groups import CompileOptions, require
-from utils.training_options import NetworkOptions, TrainingMemoryOptions
 
 if TYPE_CHECKING:
     import torch
     from accelerate import Accelerator
 
     from hunyuan_model.models import HunyuanVideoConfig, HYVideoDiffusionTransformer
-    from modules.memory_plan import MemoryPlan, Settings
-    from modules.network_module import TrainedNetwork
-    from modules.training_setup import Run
-    from modules.training_state import Progress
-    from utils.memory_meter import ModelUsage
+    from modules.memory.meter import ModelUsage
+    from modules.memory.plan import MemoryPlan, Settings
+    from modules.training.network import TrainedNetwork
+    from modules.training.setup import Run
+    from modules.training.state import Progress
 
 
 @dataclass(frozen=True)
@@ -74,11 +74,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     state = options.find_state()
     requests = options.preview_requests()
 
-    from modules.network_module import import_network_module
-    from modules.trainer import rehearse, train
-    from modules.training_setup import build_trainer, close_run, prepare_run
-    from networks.lora_files import write_formats
-    from training.hunyuan_video import check_choices, create_previewer, load_datasets, training_model
+    from modules.training.hunyuan_video import check_choices, create_previewer, load_datasets, training_model
+    from modules.training.loop import rehearse, train
+    from modules.training.network import import_network_module
+    from modules.training.setup import build_trainer, close_run, prepare_run
+    from networks.files.lora_files import write_formats
 
     check_choices(options)
     check_own_choices(options)
@@ -121,9 +121,9 @@ def check_own_choices(options: Options) -> None:
     Raises:
         UserError: one is not.
     """
-    from modules.compilation import require_backend
-    from networks.format_table import FORMATS
-    from networks.formats import read_lora
+    from modules.blocks.compilation import require_backend
+    from networks.files.format_table import FORMATS
+    from networks.files.formats import read_lora
 
     if options.compile.compile:
         require_backend(options.compile.compile_backend)
@@ -149,10 +149,10 @@ def check_model(options: Options, module: ModuleType, run: "Run") -> int:
         UserError: not a HunyuanVideo DiT, caches of other text encoders, or a network or state that does not fit.
     """
     from hunyuan_model.block_swap import swapped_blocks
-    from modules.network_module import OWN_MODULES
-    from modules.training_state import check_network
-    from networks.lora_files import require_formats
-    from training.hunyuan_video import read_dit_config
+    from modules.training.hunyuan_video import read_dit_config
+    from modules.training.network import OWN_MODULES
+    from modules.training.state import check_network
+    from networks.files.lora_files import require_formats
 
     config = read_dit_config(options, run)
     swapped_blocks(options.swap.blocks_to_swap or 0, config.depth_double, config.depth_single, training=True)
@@ -172,9 +172,9 @@ def plan_memory(options: Options, module: ModuleType, run: "Run", trained: int) 
     """
     from hunyuan_model.block_swap import max_blocks_to_swap, swapped_blocks
     from hunyuan_model.checkpoints import read_dit_config
-    from hunyuan_model.memory import measure_dit
-    from modules import memory_plan as planner
-    from modules.distributed import least_of_processes
+    from modules.memory import plan as planner
+    from modules.memory.measure import measure_dit
+    from modules.training.distributed import least_of_processes
     from utils.device_utils import default_dtype
 
     config, batch, device = read_dit_config(options.dit.dit), run.train_set.largest_batch(), run.accelerator.device
@@ -231,8 +231,8 @@ def prepare(
     device: "torch.device",
 ) -> "torch.nn.Module | None":
     """Applies to a DiT without data what `create_trained` applies to the real one."""
-    from modules.network_module import OWN_MODULES
-    from training.hunyuan_video import keep_less
+    from modules.training.hunyuan_video import keep_less
+    from modules.training.network import OWN_MODULES
 
     made = new_network(options, module, dit) if module.__name__ in OWN_MODULES else None
     if made is not None:
@@ -246,7 +246,7 @@ def trained_shapes(options: Options, module: ModuleType, config: "HunyuanVideoCo
     import torch
 
     from hunyuan_model.models import HYVideoDiffusionTransformer
-    from networks.lora_files import load_native
+    from networks.files.lora_files import load_native
 
     if options.network.dim_from_weights:
         tensors = load_native(options.network.network_weights)
@@ -258,7 +258,7 @@ def trained_shapes(options: Options, module: ModuleType, config: "HunyuanVideoCo
 
 def new_network(options: Options, module: ModuleType, dit: "HYVideoDiffusionTransformer") -> "torch.nn.Module":
     """A network by the options, without a word."""
-    from modules.network_module import create_network
+    from modules.training.network import create_network
 
     network = options.network
     with contextlib.redirect_stdout(io.StringIO()):
@@ -286,8 +286,8 @@ def with_settings(options: Options, settings: "Settings") -> Options:
 def load_model(options: Options, accelerator: "Accelerator") -> "HYVideoDiffusionTransformer":
     """The frozen DiT with --base_weights merged; the blocks that will be swapped are on the CPU."""
     from hunyuan_model.checkpoints import beside_swapped, load_dit, open_dit, read_dit_config
+    from modules.training.hunyuan_video import verify_attention
     from networks.merging import weight_changes
-    from training.hunyuan_video import verify_attention
     from utils.device_utils import default_dtype
 
     path, swap, device = options.dit.dit, options.swap.blocks_to_swap or 0, accelerator.device
@@ -306,11 +306,11 @@ def create_trained(
     import torch
 
     from hunyuan_model.block_swap import enable_block_swap, offload_embedders
-    from modules.compilation import compile_blocks
-    from modules.network_module import TrainedNetwork, create_network, create_network_from_weights
-    from networks.format_table import FORMATS
-    from networks.formats import read_lora, to_tensors
-    from training.hunyuan_video import keep_less
+    from modules.blocks.compilation import compile_blocks
+    from modules.training.hunyuan_video import keep_less
+    from modules.training.network import TrainedNetwork, create_network, create_network_from_weights
+    from networks.files.format_table import FORMATS
+    from networks.files.formats import read_lora, to_tensors
 
     network, device = options.network, run.accelerator.device
     torch.manual_seed(run.progress.seed)

@@ -15,13 +15,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from networks.format_table import FORMATS
+from networks.files.format_table import FORMATS
 from utils.cli import option, parse_options, print_table, run_script
 from utils.errors import UserError, did_you_mean
 from utils.files import refuse_overwriting
 
 if TYPE_CHECKING:
-    from networks.formats import Lora
+    from networks.files.formats import Lora
 
 DTYPE_WORDS = ("float32", "fp32", "float", "float16", "fp16", "bfloat16", "bf16")
 
@@ -59,7 +59,7 @@ class OutputOptions:
 
     def write(self, lora: "Lora", title: str, rows: list[tuple[str, object]]) -> None:
         """Writes the LoRA and prints what was done."""
-        from networks.formats import write_lora
+        from networks.files.formats import write_lora
         from utils.device_utils import DTYPES
 
         format_ = lora.format if self.target is None else FORMATS[self.target]
@@ -123,7 +123,7 @@ def info(argv: list[str]) -> None:
     if options.png is not None:
         refuse_overwriting("--png", options.png, files.path)
 
-    from networks.formats import read_lora
+    from networks.files.formats import read_lora
     from networks.inspection import block_table, draw_norms
 
     lora = read_lora(files.only, allow_partial=True)
@@ -148,8 +148,8 @@ def merge(argv: list[str]) -> None:
     if len(multipliers) != len(files.path):
         raise UserError(f"--multiplier: {len(given)} values for {len(files.path)} files; give one each, or one")
 
-    from networks.formats import read_lora
-    from networks.surgery import concatenate, reduce_rank
+    from networks.files.formats import read_lora
+    from networks.lora_ops import concatenate, reduce_rank
 
     lora = concatenate([read_lora(path) for path in files.path], multipliers)
     if options.rank is not None:
@@ -163,8 +163,8 @@ def resize(argv: list[str]) -> None:
     refuse_overwriting("--output_file", output.output_file, files.path)
 
     from networks.comparison import worst_difference
-    from networks.formats import read_lora
-    from networks.surgery import reduce_rank
+    from networks.files.formats import read_lora
+    from networks.lora_ops import reduce_rank
 
     lora = read_lora(files.only)
     smaller = reduce_rank(lora, options.rank, options.energy)
@@ -191,8 +191,8 @@ def ema(argv: list[str]) -> None:
     if len(files.path) < 2:
         raise UserError("ema: two files or more are expected")
 
-    from networks.formats import read_lora
-    from networks.surgery import average, decays
+    from networks.files.formats import read_lora
+    from networks.lora_ops import average, decays
 
     paths = files.path if options.no_sort else sorted(files.path, key=os.path.getmtime)
     keep = decays(len(paths), options.beta, options.beta2, options.sigma_rel)

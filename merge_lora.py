@@ -49,7 +49,7 @@ def main() -> None:
     (options,) = parse_options(__doc__, MergeOptions)
 
     from hunyuan_model.checkpoints import read_dit_config
-    from networks.merged_files import merge_files
+    from networks.files.merged_files import merge_files
     from utils.device_utils import DTYPES, resolve_device
 
     device = resolve_device(options.device)

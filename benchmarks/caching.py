@@ -28,8 +28,8 @@ from benchmarks.comparison import Comparison, print_comparisons
 from dataset.config_utils import load_dataset_config
 from dataset.intake import take_in
 from dataset.latent_caching import LatentWriter, Outcome, begin, encode, load_members, tasks_of
+from examples.tiny_models import write_tiny_models
 from tests.media_samples import write_caption, write_video
-from utils.tiny_models import write_tiny_models
 
 ROOT = Path(__file__).resolve().parent.parent
 LIMIT_MB, LIMIT_SECONDS = 1500, 2
@@ -109,7 +109,8 @@ def again(folder: Path) -> Iterator[Comparison]:
     config = write_clips(folder, 300, 9, (64, 32))
     vae = write_tiny_models(folder / "models").vae
     command = [sys.executable, "cache_latents.py", "--dataset_config", config, "--vae", vae, "--device", "cpu"]
-    imports = "import cache_latents, dataset.intake, dataset.latent_caching, dataset.report, hunyuan_model.model_files"
+    modules = "cache_latents, dataset.intake, dataset.latent_caching, dataset.report, hunyuan_model.checkpoints"
+    imports = f"import {modules}"
     seconds = {}
     for name, words in (("first", command), ("second", command), ("imports", [sys.executable, "-c", imports])):
         start = time.perf_counter()

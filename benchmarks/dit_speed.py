@@ -18,7 +18,7 @@ from torch import Tensor
 from benchmarks.comparison import Comparison, print_comparisons
 from benchmarks.saved_bytes import inputs, new_model
 from benchmarks.throughput import forward_operations, matrix_product_rate, timed
-from hunyuan_model.key_maps import dit_from_official
+from hunyuan_model.checkpoints.names import dit_from_official
 from hunyuan_model.models import HYVideoDiffusionTransformer
 from utils.device_utils import dtype_word, resolve_device
 

@@ -27,8 +27,8 @@ from PIL import Image
 from benchmarks.comparison import Comparison, print_comparisons
 from benchmarks.loading_memory import MB
 from benchmarks.planner_memory import LIMIT, MALLOC
-from modules.memory_plan import DEVICE_OVERHEAD, FRAGMENTATION, GIB
-from utils.tiny_models import ClipSize, DitSize, LlmSize, VaeSize, clip_shapes, dit_shapes, llm_shapes, vae_shapes
+from examples.tiny_models import ClipSize, DitSize, LlmSize, VaeSize, clip_shapes, dit_shapes, llm_shapes, vae_shapes
+from modules.memory.plan import DEVICE_OVERHEAD, FRAGMENTATION, GIB
 
 ROOT = Path(__file__).resolve().parent.parent
 TOKENIZERS = ROOT / "examples" / "shapes" / "models"

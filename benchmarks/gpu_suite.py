@@ -25,14 +25,14 @@ from benchmarks.comparison import Comparison
 from benchmarks.throughput import copy_bandwidth, forward_operations, matrix_product_rate, timed
 from hunyuan_model.block_swap import BlockSwap, enable_block_swap, swapped_blocks
 from hunyuan_model.checkpoints import is_quantized_in_dit
-from hunyuan_model.memory import measure_dit
 from hunyuan_model.models import HunyuanVideoConfig, HYVideoDiffusionTransformer
-from modules.memory_plan import GIB, MOMENTS, Prediction, predict
+from hunyuan_model.quantization import quantize_linears
+from modules.memory.measure import measure_dit
+from modules.memory.plan import GIB, MOMENTS, Prediction, predict
 from tests.small_dit import prepare
 from utils.cli import print_table
 from utils.device_utils import is_out_of_memory, release_memory
 from utils.files import write_text
-from utils.fp8 import quantize_linears
 
 TEXT_TOKENS = 64
 RANK = 32

@@ -19,9 +19,9 @@ from pathlib import Path
 import torch
 
 from benchmarks.comparison import Comparison, print_comparisons
+from examples.tiny_models import DitSize, dit_shapes
 from hunyuan_model.checkpoints import load_dit
 from utils.safetensors_utils import save_file
-from utils.tiny_models import DitSize, dit_shapes
 
 LIMIT = 1.1
 MB = 1e6

@@ -18,8 +18,8 @@ import torch
 
 from benchmarks.comparison import Comparison, print_comparisons
 from benchmarks.loading_memory import MB, resident
+from examples.tiny_models import DitSize, dit_shapes
 from utils.safetensors_utils import iterate_tensors, load_file, save_file, streamed_file
-from utils.tiny_models import DitSize, dit_shapes
 
 LIMIT = 1e9
 RANK, ALPHA = 32, 16.0

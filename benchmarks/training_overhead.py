@@ -58,7 +58,7 @@ class Alternation:
 def measure(words: list[str]) -> Alternation:
     """Runs the script with a bare step between its steps."""
     import hv_train_network
-    from modules import trainer as loop
+    from modules.training import loop as loop
 
     alternation, after_step = Alternation(), loop.after_step
 
@@ -80,8 +80,8 @@ def main(argv: Sequence[str] | None = None) -> list[Comparison]:
     parser.add_argument("--steps", type=int, default=100, help="steps that are measured (default: 100)")
     options = parser.parse_args(argv)
 
+    from examples.tiny_models import write_tiny_models
     from tests.training_world import command, write_world
-    from utils.tiny_models import write_tiny_models
 
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
-from utils.attention_modes import require_attention
+from hunyuan_model.attention_modes import require_attention
 from utils.device_utils import dtype_word
 from utils.errors import UserError, one_line
 

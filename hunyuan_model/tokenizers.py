@@ -13,7 +13,7 @@ import torch
 from tokenizers import Encoding, Tokenizer
 from torch import Tensor
 
-from utils import bpe_tokenizers
+from hunyuan_model import bpe_tokenizers
 from utils.errors import UserError, one_line
 from utils.files import read_text
 

@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 from networks.factors import Factors
-from networks.format_table import NATIVE
-from networks.lora_files import load_native, native_tensors, save_native
+from networks.files.format_table import NATIVE
+from networks.files.lora_files import load_native, native_tensors, save_native
 from networks.merging import write_weight
 from networks.targets import find_targets, is_linear, read_arguments
 from utils.errors import UserError

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from networks.factors import Factors, LoraFactors
-from networks.formats import Lora
+from networks.files.formats import Lora
 from utils.errors import UserError
 
 

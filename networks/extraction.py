@@ -8,10 +8,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from hunyuan_model.checkpoints import DitTensors, open_dit
-from hunyuan_model.key_maps import DIT_TO_DIFFUSERS
-from networks.formats import Lora
-from networks.names import block_template
-from networks.surgery import extract, with_rank_metadata
+from hunyuan_model.checkpoints.names import DIT_TO_DIFFUSERS
+from networks.files.formats import Lora
+from networks.files.names import block_template
+from networks.lora_ops import extract, with_rank_metadata
 from utils.errors import UserError
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from PIL import Image, ImageDraw
 
 from networks.factors import Factors
-from networks.formats import Lora
+from networks.files.formats import Lora
 from utils.files import atomic_path
 
 CELL, MARGIN = 18, 170

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from networks.factors import Factors
-from networks.formats import Lora, read_lora
+from networks.files.formats import Lora, read_lora
 from utils.errors import UserError
 
 

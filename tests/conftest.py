@@ -25,7 +25,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.fixture(scope="session")
 def tiny_models(tmp_path_factory: pytest.TempPathFactory):
-    """The small model set of `utils.tiny_models` in a folder of this session."""
-    from utils.tiny_models import write_tiny_models
+    """The small model set of `examples.tiny_models` in a folder of this session."""
+    from examples.tiny_models import write_tiny_models
 
     return write_tiny_models(tmp_path_factory.mktemp("models"))

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from hunyuan_model.models import HunyuanVideoConfig, HYVideoDiffusionTransformer
-from modules.activation_checkpointing import checkpoint_activations, recompute_cheap
+from modules.blocks.activation_checkpointing import checkpoint_activations, recompute_cheap
 from networks.lora import create_arch_network
 
 

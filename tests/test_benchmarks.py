@@ -16,8 +16,8 @@ from benchmarks.gpu_suite import Case, Result, random_dit, start_training, strea
 from benchmarks.throughput import forward_operations
 from hunyuan_model.block_swap import BlockSwap, enable_block_swap
 from hunyuan_model.models import MMDoubleStreamBlock, MMSingleStreamBlock
+from hunyuan_model.quantization import FP8
 from tests.small_dit import small_config
-from utils.fp8 import FP8
 
 FOLDER = Path(__file__).parents[1] / "benchmarks"
 

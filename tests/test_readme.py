@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 
 from lora_tool import COMMANDS
+from modules.generation.requests import KEYS
 from utils.errors import UserError
-from utils.prompt_files import KEYS
 
 ROOT = Path(__file__).parent.parent
 READMES = ("README.md", "README.ja.md")

@@ -12,8 +12,8 @@ from accelerate.state import AcceleratorState, GradientState
 from dataset.cache import Manifest, text_cache_path, write_latent_cache, write_text_cache
 from dataset.config_utils import load_dataset_config
 from dataset.items import Probe, made_from, plan_items
+from examples.tiny_models import DitSize, dit_shapes, random_weights
 from utils.safetensors_utils import load_file
-from utils.tiny_models import DitSize, dit_shapes, random_weights
 
 STAMP = [1000, 0]
 

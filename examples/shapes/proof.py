@@ -16,10 +16,10 @@ from statistics import fmean
 from examples.shapes.judge import Verdict, judge_video, score
 from examples.shapes.scripts import cache, models_in, run
 from examples.shapes.world import CONCEPT, Scene, random_scene, write_dataset
+from examples.tiny_models import TinyModels
 from utils.cli import print_table, run_script
 from utils.errors import UserError
 from utils.files import write_text
-from utils.tiny_models import TinyModels
 
 SHIPPED = Path(__file__).parent / "models"
 CLIPS, REPEATS, KNOWN_CLIPS, BATCH_SIZE = 12, 2, 24, 6

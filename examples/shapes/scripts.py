@@ -4,8 +4,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from examples.tiny_models import TinyModels
 from utils.errors import UserError
-from utils.tiny_models import TinyModels
 
 ROOT = Path(__file__).resolve().parents[2]
 # Before a training script: two processes of one thread each.

@@ -12,7 +12,7 @@ from pathlib import Path
 from torch import Tensor
 
 from examples.shapes.judge import Verdict, judge, videos_in
-from modules.compare import Page, Row
+from modules.generation.compare import Page, Row
 from utils.cli import run_script
 from utils.errors import UserError
 from utils.video_io import read_video, to_uint8

@@ -4,10 +4,10 @@ import random
 from pathlib import Path
 
 from examples.shapes.world import random_scene
+from examples.tiny_models import ClipSize, DitSize, LlmSize, dit_shapes, random_weights, write_clip, write_llm
+from examples.tiny_tokenizers import clip_tokenizer, llama_tokenizer
 from hunyuan_model.tokenizers import ROUND_TRIP, VIDEO_TEMPLATE
 from utils.safetensors_utils import load_file, save_file
-from utils.tiny_models import ClipSize, DitSize, LlmSize, dit_shapes, random_weights, write_clip, write_llm
-from utils.tiny_tokenizers import clip_tokenizer, llama_tokenizer
 
 DIT = DitSize(hidden=128, heads=4, double_blocks=3, single_blocks=6, text_dim=64, text_dim_2=128)
 # Random layers that blur little: words stay apart in the LLM's states, and in CLIP's, whose end token attends evenly,

@@ -41,8 +41,8 @@ MISTAKES = {
 }
 WITH_MISTAKE = """
 from hv_train_network import main
-from modules import trainer
-from training import hunyuan_video
+from modules.training import loop as trainer
+from modules.training import hunyuan_video
 
 mixed, velocity = trainer.interpolate, trainer.velocity_target
 {}

@@ -5,7 +5,7 @@ import torch
 from PIL import Image
 
 from examples.shapes.sheet import FPS, SCALE, read_clips, write_sheet
-from modules.compare import LABEL_HEIGHT, MARGIN, Page
+from modules.generation.compare import LABEL_HEIGHT, MARGIN, Page
 from tests.saved_files import frames
 from utils.errors import UserError
 from utils.video_io import save_video

@@ -8,8 +8,8 @@ import sys
 import pytest
 import torch
 
+from hunyuan_model.quantization import has_fp8_matmul
 from utils.device_utils import release_memory
-from utils.fp8 import has_fp8_matmul
 from utils.safetensors_utils import load_file
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA and -m gpu")]

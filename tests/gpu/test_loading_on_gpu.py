@@ -6,11 +6,11 @@ pytest tests/gpu -m gpu
 import pytest
 import torch
 
+from examples.tiny_models import DitSize, dit_shapes, random_weights
 from hunyuan_model.attention import TOLERANCE, verify_attention
 from hunyuan_model.checkpoints import load_dit
+from hunyuan_model.quantization import FP8, Fp8Linear, has_fp8_matmul
 from tests.hunyuan_model.model_layouts import DIT_LAYOUTS
-from utils.fp8 import FP8, Fp8Linear, has_fp8_matmul
-from utils.tiny_models import DitSize, dit_shapes, random_weights
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA and -m gpu")]
 

@@ -12,16 +12,16 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from hunyuan_model.attention import SAGE_TOLERANCE, TOLERANCE, attention_backend, exact_attention
+from hunyuan_model.attention_modes import ATTENTION_MODES
 from hunyuan_model.block_swap import enable_block_swap, swapped_blocks
 from hunyuan_model.checkpoints import is_quantized_in_dit
-from hunyuan_model.memory import measure_dit
 from hunyuan_model.models import HYVideoDiffusionTransformer
-from modules import parking
-from modules.memory_plan import predict
+from hunyuan_model.quantization import quantize_linears
+from modules.blocks import activation_offload as parking
+from modules.memory.measure import measure_dit
+from modules.memory.plan import predict
 from tests.small_dit import prepare, random_dit, small_config
-from utils.attention_modes import ATTENTION_MODES
 from utils.device_utils import release_memory
-from utils.fp8 import quantize_linears
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA and -m gpu")]
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from hunyuan_model.key_maps import dit_from_official, dit_parts
+from hunyuan_model.checkpoints.names import dit_from_official, dit_parts
 
 Weights = dict[str, torch.Tensor]
 FP8 = torch.float8_e4m3fn

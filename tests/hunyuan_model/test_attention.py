@@ -12,8 +12,8 @@ from torch import Tensor
 
 from hunyuan_model import attention
 from hunyuan_model.attention import attention_backend, exact_attention, verify_attention
+from hunyuan_model.attention_modes import ATTENTION_MODES, require_attention
 from hunyuan_model.models import HunyuanVideoConfig, HYVideoDiffusionTransformer
-from utils.attention_modes import ATTENTION_MODES, require_attention
 from utils.errors import UserError
 
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from hunyuan_model.block_swap import enable_block_swap, max_blocks_to_swap, offload_embedders, swapped_blocks
 from hunyuan_model.models import HYVideoDiffusionTransformer
-from modules.activation_checkpointing import checkpoint_activations
+from modules.blocks.activation_checkpointing import checkpoint_activations
 from networks.lora import create_arch_network
 from tests.small_dit import random_dit, small_config
 from utils.errors import UserError

@@ -228,7 +228,7 @@ def test_drop_padding() -> None:
 
 
 def test_gradient_checkpointing_changes_nothing() -> None:
-    from modules.activation_checkpointing import checkpoint_activations
+    from modules.blocks.activation_checkpointing import checkpoint_activations
 
     gradients = []
     for checkpointing in (False, True):

@@ -11,8 +11,9 @@ import torch
 from tokenizers import Tokenizer, pre_tokenizers
 from transformers import CLIPTextModel, CLIPTokenizer, LlamaForCausalLM, LlamaTokenizer
 
+from hunyuan_model import bpe_tokenizers
 from hunyuan_model.checkpoints import load_text_encoder_1, load_text_encoder_2
-from hunyuan_model.tensor_files import Checkpoint
+from hunyuan_model.checkpoints.tensors import Checkpoint
 from hunyuan_model.text_encoder import (
     LlmTextEncoder,
     clip_config_from_shapes,
@@ -29,7 +30,6 @@ from hunyuan_model.tokenizers import (
     find_tokenizer,
     llm_tokenizer,
 )
-from utils import bpe_tokenizers
 from utils.errors import UserError
 from utils.safetensors_utils import read_header
 

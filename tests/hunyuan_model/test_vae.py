@@ -9,8 +9,8 @@ from diffusers import AutoencoderKLHunyuanVideo
 from hunyuan_model.vae import AutoencoderKLCausal3D, VaeConfig
 from hunyuan_model.vae_layers import WINDOW_ELEMENTS, CausalConv3d, Clip, Downsample, ResnetBlock
 from hunyuan_model.vae_tiling import blend_weights, overlapping, pixel_spans, run_tiles
+from modules.memory.meter import MemoryMeter
 from utils.errors import UserError
-from utils.memory_meter import MemoryMeter
 
 KEYS = Path(__file__).parent.parent / "data" / "hunyuanvideo_vae_keys.tsv"
 

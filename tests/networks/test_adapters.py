@@ -8,11 +8,11 @@ import torch
 from torch import nn
 
 from hunyuan_model.models import HunyuanVideoConfig, HYVideoDiffusionTransformer
+from hunyuan_model.quantization import Fp8Linear, quantize_linears
 from networks import loha, lokr, lora
 from networks.merging import weight_changes
 from networks.targets import find_targets
 from utils.errors import UserError
-from utils.fp8 import Fp8Linear, quantize_linears
 from utils.safetensors_utils import load_file
 
 CONFIG = HunyuanVideoConfig(

@@ -7,7 +7,7 @@ import torch
 
 from networks.comparison import relative_difference, worst_difference
 from networks.factors import LohaFactors, LoraFactors
-from networks.formats import Lora
+from networks.files.formats import Lora
 from utils.errors import UserError
 
 

@@ -27,10 +27,10 @@ from dataset.latent_caching import noise_for
 from dataset.media import load_image, resize_to_bucket
 from dataset.sources import list_sources
 from hunyuan_model.vae import AutoencoderKLCausal3D
+from modules.memory.meter import MemoryMeter, nbytes
 from tests.media_samples import number_of, write_caption, write_image, write_video
 from tests.platforms import needs_posix
 from utils.errors import UserError
-from utils.memory_meter import MemoryMeter, nbytes
 from utils.safetensors_utils import load_file, read_header
 
 ROOT = Path(__file__).parents[2]
@@ -323,8 +323,8 @@ def test_a_dry_run_predicts_what_encoding_really_needs(world: World, monkeypatch
         used.append(meter.peak + nbytes(pixels) + sum(map(nbytes, vae.parameters())))
         return posterior
 
-    monkeypatch.setattr("modules.memory_plan.DEVICE_OVERHEAD", 0)
-    monkeypatch.setattr("modules.memory_plan.FRAGMENTATION", 1)
+    monkeypatch.setattr("modules.memory.plan.DEVICE_OVERHEAD", 0)
+    monkeypatch.setattr("modules.memory.plan.FRAGMENTATION", 1)
     printed = world.run("--dry_run")
     assert "memory plan, batch of 1, 32x32x5" in printed
     assert not world.caches()
@@ -339,7 +339,7 @@ def test_vram_gb_chooses_the_tiles_unless_the_user_has(world: World, monkeypatch
         return {None: 20, 256: 10, 128: 5, 64: 2}[tile] << 30
 
     chosen, configure = [], AutoencoderKLCausal3D.configure_memory
-    monkeypatch.setattr("hunyuan_model.memory.estimate_vae", estimate)
+    monkeypatch.setattr("modules.memory.measure.estimate_vae", estimate)
     monkeypatch.setattr(
         AutoencoderKLCausal3D, "configure_memory", lambda vae, *sizes: chosen.append(sizes) or configure(vae, *sizes)
     )

@@ -438,7 +438,7 @@ def test_vram_gb_takes_fp8_where_the_llm_does_not_fit_without(run, dataset, monk
         counted.append(captions)
         return (14 - 7 * fp8) << 30
 
-    monkeypatch.setattr("planning.text_encoder.measure_text_encoder_1", measure)
+    monkeypatch.setattr("modules.memory.text_encoder.measure_text_encoder_1", measure)
     run("--vram_gb", 24)
     (path,) = (dataset.parent / "cache").glob("cat*.safetensors")
     plain = path.read_bytes()

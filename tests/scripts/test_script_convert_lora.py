@@ -11,11 +11,10 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "networks"))
 
-from lora_reference import random_file, updates
-
 import convert_lora
+from networks.files.metadata import model_hashes
+from tests.networks.files.lora_reference import random_file, updates
 from utils.cli import run_script
-from utils.metadata import model_hashes
 from utils.safetensors_utils import load_file, read_header, save_file
 
 ROOT = Path(__file__).parent.parent.parent
@@ -156,7 +155,7 @@ def test_verify_finds_a_wrong_conversion(tmp_path, monkeypatch, capsys):
         return dataclasses.replace(factors, alpha=None, up=factors.up * factors.scale**0.5)
 
     save_file(random_file("default", seed=1), tmp_path / "in.safetensors")
-    monkeypatch.setattr("networks.formats.fold_alpha", wrong)
+    monkeypatch.setattr("networks.files.formats.fold_alpha", wrong)
     (tmp_path / "out.safetensors").write_bytes(b"of an earlier run")
     before = set(tmp_path.iterdir())
     words = ("--input", tmp_path / "in.safetensors", "--output", tmp_path / "out.safetensors", "--target", "other")

@@ -251,7 +251,7 @@ def test_what_the_machine_lacks_is_one_line_for_each_video(generate, monkeypatch
         ("save_pixels", torch.OutOfMemoryError("CUDA out of memory"), "out of memory; use a smaller size"),
     ):
         with monkeypatch.context() as patch:
-            patch.setattr(f"modules.outputs.OutputFolder.{name}", failing(error))
+            patch.setattr(f"modules.generation.outputs.OutputFolder.{name}", failing(error))
             with pytest.raises(UserError, match=f"1 of 1 videos failed: .*{complaint}"):
                 generate("--prompt=cat")
     assert "Traceback" not in capfd.readouterr().err
@@ -311,9 +311,9 @@ def test_video_to_video_keeps_what_strength_leaves(generate, tmp_path):
 def test_image_to_video_takes_an_image_and_only_where_the_model_does(generate, tiny_models, tmp_path):
     from PIL import Image
 
+    from examples.tiny_models import DitSize, dit_shapes, random_weights
     from utils.errors import UserError
     from utils.safetensors_utils import read_header, save_file
-    from utils.tiny_models import DitSize, dit_shapes, random_weights
 
     skyreels = tmp_path / "skyreels.safetensors"
     save_file(random_weights(dit_shapes(DitSize(in_channels=32)), 0), skyreels)
@@ -348,9 +348,9 @@ def test_a_training_preview_has_the_same_latents(generate, tiny_models, tmp_path
     from accelerate import Accelerator
 
     from hunyuan_model.checkpoints import load_dit, load_text_encoder_1, load_text_encoder_2
-    from modules.generation import LazyModel, encode_texts
-    from modules.previews import Previewer
-    from utils.prompt_files import Request, parse_line
+    from modules.generation.pipeline import LazyModel, encode_texts
+    from modules.generation.requests import Request, parse_line
+    from modules.training.previews import Previewer
 
     cpu = torch.device("cpu")
     line = "cat --w 48 --h 32 --f 5 --s 3 --fs 7 --l 2 --n dog --d 11"

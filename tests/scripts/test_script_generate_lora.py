@@ -12,7 +12,7 @@ from tests.saved_files import frames, only, saved_latents
 def load_sampling_dit(tiny_models):
     """The DiT as the script would sample with it, for these options."""
     import hv_generate_video
-    from utils.generation_options import parse_generation_options
+    from modules.generation.options import parse_generation_options
 
     def load(*words: object):
         models = [f"--{name}={path}" for name, path in vars(tiny_models).items()]
@@ -94,7 +94,7 @@ def test_a_wrong_lora_is_found_before_a_model_is_loaded(generate, loras, tmp_pat
 
 
 def test_merged_is_applied(load_sampling_dit, dit_inputs, loras):
-    from networks.live import LiveLoras
+    from networks.hooks import LiveLoras
 
     merged = load_sampling_dit("--lora_weight", *loras, "--lora_multiplier", 0.7, -0.5)
     model = load_sampling_dit()
@@ -109,7 +109,7 @@ def test_merged_is_applied(load_sampling_dit, dit_inputs, loras):
 
 
 def test_a_live_lora_of_another_width_changes_nothing(load_sampling_dit, dit_inputs, loras, tmp_path):
-    from networks.live import LiveLoras
+    from networks.hooks import LiveLoras
     from utils.errors import UserError
     from utils.safetensors_utils import save_file
 
@@ -126,7 +126,7 @@ def test_a_live_lora_of_another_width_changes_nothing(load_sampling_dit, dit_inp
 
 
 def test_loras_are_merged_before_the_weights_become_fp8(load_sampling_dit, loras):
-    from utils.fp8 import Fp8Linear
+    from hunyuan_model.quantization import Fp8Linear
 
     merged = load_sampling_dit("--lora_weight", loras[0])
     quantized = load_sampling_dit("--lora_weight", loras[0], "--fp8")
@@ -167,7 +167,7 @@ def test_merged_model_is_a_model_that_samples_like_the_lora(generate, loras, tmp
 
 
 def test_compare_keeps_the_latents_if_the_page_cannot_be_saved(generate, loras, tmp_path, monkeypatch):
-    from modules.compare import Page
+    from modules.generation.compare import Page
 
     def interrupted(*arguments):
         raise KeyboardInterrupt

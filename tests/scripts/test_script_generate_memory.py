@@ -6,9 +6,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from modules.generation import Generator, LazyModel
+from modules.generation.pipeline import Generator, LazyModel
+from modules.memory.meter import MemoryMeter
 from utils.errors import UserError
-from utils.memory_meter import MemoryMeter
 from utils.safetensors_utils import load_file
 
 
@@ -27,7 +27,7 @@ def test_dry_run_prints_what_is_needed_and_loads_nothing(generate, capfd, monkey
 
 
 def test_vram_gb_swaps_blocks_and_the_video_stays_the_same(generate, capfd, monkeypatch):
-    monkeypatch.setattr("modules.memory_plan.DEVICE_OVERHEAD", 0)
+    monkeypatch.setattr("modules.memory.plan.DEVICE_OVERHEAD", 0)
     words = ["--prompt", "a cat", "--seed", 3, "--output_type", "latent", "--fp8"]
     plain = latents_of(generate(*words, folder="plain"))
     capfd.readouterr()
@@ -75,7 +75,7 @@ def test_dry_run_of_saved_latents_plans_their_decoding(tiny_models, tmp_path, mo
 def test_what_vram_gb_chooses_is_said_once_and_finished_lines_stay_finished(generate, tmp_path, capfd, monkeypatch):
     from utils.video_io import read_metadata
 
-    monkeypatch.setattr("modules.memory_plan.DEVICE_OVERHEAD", 0)
+    monkeypatch.setattr("modules.memory.plan.DEVICE_OVERHEAD", 0)
     (tmp_path / "prompts.txt").write_text("cat --w 50 --d 1\n")
     words = ["--from_file", tmp_path / "prompts.txt", "--output_type=latent", "--blocks_to_swap=0"]
     generate(*words, "--dry_run")
@@ -95,8 +95,8 @@ def test_what_vram_gb_chooses_is_said_once_and_finished_lines_stay_finished(gene
 @pytest.mark.parametrize("captions", [1, 16])
 def test_text_encoder_1_is_planned_as_it_works(tiny_models, fp8, captions):
     from hunyuan_model.checkpoints import load_text_encoder_1
-    from hunyuan_model.memory import measure_text_encoder_1
-    from utils.memory_meter import MemoryMeter, nbytes
+    from modules.memory.measure import measure_text_encoder_1
+    from modules.memory.meter import MemoryMeter, nbytes
 
     llm = load_text_encoder_1(tiny_models.text_encoder1, "cpu", torch.float32, fp8)
     with MemoryMeter() as meter:
@@ -107,8 +107,10 @@ def test_text_encoder_1_is_planned_as_it_works(tiny_models, fp8, captions):
 
 
 def test_vram_gb_takes_fp8_for_text_encoder_1_where_it_does_not_fit_otherwise(generate, monkeypatch, capfd):
-    monkeypatch.setattr("modules.memory_plan.DEVICE_OVERHEAD", 0)
-    monkeypatch.setattr("planning.text_encoder.measure_text_encoder_1", lambda _, dtype, fp8, n: (15 - 8 * fp8) << 30)
+    monkeypatch.setattr("modules.memory.plan.DEVICE_OVERHEAD", 0)
+    monkeypatch.setattr(
+        "modules.memory.text_encoder.measure_text_encoder_1", lambda _, dtype, fp8, n: (15 - 8 * fp8) << 30
+    )
     chosen = []
     for limit in (24, 12, 6):
         generate("--prompt=cat", "--dry_run", "--vram_gb", limit)
@@ -123,9 +125,9 @@ def test_only_swapped_blocks_pass_through_main_memory(tiny_models, monkeypatch):
     """The meta device takes the place of a GPU; nothing can be computed on it."""
     from hunyuan_model import checkpoints
     from hunyuan_model.block_swap import swapped_blocks
-    from hunyuan_model.checkpoints import _Weights
+    from hunyuan_model.checkpoints.load import _Weights
     from hv_generate_video import load_merged_dit
-    from utils.generation_options import parse_generation_options
+    from modules.generation.options import parse_generation_options
 
     monkeypatch.setattr(_Weights, "_finite", lambda self, name, tensor: tensor)
     monkeypatch.setattr(checkpoints, "load_dit", lambda *words, load=checkpoints.load_dit, **_: load(*words))
@@ -141,8 +143,8 @@ def test_only_swapped_blocks_pass_through_main_memory(tiny_models, monkeypatch):
 
 def test_a_merge_before_fp8_never_holds_the_wide_weights(tiny_models, loras, tmp_path):
     from hv_generate_video import load_merged_dit
-    from utils.generation_options import parse_generation_options
-    from utils.memory_meter import MemoryMeter, nbytes
+    from modules.generation.options import parse_generation_options
+    from modules.memory.meter import MemoryMeter, nbytes
     from utils.safetensors_utils import save_file
 
     save_file(torch.load(tiny_models.dit, weights_only=True)["module"], tmp_path / "dit.safetensors")  # .pt is mapped

@@ -11,14 +11,13 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "networks"))
 
-from lora_reference import random_file, updates
-
 import lora_tool
 import merge_lora
-from networks.surgery import decays, gamma_of
+from examples.tiny_models import DitSize, dit_shapes, random_weights
+from networks.lora_ops import decays, gamma_of
+from tests.networks.files.lora_reference import random_file, updates
 from utils.cli import run_script
 from utils.safetensors_utils import load_file, read_header, save_file
-from utils.tiny_models import DitSize, dit_shapes, random_weights
 
 ROOT = Path(__file__).parent.parent.parent
 

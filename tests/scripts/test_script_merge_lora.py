@@ -10,14 +10,13 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "hunyuan_model"))
 
-from model_layouts import DIT_LAYOUTS, FP8_LAYOUTS, quantized
-
 import merge_lora
+from examples.tiny_models import DitSize, dit_shapes, random_weights
 from hunyuan_model.checkpoints import load_dit, open_dit, read_dit_config
 from networks.merging import weight_changes
+from tests.hunyuan_model.model_layouts import DIT_LAYOUTS, FP8_LAYOUTS, quantized
 from utils.cli import run_script
 from utils.safetensors_utils import load_file, read_header, save_file
-from utils.tiny_models import DitSize, dit_shapes, random_weights
 
 ROOT = Path(__file__).parent.parent.parent
 HIDDEN, MLP = 64, 256

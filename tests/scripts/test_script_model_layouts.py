@@ -15,7 +15,9 @@ import cache_latents
 import cache_text_encoder_outputs
 import hv_generate_video
 import hv_train_network
+from examples.tiny_models import DitSize, VaeSize, dit_shapes, random_weights, vae_shapes
 from hunyuan_model import checkpoints
+from hunyuan_model.attention_modes import ATTENTION_MODES
 from tests.hunyuan_model.model_layouts import (
     CLIP_LAYOUTS,
     DIT_LAYOUTS,
@@ -25,11 +27,9 @@ from tests.hunyuan_model.model_layouts import (
     quantized,
 )
 from tests.media_samples import write_caption, write_image
-from utils.attention_modes import ATTENTION_MODES
 from utils.cli import run_script
 from utils.errors import UserError
 from utils.safetensors_utils import load_file
-from utils.tiny_models import DitSize, VaeSize, dit_shapes, random_weights, vae_shapes
 from utils.video_io import read_video
 
 CLIP = ["--video_size", "32", "32", "--video_length", "5", "--infer_steps", "2", "--seed", "1", "--device", "cpu"]

@@ -11,7 +11,7 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from networks.formats import read_lora
+from networks.files.formats import read_lora
 from tests.conftest import ROOT
 from tests.platforms import needs_posix
 from tests.training_world import (
@@ -162,7 +162,7 @@ def test_sigterm_for_all_processes_saves_too(world, dit, tmp_path):
 
 def ask(monkeypatch, actions):
     """Does something once a step (from 1) is logged."""
-    from modules.training_log import TrainingLog
+    from modules.training.log import TrainingLog
 
     original = TrainingLog.step
 
@@ -206,7 +206,7 @@ def test_what_killed_runs_of_this_name_left_half_written_is_removed(world, dit, 
 
 def test_extra_formats_and_precision(world, dit, tmp_path, monkeypatch):
     read = []
-    monkeypatch.setattr("networks.lora_files.read_lora", lambda path: (read.append(path), read_lora(path))[1])
+    monkeypatch.setattr("networks.files.lora_files.read_lora", lambda path: (read.append(path), read_lora(path))[1])
     words = ["--max_train_steps", 1, "--save_format", "default", "other", "comfyui", "--save_precision", "bf16"]
     train(world, dit, tmp_path, *words)
     assert len(read) == 1 and (tmp_path / "lora.comfyui.safetensors").exists()

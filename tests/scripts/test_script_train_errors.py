@@ -7,12 +7,12 @@ import sys
 import pytest
 import torch
 
+from examples.tiny_models import DitSize, dit_shapes, random_weights
 from tests.conftest import ROOT
 from tests.platforms import needs_posix
 from tests.training_world import command, run_training, train, write_world
 from utils.errors import UserError
 from utils.safetensors_utils import save_file
-from utils.tiny_models import DitSize, dit_shapes, random_weights
 
 
 @pytest.fixture(scope="module")

@@ -11,8 +11,8 @@ import torch
 
 from hunyuan_model.checkpoints import load_dit
 from hunyuan_model.vae import SCALING_FACTOR
-from modules.step_noise import draw_noise, step_generators
-from modules.timestep_sampling import TimestepOptions, sample_sigmas
+from modules.training.step_noise import draw_noise, step_generators
+from modules.training.timesteps import TimestepOptions, sample_sigmas
 from tests.conftest import ROOT
 from tests.training_world import (
     assert_same,
@@ -98,7 +98,7 @@ def gradients_by_hand(model, batch, step, seed=7):
 
 
 def test_two_steps_are_adamw_written_by_hand_on_the_plain_model(dit, tmp_path, monkeypatch):
-    from modules.training_model import TrainingModel
+    from modules.training.denoiser import TrainingModel
 
     batches = []
     original = TrainingModel.velocity
@@ -190,7 +190,7 @@ def test_running_out_of_memory_says_what_to_try(world, dit, tmp_path, monkeypatc
     def out_of_memory(*_):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr("modules.training_model.TrainingModel.velocity", out_of_memory)
+    monkeypatch.setattr("modules.training.denoiser.TrainingModel.velocity", out_of_memory)
     with pytest.raises(UserError, match=r"out of GPU memory on the largest batch, .*: give --gradient_checkpointing"):
         tune(world, dit, tmp_path)
 

@@ -55,7 +55,7 @@ def test_weights_that_became_infinite_are_not_written(world, tiny_models, tmp_pa
     def overflow(self, closure=None):
         self.param_groups[0]["params"][0].data.fill_(float("inf"))
 
-    monkeypatch.setattr("modules.trainer.try_optimizer", lambda *_: 0.0)  # which would notice already
+    monkeypatch.setattr("modules.training.loop.try_optimizer", lambda *_: 0.0)  # which would notice already
     monkeypatch.setattr(torch.optim.AdamW, "step", overflow)
     with pytest.raises(UserError, match="is not finite, so nothing was written"):
         train(world, tiny_models.dit, tmp_path, "--max_train_steps", 1)
@@ -95,7 +95,7 @@ def test_previews_do_not_change_the_training(world, tiny_models, tmp_path, monke
         torch.randn(1000)  # a preview may have drawn numbers before it failed
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr("modules.previews.sample_latents", fails)
+    monkeypatch.setattr("modules.training.previews.sample_latents", fails)
     assert_same(train(world, tiny_models.dit, tmp_path / "failing", *dropout, *preview_words), without)
     assert "preview 1 failed, training goes on: OutOfMemoryError: CUDA out of memory" in capsys.readouterr().err
     assert sum("preview_failed" in line for line in log_of(tmp_path / "failing")) == 6

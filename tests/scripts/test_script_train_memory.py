@@ -5,10 +5,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-import modules.trainer
+import modules.training.loop
 from hunyuan_model import checkpoints
 from hunyuan_model.block_swap import swapped_blocks
-from hunyuan_model.checkpoints import _Weights
+from hunyuan_model.checkpoints.load import _Weights
 from hv_train_network import Options, load_model
 from tests.training_world import command, train, write_world
 from utils.errors import UserError
@@ -20,7 +20,7 @@ def world(tmp_path_factory):
 
 
 def test_vram_gb_chooses_what_fits_and_saves_it(world, tiny_models, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("modules.memory_plan.DEVICE_OVERHEAD", 0)
+    monkeypatch.setattr("modules.memory.plan.DEVICE_OVERHEAD", 0)
     words = ["--max_train_steps", 1]
     train(world, tiny_models.dit, tmp_path / "all", *words, "--vram_gb", 10)
     assert "settings                               no option" in capsys.readouterr().out
@@ -38,9 +38,9 @@ def test_what_does_not_fit_ends_before_the_model_is_loaded(world, tiny_models, t
 
 
 def test_all_processes_choose_by_the_gpu_that_has_the_least_free(world, tiny_models, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("modules.memory_plan.DEVICE_OVERHEAD", 0)
-    monkeypatch.setattr("modules.memory_plan.free_memory", lambda device: 10 << 30)
-    monkeypatch.setattr("modules.distributed.gather_object", lambda numbers: [*numbers, int(6.5 * (1 << 20))])
+    monkeypatch.setattr("modules.memory.plan.DEVICE_OVERHEAD", 0)
+    monkeypatch.setattr("modules.memory.plan.free_memory", lambda device: 10 << 30)
+    monkeypatch.setattr("modules.training.distributed.gather_object", lambda numbers: [*numbers, int(6.5 * (1 << 20))])
     train(world, tiny_models.dit, tmp_path, "--vram_gb", 0, "--dry_run")
     assert "--fp8_base" in capsys.readouterr().out
 
@@ -56,7 +56,7 @@ def test_running_out_while_the_models_are_loaded_says_what_to_try(world, tiny_mo
 
 
 def test_running_out_on_the_largest_batch_says_what_to_try(world, tiny_models, tmp_path, monkeypatch):
-    monkeypatch.setattr(modules.trainer.TrainingModel, "velocity", out_of_memory)
+    monkeypatch.setattr(modules.training.loop.TrainingModel, "velocity", out_of_memory)
     with pytest.raises(UserError, match=r"out of GPU memory on the largest batch.*batch of 1, latents 1x6x8"):
         train(world, tiny_models.dit, tmp_path)
     assert not (tmp_path / "lora.safetensors").exists()

@@ -5,9 +5,9 @@ import importlib.util
 import pytest
 import torch
 
-from modules.compilation import compile_blocks
+from modules.blocks.compilation import compile_blocks
+from modules.options import CompileOptions
 from tests.training_world import assert_same, log_of, train
-from utils.option_groups import CompileOptions
 from utils.safetensors_utils import read_header
 
 

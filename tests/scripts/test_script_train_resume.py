@@ -25,7 +25,7 @@ WORDS = [
 KILLED = """
 import os, signal, sys
 import hv_train_network
-from modules.training_log import TrainingLog
+from modules.training.log import TrainingLog
 log_step = TrainingLog.step
 def step(log, number, *given, **named):
     log_step(log, number, *given, **named)

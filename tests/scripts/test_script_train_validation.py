@@ -3,9 +3,9 @@
 import pytest
 import torch
 
+from examples.tiny_models import DitSize, dit_shapes, random_weights
 from tests.training_world import assert_same, log_of, train, write_world
 from utils.safetensors_utils import load_file, read_header
-from utils.tiny_models import DitSize, dit_shapes, random_weights
 
 
 @pytest.fixture(scope="module")

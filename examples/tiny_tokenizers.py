@@ -1,0 +1,64 @@
+"""Small tokenizers for the small text encoders, trained in a moment on a few sentences."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from tokenizers import Tokenizer, pre_tokenizers, trainers
+from tokenizers.models import BPE
+
+from hunyuan_model import bpe_tokenizers
+from hunyuan_model.bpe_tokenizers import CLIP_SPECIAL_TOKENS, END_OF_WORD, clip_pre_tokenizer, llama_pre_tokenizer
+from utils.files import write_text
+
+TRAINING_TEXT = (
+    "Describe the video by detailing the following aspects: 1. The main content and theme of the video.",
+    "2. The color, shape, size, texture, quantity, text, and spatial relationships of the objects.",
+    "3. Actions, events, behaviors temporal relationships, physical movement changes of the objects.",
+    "4. background environment, light, style and atmosphere.",
+    "5. camera angles, movements, and transitions used in the video:",
+    "a cat walks on the grass, a red ball moves from the left to the right, a blue square turns on a white background",
+    "the camera pans slowly over the sea at night, realistic, the style of a green circle and a yellow triangle",
+)
+MERGES = 300
+
+
+def _trained(
+    text: Sequence[str], merges: int, pre_tokenizer: pre_tokenizers.PreTokenizer, end_of_word: str = ""
+) -> tuple[list[str], list[tuple[str, str]]]:
+    """Byte-level BPE: the tokens in the order of their ids, every single byte first, and the merges."""
+    learner = Tokenizer(BPE())
+    learner.pre_tokenizer = pre_tokenizer
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    trainer = trainers.BpeTrainer(
+        vocab_size=2 * len(alphabet) + merges,
+        initial_alphabet=alphabet,
+        end_of_word_suffix=end_of_word,
+        show_progress=False,
+    )
+    learner.train_from_iterator([line.lower() if end_of_word else line for line in text], trainer)
+    pairs = [tuple(pair) for pair in json.loads(learner.to_str())["model"]["merges"]]
+    # A byte that ends a word is a token of its own, and the training text has not every byte in that place.
+    endings = [byte + end_of_word for byte in alphabet] if end_of_word else []
+    return [*alphabet, *endings, *map("".join, pairs)], pairs
+
+
+def llama_tokenizer(text: Sequence[str] = TRAINING_TEXT, merges: int = MERGES) -> Tokenizer:
+    """A small Llama 3 tokenizer that knows the words of `text`, if there are enough merges as whole tokens."""
+    return bpe_tokenizers.llama_tokenizer(*_trained(text, merges, llama_pre_tokenizer()))
+
+
+def clip_tokenizer(text: Sequence[str] = TRAINING_TEXT, merges: int = MERGES) -> Tokenizer:
+    """A small CLIP tokenizer, by the same rule.
+
+    The end token has the highest id: models published before 2023 find it as the largest of a row.
+    """
+    tokens, pairs = _trained(text, merges, clip_pre_tokenizer(), END_OF_WORD)
+    ids = {token: index for index, token in enumerate([*tokens, *CLIP_SPECIAL_TOKENS])}
+    return bpe_tokenizers.clip_tokenizer(ids, pairs)
+
+
+def write_tokenizer(tokenizer: Tokenizer, folder: Path, **config: object) -> None:
+    """Writes `tokenizer.json` and, from `config`, the `tokenizer_config.json` that transformers reads beside it."""
+    write_text(folder / "tokenizer.json", tokenizer.to_str(pretty=True))
+    write_text(folder / "tokenizer_config.json", json.dumps(config, indent=2) + "\n")

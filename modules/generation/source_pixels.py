@@ -1,0 +1,43 @@
+"""The video and the image that a generated video starts from."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from einops import rearrange
+from torch import Tensor
+
+from dataset.media import MediaError, load_image, resize_to_bucket
+from modules.generation.requests import Request
+from utils.errors import UserError
+from utils.video_io import read_frames
+
+
+def source_pixels(request: Request) -> tuple[Tensor | None, Tensor | None]:
+    """The video and the image that a request starts from, at its size: (3, F, H, W) and (3, 1, H, W) in 0..1.
+
+    Raises:
+        UserError: a file cannot be decoded, or the video is too short.
+    """
+
+    def fitted(frames: Sequence[np.ndarray]) -> Tensor:
+        resized = np.stack([resize_to_bucket(frame, (request.width, request.height)) for frame in frames])
+        return rearrange(torch.from_numpy(resized), "F H W C -> C F H W").float() / 255
+
+    video = image = None
+    if request.video_path is not None:
+        frames = read_frames(request.video_path, request.frames)[0].numpy()
+        if len(frames) < request.frames:
+            shorter = (len(frames) - 1) // 4 * 4 + 1
+            raise UserError(
+                f"{request.video_path}: {len(frames)} frames, --video_length {request.frames} needs more; "
+                f"the longest is {shorter}"
+            )
+        video = fitted(frames)
+    if request.image_path is not None:
+        try:
+            image = fitted([load_image(Path(request.image_path))])
+        except MediaError as error:
+            raise UserError(f"{request.image_path}: {error}") from None
+    return video, image

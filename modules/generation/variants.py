@@ -1,0 +1,40 @@
+"""Text to video or image to video: what a DiT expects of a request."""
+
+import dataclasses
+import functools
+from pathlib import Path
+
+from hunyuan_model.checkpoints import read_dit_config
+from modules.generation.requests import Request
+from modules.options import DitOptions
+from utils.errors import UserError
+
+TEXT_TO_VIDEO_CHANNELS, SKYREELS_I2V_CHANNELS = 16, 32
+SKYREELS_TRIGGER = "FPS-24, "  # every caption that SkyReels-V1 was trained on begins with it
+
+
+def conditioned(request: Request, dit: DitOptions) -> Request:
+    """The request as this DiT needs it: with an image and its trigger words, or without an image.
+
+    Raises:
+        UserError: request and DiT do not go together.
+    """
+    channels = dit_input_channels(dit.dit)
+    if dit.dit_in_channels not in (None, channels):
+        raise UserError(f"--dit_in_channels {dit.dit_in_channels}: {dit.dit} has {channels}")
+    if channels == SKYREELS_I2V_CHANNELS:
+        if request.image_path is None:
+            raise UserError(f"{dit.dit}: SkyReels-V1-I2V makes videos of an image; give --image_path")
+        prompt = request.prompt.removeprefix(SKYREELS_TRIGGER)
+        return dataclasses.replace(request, prompt=SKYREELS_TRIGGER + prompt)
+    if channels != TEXT_TO_VIDEO_CHANNELS:
+        raise UserError(f"{dit.dit}: {channels} input channels; only 16 (T2V) and 32 (SkyReels-V1-I2V) are supported")
+    if request.image_path is not None:
+        raise UserError(f"--image_path needs SkyReels-V1-I2V (32 input channels), {dit.dit} has {channels}")
+    return request
+
+
+@functools.cache
+def dit_input_channels(path: Path) -> int:
+    """From the file's header."""
+    return read_dit_config(path).in_channels

@@ -1,0 +1,90 @@
+"""What each stage of generation needs of a GPU's memory, and the settings with which it fits."""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Sequence
+
+from hunyuan_model.block_swap import max_blocks_to_swap, swapped_blocks
+from hunyuan_model.checkpoints import read_dit_config, read_vae_config
+from hunyuan_model.tokenizers import LLM_TOKENS
+from modules.blocks.step_cache import with_step_cache
+from modules.generation.options import GenerationOptions
+from modules.generation.requests import Request
+from modules.generation.sampler import latent_shape
+from modules.memory import measure as memory
+from modules.memory import plan as planner
+from modules.memory.meter import ModelUsage
+from modules.memory.text_encoder import PlanRows, plan_text_encoder_1
+from utils.cli import print_table
+from utils.device_utils import default_dtype
+from utils.processes import own_device
+
+
+def plan_memory(options: GenerationOptions, requests: Sequence[Request]) -> GenerationOptions:
+    """Prints what the largest request needs in each stage; --vram_gb chooses what the user has not.
+
+    Raises:
+        UserError: nothing fits.
+    """
+    channels = read_dit_config(options.dit.dit).out_channels
+    shape = max((latent_shape(request, channels) for request in requests), key=math.prod)
+    text, rows = plan_text_encoder_1(options.text, own_device(options.device.device), options.speed.vram_gb)
+    options = dataclasses.replace(options, text=text)
+    guided = any(request.cfg_scale != 1 for request in requests)
+    for plan in (functools.partial(plan_sampling, guided=guided), plan_decoding):
+        options, further = plan(options, shape)
+        rows += further
+    print_plan(shape, rows)
+    return options
+
+
+def print_plan(shape: Sequence[int], rows: PlanRows) -> None:
+    """For latents (1, C, f, h, w)."""
+    print_table("memory plan, latents " + "x".join(map(str, shape[2:])), rows)
+
+
+def plan_sampling(options: GenerationOptions, shape: Sequence[int], guided: bool) -> tuple[GenerationOptions, PlanRows]:
+    config, device = read_dit_config(options.dit.dit), own_device(options.device.device)
+    depths, swap, speed = (config.depth_double, config.depth_single), options.swap.blocks_to_swap, options.speed
+    split = speed.split_uncond or speed.split_attn
+    batch, calls = (1, 1 + guided) if split else (1 + guided, 1)
+    dtype = default_dtype(options.dit.dit_dtype, device, on_gpu="bfloat16")
+
+    @functools.cache
+    def measured(fp8: bool) -> ModelUsage:
+        usage = memory.measure_dit(config, (batch, config.in_channels, *shape[2:]), LLM_TOKENS, dtype, fp8)
+        return usage if speed.step_cache is None else with_step_cache(usage, calls)
+
+    def predicted(settings: planner.Settings) -> planner.Prediction:
+        return planner.predict(measured(settings.fp8), swapped_blocks(settings.blocks_to_swap, *depths))
+
+    settings = planner.Settings(speed.fp8, "none", swap or 0)
+    limit = planner.memory_limit(speed.vram_gb, planner.free_memory(device))
+    if limit is not None:
+        ordered = planner.candidates(max_blocks_to_swap(*depths, training=False), settings.fp8, "none", swap)
+        settings = planner.cheapest(ordered, limit, predicted, False, planner.free_main_memory())
+    options = dataclasses.replace(
+        options,
+        speed=dataclasses.replace(speed, fp8=settings.fp8),
+        swap=dataclasses.replace(options.swap, blocks_to_swap=settings.blocks_to_swap or swap),
+    )
+    return options, [("settings", settings.flags(training=False)), *predicted(settings).rows(training=False)]
+
+
+def plan_decoding(options: GenerationOptions, shape: Sequence[int]) -> tuple[GenerationOptions, PlanRows]:
+    """For latents (1, C, f, h, w)."""
+    vae, device = options.vae, own_device(options.device.device)
+    if vae.vae is None:
+        return options, []
+    config, dtype = read_vae_config(vae.vae), default_dtype(vae.vae_dtype, device)
+
+    @functools.cache
+    def needed(tile: int | None) -> int:
+        return planner.with_overhead(memory.estimate_vae(config, tuple(shape), dtype, vae.vae_chunk_size, tile))
+
+    tiles = [vae.tile_size] if vae.tile_size else planner.TILE_SIZES
+    limit = planner.memory_limit(options.speed.vram_gb, planner.free_memory(device))
+    tile = planner.first_fitting("decoding", tiles, needed, limit)
+    rows = [("VAE tiles", tile or "none"), ("GPU memory of decoding", planner.in_words(needed(tile)))]
+    return dataclasses.replace(options, vae=dataclasses.replace(vae, vae_spatial_tile_sample_min_size=tile)), rows

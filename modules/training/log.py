@@ -1,0 +1,193 @@
+"""What a run tells: `train_log.jsonl`, the trackers of accelerate, and a progress bar.
+
+The file holds nothing that depends on the clock, so that two runs can be compared line by line.
+"""
+
+import json
+import statistics
+import sys
+import time
+from collections import deque
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from tqdm import tqdm
+
+from modules.training.files import TrainingFiles
+from modules.training.state import Progress
+from utils.files import read_text, write_text
+
+BANDS = 5  # equal shares of sigma 0..1, for the loss per timestep band
+SMOOTHING = 0.98
+MEDIAN_OF_STEPS = 50
+FIRST_STEPS = 10  # what counts as the start of a run
+
+
+def band_name(band: int) -> str:
+    """Band 0 of 5 -> `0-200`, in timesteps."""
+    return f"{1000 * band // BANDS}-{1000 * (band + 1) // BANDS}"
+
+
+def band_of(sigma: float) -> int:
+    return min(int(sigma * BANDS), BANDS - 1)
+
+
+def smoothed(past: float | None, value: float) -> float:
+    """Exponential moving average that starts at the first value."""
+    return value if past is None else SMOOTHING * past + (1 - SMOOTHING) * value
+
+
+class TrainingLog:
+    """The log of the process that writes; silent in the others. Runs of other names keep their lines in the file."""
+
+    def __init__(self, files: TrainingFiles, accelerator: Accelerator, progress: Progress, total_steps: int) -> None:
+        self.path, self.run, self.accelerator, self.progress = files.log, files.name, accelerator, progress
+        self.active = accelerator.is_main_process
+        self.seconds: deque[float] = deque(maxlen=MEDIAN_OF_STEPS)
+        self.losses: deque[float] = deque(maxlen=FIRST_STEPS)
+        self.step_started = time.perf_counter()
+        if self.active:
+            _cut_after(self.path, self.run, progress.step)
+            self.file = open(self.path, "a", encoding="utf-8", newline="\n")  # noqa: SIM115 - closed by __exit__
+        self.bar = tqdm(
+            total=total_steps,
+            initial=progress.step,
+            disable=not self.active,
+            desc="training",
+            bar_format="{desc}: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}{postfix}]",
+        )
+
+    def __enter__(self) -> "TrainingLog":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.bar.close()
+        if self.active:
+            self.file.close()
+
+    def summary(self) -> list[tuple[str, object]]:
+        """Rows for the table at the end."""
+        rows: list[tuple[str, object]] = [("log", self.path)]
+        if self.losses:
+            first, last = statistics.mean(self.progress.first_losses), statistics.mean(self.losses)
+            rows.append(("loss, mean of the first and of the last steps", f"{first:.4f} -> {last:.4f}"))
+        if self.seconds:
+            rows.append(("seconds per step, median", f"{statistics.median(self.seconds):.3f}"))
+        return rows
+
+    def record(self, step: int, **values: Any) -> None:
+        """One line of the file; steps count from 1."""
+        if self.active:
+            line = {"run": self.run, "step": step, **values}
+            self.file.write(json.dumps(line, ensure_ascii=False, allow_nan=False) + "\n")
+            self.file.flush()
+
+    def say(self, text: str) -> None:
+        """A line for the person at the terminal, above the bar."""
+        if self.active:
+            self.bar.write(text, file=sys.stderr)
+
+    def step(
+        self,
+        step: int,
+        epoch: int,
+        loss: float,
+        loss_by_band: Mapping[str, float],
+        norm: float,
+        rates: Sequence[float],
+        **extra: Any,
+    ) -> None:
+        """A finished step; steps and epochs count from 1."""
+        progress = self.progress
+        self.losses.append(loss)
+        if len(progress.first_losses) < FIRST_STEPS:
+            progress.first_losses.append(loss)
+        self.record(
+            step,
+            epoch=epoch,
+            loss=loss,
+            smoothed_loss=progress.smoothed_loss,
+            gradient_norm=norm,
+            lr=rates[0] if len(rates) == 1 else list(rates),
+            loss_by_timestep=dict(loss_by_band),
+            **extra,
+        )
+        seconds = self._tick()
+        self.track(
+            {
+                "loss": loss,
+                "loss/smoothed": progress.smoothed_loss,
+                "gradient_norm": norm,
+                "seconds_per_step": seconds,
+                "memory/peak_gib": peak_memory(self.accelerator.device) / 2**30,
+                **{f"lr/{index}": rate for index, rate in enumerate(rates)},
+                **{f"loss/timestep {name}": value for name, value in progress.loss_by_band.items()},
+            },
+            step,
+        )
+
+    def track(self, values: Mapping[str, float], step: int) -> None:
+        """Numbers for TensorBoard and wandb."""
+        if self.accelerator.trackers:
+            self.accelerator.log(dict(values), step=step)
+
+    def _tick(self) -> float:
+        """Seconds of this step; moves the bar."""
+        now = time.perf_counter()
+        seconds, self.step_started = now - self.step_started, now
+        self.seconds.append(seconds)
+        median = statistics.median(self.seconds)
+        left = tqdm.format_interval(median * (self.bar.total - self.bar.n - 1))
+        loss = self.progress.smoothed_loss
+        self.bar.set_postfix_str(
+            f"{median:.2f} s/step, {left} left" + ("" if loss is None else f", loss {loss:.4f}"), refresh=False
+        )
+        self.bar.update()
+        return seconds
+
+    def skipped_step(self) -> None:
+        """A step without an update."""
+        self._tick()
+
+    def pause(self) -> "_Pause":
+        """Context whose time counts for no step: saving, validation, previews."""
+        return _Pause(self)
+
+
+class _Pause:
+    def __init__(self, log: TrainingLog) -> None:
+        self.log = log
+
+    def __enter__(self) -> None:
+        self.started = time.perf_counter()
+
+    def __exit__(self, *_: object) -> None:
+        self.log.step_started += time.perf_counter() - self.started
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes: the most that torch took of a GPU, or what this process holds of host memory now."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    import psutil
+
+    return psutil.Process().memory_info().rss
+
+
+def _cut_after(path: Path, run: str, step: int) -> None:
+    """Keeps of a run the lines up to `step`, for if it is resumed it writes the later ones again; 0 starts anew."""
+    lines = read_text(path, "training log").splitlines() if path.exists() else []
+    kept = [line for line in lines if _is_kept(line, run, step)]
+    if kept != lines:
+        write_text(path, "".join(f"{line}\n" for line in kept))
+
+
+def _is_kept(line: str, run: str, step: int) -> bool:
+    try:
+        values = json.loads(line)
+        return values["run"] != run or (step > 0 and values["step"] <= step)
+    except (json.JSONDecodeError, KeyError, TypeError):  # a line cut off when the run was killed
+        return False

@@ -1,0 +1,83 @@
+"""How many modules of a LoRA file each program will load, from the keys that it accepts (docs/formats.md 2.8)."""
+
+import functools
+from collections.abc import Iterable
+
+from hunyuan_model.checkpoints.names import DIT_TO_COMFYUI, DIT_TO_DIFFUSERS
+from hunyuan_model.models import HunyuanVideoConfig
+from networks.factors import SUFFIXES
+from networks.files.format_table import Format
+from networks.files.names import block_template, official_part, split_key
+
+# Suffixes that a program knows; a module with another one does not load (whole).
+KOHYA = {"lora_down.weight", "lora_up.weight", "alpha"}
+PEFT = {"lora_A.weight", "lora_B.weight"}
+OTHER_KINDS = {suffix for suffix in SUFFIXES if suffix.startswith(("hada_", "lokr_"))}
+KNOWN_SUFFIXES = {
+    "ComfyUI": KOHYA | PEFT | OTHER_KINDS | {"dora_scale", "lora.down.weight", "lora.up.weight"},
+    "diffusers": PEFT | {"lora_magnitude_vector"},
+    "musubi": KOHYA | OTHER_KINDS,
+}
+# How many blocks the published model has, which is the one that the programs load.
+DEPTHS = {
+    "double_blocks.": HunyuanVideoConfig.depth_double,
+    "single_blocks.": HunyuanVideoConfig.depth_single,
+    "txt_in.individual_token_refiner.blocks.": HunyuanVideoConfig.depth_refiner,
+}
+
+
+def _flat(name: str) -> str:
+    return name.replace(".", "_")
+
+
+@functools.cache
+def accepted_modules(program: str) -> frozenset[str]:
+    """The module names, with prefix, that a program maps to a module of HunyuanVideo; `{}` is a block's number."""
+    modules = [
+        name for name in DIT_TO_DIFFUSERS if not name.rpartition(".")[2].startswith(("norm", "q_norm", "k_norm"))
+    ]
+    if program == "musubi":
+        return frozenset(f"lora_unet_{_flat(name)}" for name in modules if name.startswith(("double_", "single_")))
+    if program == "ComfyUI":
+        comfyui = {name: DIT_TO_COMFYUI.get(name, (name,))[0] for name in modules}
+        # Not in its map: the embedders of time, guidance and pooled text, which it renames otherwise.
+        mapped = {name: own for name, own in comfyui.items() if not own.endswith(("in_layer", "out_layer"))}
+        official = {f"{prefix}{name}" for prefix in ("transformer.", "diffusion_model.") for name in mapped}
+        own_names = {f"diffusion_model.{own}" for own in mapped.values()}
+        return frozenset(official | own_names | {f"lora_unet_{_flat(own)}" for own in mapped.values()})
+    split = {f"transformer.{part}" for name in modules for part in DIT_TO_DIFFUSERS[name]}
+    # Its own conversion of official names cuts lora_A of these two as well, and loses them.
+    broken = ("self_attn_qkv", "final_layer.adaLN_modulation.1")
+    whole = [name for name in modules if not name.endswith(broken)]
+    official = {f"{prefix}{name}" for prefix in ("transformer.", "diffusion_model.") for name in whole}
+    return frozenset(split | official)
+
+
+def coverage(keys: Iterable[str], format_: Format) -> dict[str, tuple[int, int]]:
+    """Program -> (modules that it will load, modules in the file); a fused module counts as one however it is split.
+
+    Args:
+        keys: the keys of a file.
+        format_: the format that the file has.
+    """
+    per_official: dict[str, dict[str, set[str]]] = {}
+    for key in keys:
+        module, suffix = split_key(key)
+        official, _ = official_part(module, format_)
+        per_official.setdefault(official, {}).setdefault(module, set()).add(suffix)
+    there = [parts for official, parts in per_official.items() if _in_model(official)]
+    return {program: (sum(_loads(program, parts) for parts in there), len(per_official)) for program in KNOWN_SUFFIXES}
+
+
+def _in_model(official: str) -> bool:
+    """Whether the published model has the block that this module is in."""
+    return all(
+        int(official.removeprefix(prefix).split(".")[0]) < depth
+        for prefix, depth in DEPTHS.items()
+        if official.startswith(prefix)
+    )
+
+
+def _loads(program: str, parts: dict[str, set[str]]) -> bool:
+    accepted, suffixes = accepted_modules(program), KNOWN_SUFFIXES[program]
+    return all(block_template(module) in accepted and found <= suffixes for module, found in parts.items())

@@ -1,0 +1,144 @@
+"""A DiT file and LoRA files into a DiT file, one tensor at a time: what is in memory is a tensor and the LoRAs."""
+
+import json
+import os
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from hunyuan_model.checkpoints import DitTensors, is_quantized_in_dit, open_dit
+from hunyuan_model.quantization import FP8, FP8_MAX
+from networks.merging import Changes, MergeReport, change_weight, count_matches, read_changes
+from utils.safetensors_utils import streamed_file
+
+# ComfyUI's scaled fp8 (docs/formats.md 2.8a): a marker, and one float32 scale beside each fp8 weight.
+MARKER, SCALE = "scaled_fp8", "scale_weight"
+
+
+@dataclass(frozen=True)
+class _Stored:
+    """How a tensor is written: its dtype, and whether a scale goes with it."""
+
+    dtype: torch.dtype
+    scaled: bool
+
+
+def merge_files(
+    dit_path: str | os.PathLike,
+    loras: Sequence[tuple[str | os.PathLike, float]],
+    output: str | os.PathLike,
+    dtype: torch.dtype | None = None,
+    fp8: bool = False,
+    device: torch.device | str = "cpu",
+    exclude_single_blocks: bool = False,
+) -> list[MergeReport]:
+    """Writes a DiT with LoRAs merged, with official names.
+
+    Args:
+        dit_path: DiT file in any layout; fp8 with or without scales.
+        loras: (path, multiplier) of LoRA files of any format.
+        output: safetensors file.
+        dtype: of the tensors that are not fp8 in the output; None keeps each as it is, fp8 included.
+        fp8: write the linear weights of the blocks as scaled fp8.
+        device: where the arithmetic is done.
+        exclude_single_blocks: leave the single blocks as they are.
+
+    Returns:
+        How many modules of each LoRA were merged.
+
+    Raises:
+        UserError: a file cannot be read, a LoRA matches nothing or is for other shapes; nothing is written.
+    """
+    dit = open_dit(dit_path)
+    changes, files = read_changes(loras, exclude_single_blocks)
+    reports = count_matches([path for path, _ in loras], files, {_module(name) for name in dit.shapes})
+    stored = {name: _stored(dit, name, dtype, fp8) for name in dit.shapes}
+    layout = {name: (stored[name].dtype, shape) for name, shape in dit.shapes.items()}
+    scaled = [name for name in stored if stored[name].scaled]
+    layout |= {_scale_name(name): (torch.float32, ()) for name in scaled}
+    if scaled:
+        layout[MARKER] = (FP8, (0,))
+    _warn_of_rounding(dit, dit_path, changes, stored)
+    with streamed_file(output, layout, _metadata(dit, loras)) as write:
+        for name in tqdm(dit.shapes, desc="merging", unit="tensor"):
+            _write(dit, name, changes, stored[name], device, write)
+        if scaled:
+            write(MARKER, torch.empty(0, dtype=FP8))
+    return reports
+
+
+def _metadata(dit: DitTensors, loras: Sequence[tuple[str | os.PathLike, float]]) -> dict[str, str]:
+    """The source's, with the config that may have lain beside it, without what holds for the old tensors only."""
+    checkpoint = dit.file.checkpoint
+    stale = ("modelspec.hash", "sshs_", "_quantization")
+    metadata = {key: text for key, text in checkpoint.files[0].metadata.items() if not key.startswith(stale)}
+    if checkpoint.config:
+        metadata["config"] = json.dumps(checkpoint.config)
+    if loras:
+        names = [f"{Path(path).name} x {multiplier:g}" for path, multiplier in loras]
+        metadata["modelspec.merged_from"] = ", ".join(names)
+    return metadata
+
+
+def _warn_of_rounding(dit: DitTensors, path: str | os.PathLike, changes: Changes, stored: dict[str, _Stored]) -> None:
+    """A LoRA changes most weights by less than the step of fp8, 1/8 of a weight's power of two."""
+    changed = [name for name in stored if name.endswith(".weight") and _module(name) in changes]
+    if any(dit.dtype(name).itemsize == 1 and stored[name].dtype == FP8 for name in changed):
+        print(
+            f"warning: {path}: is fp8 and stays so, which rounds away most of what a LoRA changes; "
+            "--dtype bfloat16 keeps it",
+            file=sys.stderr,
+        )
+
+
+def _module(name: str) -> str:
+    return name.removesuffix(".weight")
+
+
+def _scale_name(name: str) -> str:
+    return f"{_module(name)}.{SCALE}"
+
+
+def _stored(dit: DitTensors, name: str, dtype: torch.dtype | None, fp8: bool) -> _Stored:
+    source = dit.dtype(name)
+    if fp8 and len(dit.shapes[name]) == 2 and is_quantized_in_dit(_module(name)):
+        return _Stored(FP8, True)
+    if source.itemsize == 1 and dtype is None and not fp8:
+        return _Stored(FP8, dit.file.fp8 != "plain")
+    return _Stored(dtype or (torch.bfloat16 if source.itemsize == 1 else source), False)
+
+
+def _write(
+    dit: DitTensors,
+    name: str,
+    changes: Changes,
+    stored: _Stored,
+    device: torch.device | str,
+    write: Callable[[str, Tensor], None],
+) -> None:
+    tensor, scale = dit.read(name)
+    change = changes.get(_module(name), []) if name.endswith(".weight") else []
+    if not change and tensor.dtype == stored.dtype and scale is None and not stored.scaled:
+        write(name, tensor)
+        return
+    if not change and tensor.dtype == FP8 and stored.scaled and scale is not None and scale.numel() == 1:
+        write(name, tensor)
+        write(_scale_name(name), scale.reshape(()))
+        return
+    weight = tensor.to(device, torch.float32, copy=True)
+    if scale is not None:
+        weight.mul_(scale.to(device))
+    del tensor
+    if change:
+        change_weight(_module(name), weight, change)
+    if stored.scaled:
+        # One scale for the tensor is all that ComfyUI reads.
+        scale = (torch.linalg.vector_norm(weight, float("inf")) / FP8_MAX).clamp_min(torch.finfo(torch.float32).tiny)
+        weight.div_(scale)
+        write(_scale_name(name), scale)
+    write(name, weight.clamp_(-FP8_MAX, FP8_MAX).to(FP8) if stored.dtype == FP8 else weight.to(stored.dtype))

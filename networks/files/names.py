@@ -1,0 +1,79 @@
+"""The names of a module in every LoRA format: looked up in tables, never taken apart at underscores."""
+
+import functools
+import re
+from collections.abc import Sequence
+
+from hunyuan_model.checkpoints.names import DIT_TO_COMFYUI, DIT_TO_DIFFUSERS
+from networks.factors import SUFFIXES
+from networks.files.format_table import FORMATS, Format
+
+
+def _names_of(official: str, naming: str) -> tuple[str, ...]:
+    """A module's names in a naming; official names and those that ComfyUI keeps are not in the tables."""
+    table = {"official": {}, "diffusers": DIT_TO_DIFFUSERS, "ComfyUI": DIT_TO_COMFYUI}[naming]
+    return table.get(official, (official,))
+
+
+@functools.cache
+def _name_table(naming: str, flat: bool) -> dict[str, tuple[str, int]]:
+    """Module name in a file, `{}` for the block's number -> (official name, which part of it)."""
+    return {
+        name.replace(".", "_") if flat else name: (official, part)
+        for official in DIT_TO_DIFFUSERS
+        for part, name in enumerate(_names_of(official, naming))
+    }
+
+
+_BLOCK_NUMBER = re.compile(r"(?<=blocks[._])\d+")
+
+
+def block_template(name: str) -> str:
+    """A module name with `{}` for its block's number."""
+    return _BLOCK_NUMBER.sub("{}", name, count=1)
+
+
+def _filled(template: str, like: str) -> str:
+    """A template with the block's number of the name `like`."""
+    number = _BLOCK_NUMBER.search(like)
+    return template if number is None else template.format(number[0])
+
+
+def part_names(official: str, format_: Format) -> tuple[str, ...]:
+    """What a format calls a module, with prefix: one name, or one for each part."""
+    names = [_filled(name, official) for name in _names_of(block_template(official), format_.naming)]
+    return tuple(format_.prefix + (name.replace(".", "_") if format_.flat else name) for name in names)
+
+
+def official_part(name: str, format_: Format) -> tuple[str, int] | None:
+    """(official name, which part of it) of a module name in a file; None if the format has no such module."""
+    if not name.startswith(format_.prefix):
+        return None
+    name = name.removeprefix(format_.prefix)
+    found = _name_table(format_.naming, format_.flat).get(block_template(name))
+    return None if found is None else (_filled(found[0], name), found[1])
+
+
+def split_key(key: str) -> tuple[str, str] | None:
+    """(module, suffix) of a key; None if it ends in no suffix of an adapter."""
+    for suffix in SUFFIXES:
+        if key.endswith(f".{suffix}"):
+            return key.removesuffix(f".{suffix}"), suffix
+    return None
+
+
+def detect_format(keys: Sequence[str]) -> Format | None:
+    """The format that most of the keys follow; of formats that differ in alpha only, the one that is as the keys are.
+
+    Returns:
+        None: no key belongs to a HunyuanVideo LoRA.
+    """
+    split = [pair for pair in map(split_key, keys) if pair is not None]
+    has_alpha = any(suffix == "alpha" for _, suffix in split)
+    best, best_score = None, (0, False)
+    for format_ in FORMATS.values():
+        fitting = sum(official_part(module, format_) is not None for module, _ in split)
+        score = (fitting, format_.alpha == has_alpha)
+        if fitting and score > best_score:
+            best, best_score = format_, score
+    return best

@@ -1,0 +1,243 @@
+"""The planner's predictions against what really lives while a real model trains or samples on the CPU."""
+
+import functools
+import itertools
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from hunyuan_model.block_swap import enable_block_swap, swapped_blocks
+from hunyuan_model.checkpoints import is_quantized_in_dit
+from hunyuan_model.quantization import quantize_linears
+from hunyuan_model.vae import AutoencoderKLCausal3D, VaeConfig
+from modules.blocks.step_cache import StepCache, add_step_cache, with_step_cache
+from modules.memory.measure import estimate_vae, measure_dit, measure_vae
+from modules.memory.meter import BlockUsage, MemoryMeter, ModelUsage, nbytes
+from modules.memory.plan import (
+    GIB,
+    MemoryPlan,
+    Prediction,
+    Settings,
+    candidates,
+    cheapest,
+    free_main_memory,
+    leaner,
+    memory_limit,
+    predict,
+)
+from tests.small_dit import prepare, random_dit, small_config
+from utils.errors import UserError
+
+CONFIG = small_config(hidden_size=128, heads=4, mlp_hidden=512, depth_double=3, depth_single=6, rope_dims=(4, 14, 14))
+TEXT_TOKENS = 12
+
+
+def really_used(shape: tuple, dtype: torch.dtype, fp8: bool, checkpointing: str | None, swap: int) -> int:
+    """Bytes of resident weights and the peak of a step; `checkpointing` None is sampling."""
+    dit = random_dit(CONFIG, dtype=dtype)
+    if fp8:
+        quantize_linears(dit, is_quantized_in_dit)
+    streamed = enable_block_swap(dit, swap, "cpu")
+    weights = sum(map(nbytes, dit.parameters()))
+    if streamed:
+        weights += sum(map(nbytes, streamed.ring)) - sum(block.nbytes for block in streamed.blocks)
+    network = prepare(dit, checkpointing) if checkpointing else None
+    B = shape[0]
+    given = (
+        torch.randn(shape, dtype=dtype),
+        torch.full((B,), 500.0),
+        torch.randn(B, TEXT_TOKENS, 64, dtype=dtype),
+        torch.ones(B, TEXT_TOKENS) if B == 1 else (torch.arange(TEXT_TOKENS) < torch.tensor([[TEXT_TOKENS], [5]])),
+        torch.randn(B, 64, dtype=dtype),
+        torch.full((B,), 6000.0),
+    )
+    with MemoryMeter() as meter, torch.set_grad_enabled(network is not None):
+        output = dit(*given)
+        if network:
+            output.float().square().mean().backward()
+    return weights + meter.peak
+
+
+TRAINING = [
+    *itertools.product(["none", "offload"], [False, True], [0]),
+    *itertools.product(["selective", "full"], [False, True], [0, 2]),
+]
+SHAPES = [(1, 16, 3, 32, 32), (2, 16, 1, 32, 32)]
+
+
+@pytest.mark.parametrize(("checkpointing", "fp8", "swap"), TRAINING)
+def test_training_is_predicted_within_a_tenth(checkpointing: str, fp8: bool, swap: int) -> None:
+    shape, dtype = SHAPES[0], torch.float32
+    usage = measure_dit(CONFIG, shape, TEXT_TOKENS, dtype, fp8, True, lambda dit: prepare(dit, checkpointing))
+    offload = checkpointing == "offload"
+    predicted = predict(usage, swapped_blocks(swap, 3, 6), offload=offload)
+    parked = sum(sum(block.streams) for block in usage.blocks) if offload else 0
+    assert parked <= predicted.parked <= 2 * parked
+    expected = predicted.tensors + parked
+    assert expected == pytest.approx(really_used(shape, dtype, fp8, checkpointing, swap), rel=0.1)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=["one", "ragged batch"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def test_sampling_is_predicted_within_a_tenth(shape: tuple, dtype: torch.dtype) -> None:
+    usage = measure_dit(CONFIG, shape, TEXT_TOKENS, dtype)
+    assert predict(usage).tensors == pytest.approx(really_used(shape, dtype, False, None, 0), rel=0.1)
+
+
+def test_a_step_cache_is_counted() -> None:
+    shape, dit, cache = SHAPES[0], random_dit(CONFIG), StepCache(threshold=0.0)
+    add_step_cache(dit.blocks, [2] * CONFIG.depth_double + [1] * CONFIG.depth_single, cache)
+    text = (torch.randn(1, TEXT_TOKENS, 64), torch.ones(1, TEXT_TOKENS), torch.randn(1, 64), torch.full((1,), 6000.0))
+    with MemoryMeter() as meter, torch.no_grad():
+        for step in range(3):
+            cache.begin_step(step, 3)
+            for _ in range(2):
+                dit(torch.randn(shape), torch.full((1,), 500.0), *text)
+    usage = with_step_cache(measure_dit(CONFIG, shape, TEXT_TOKENS, torch.float32), calls=2)
+    used = sum(map(nbytes, dit.parameters())) + meter.peak
+    assert predict(usage).tensors == pytest.approx(used, rel=0.1)
+
+
+@pytest.mark.parametrize(("chunk", "tile"), [(None, None), (4, None), (4, 64)])
+@pytest.mark.parametrize("shape", [(1, 3, 9, 96, 96), (1, 16, 3, 12, 12)], ids=["encode", "decode"])
+def test_vae_is_predicted_within_a_tenth(shape: tuple, chunk: int | None, tile: int | None) -> None:
+    config = VaeConfig(block_out_channels=(8, 16, 16, 16), norm_num_groups=4)
+    vae = AutoencoderKLCausal3D(config).requires_grad_(False)
+    vae.configure_memory(chunk, tile)
+    with MemoryMeter() as meter, torch.no_grad():
+        given = torch.randn(shape)
+        vae.encode(given) if shape[1] == config.pixel_channels else vae.decode(given)
+    used = meter.peak + sum(map(nbytes, vae.parameters()))
+    assert measure_vae(config, shape, torch.float32, chunk, tile) == pytest.approx(used, rel=0.1)
+
+
+@pytest.mark.parametrize("shape", [(1, 3, 225, 32, 32), (1, 16, 57, 4, 4)], ids=["encode", "decode"])
+def test_the_largest_tile_tells_what_all_need(shape: tuple) -> None:
+    config = VaeConfig(block_out_channels=(4, 4, 4, 4), layers_per_block=1, norm_num_groups=4)
+    used = measure_vae(config, shape, torch.float32, None, 32)
+    assert estimate_vae(config, shape, torch.float32, None, 32) == pytest.approx(used, rel=0.1)
+
+
+def test_the_cheapest_that_fits() -> None:
+    @functools.cache
+    def measured(fp8: bool, checkpointing: str) -> ModelUsage:
+        apply = functools.partial(prepare, checkpointing=checkpointing)
+        return measure_dit(CONFIG, SHAPES[0], TEXT_TOKENS, torch.bfloat16, fp8, True, apply)
+
+    def predicted(settings: Settings) -> Prediction:
+        usage = measured(settings.fp8, settings.checkpointing)
+        return predict(
+            usage, swapped_blocks(settings.blocks_to_swap, 3, 6), offload=settings.checkpointing == "offload"
+        )
+
+    ordered = candidates(max_swap=4)
+    assert cheapest(ordered, 80 * GIB, predicted) == Settings()
+    limit = predicted(Settings(True, "full", 0)).device
+    chosen = cheapest(ordered, limit, predicted)
+    assert predicted(chosen).device <= limit
+    assert all(predicted(s).device > limit for s in ordered if s.relative_time < chosen.relative_time)
+    with pytest.raises(UserError, match=r"nothing fits 102\.4 MiB.*--fp8_base --gradient_checkpointing"):
+        cheapest(ordered, GIB // 10, predicted)
+
+
+def test_what_main_memory_cannot_hold_is_not_chosen() -> None:
+    needed = {Settings(): (30, 0), Settings(False, "full", 20): (9, 60), Settings(True, "full"): (12, 0)}
+
+    def predicted(settings: Settings) -> Prediction:
+        device, swapped = needed[settings]
+        return Prediction(device * GIB, 0, 0, 0, swapped * GIB)
+
+    assert cheapest(list(needed), 16 * GIB, predicted, host_limit=64 * GIB) == Settings(False, "full", 20)
+    assert cheapest(list(needed), 16 * GIB, predicted, host_limit=32 * GIB) == Settings(True, "full")
+    with pytest.raises(UserError, match=r"--fp8_base --gradient_checkpointing 13\.30 GiB are needed, and 0\.0 MiB of"):
+        cheapest(list(needed), 10 * GIB, predicted, host_limit=32 * GIB)
+
+
+def write_cgroups(folder: Path, **files: str) -> None:
+    folder.mkdir(parents=True)
+    for name, content in files.items():
+        (folder / name.replace("__", ".")).write_text(content)
+
+
+def test_a_container_may_leave_less_main_memory_than_the_machine(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=100))
+    assert free_main_memory(tmp_path / "none") == 100
+    write_cgroups(tmp_path / "2", memory__max="70\n", memory__current="50\n", memory__stat="anon 9\ninactive_file 20\n")
+    assert free_main_memory(tmp_path / "2") == 40
+    write_cgroups(tmp_path / "free", memory__max="max\n", memory__current="50\n", memory__stat="inactive_file 20\n")
+    assert free_main_memory(tmp_path / "free") == 100
+    old = {"memory__limit_in_bytes": "70", "memory__usage_in_bytes": "60", "memory__stat": "total_inactive_file 4"}
+    write_cgroups(tmp_path / "1" / "memory", **old)
+    assert free_main_memory(tmp_path / "1") == 14
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    assert free_main_memory(tmp_path / "1") == 7
+
+
+def test_parked_activations_are_rounded_up_as_pinned_memory_is() -> None:
+    block = BlockUsage(0, 0, 0, 0, (3 * GIB, 5))
+    predicted = predict(ModelUsage((block, block), 0, 0), offload=True)
+    assert predicted.host == predicted.parked == 2 * (4 * GIB + 8)
+    assert dict(predicted.rows())["main memory for swapped blocks"] == "0.0 MiB"
+    assert dict(predicted.rows())["main memory for parked activations"] == "8.00 GiB"
+
+
+def test_vram_gb_in_bytes() -> None:
+    assert memory_limit(None, 5) is None
+    assert memory_limit(0.5, None) == GIB // 2
+    assert memory_limit(0, 5) == 5
+    with pytest.raises(UserError, match="--vram_gb 0: this device"):
+        memory_limit(0, None)
+
+
+def test_candidates_keep_what_the_user_chose() -> None:
+    assert {s.fp8 for s in candidates(4, fp8=True)} == {True}
+    assert {s.checkpointing for s in candidates(4, checkpointing="full")} == {"full"}
+    assert {s.blocks_to_swap for s in candidates(4, blocks_to_swap=3)} == {3}
+    assert {s.blocks_to_swap for s in candidates(38)} == set(range(0, 39, 2))
+    assert not any(s.blocks_to_swap for s in candidates(4) if s.checkpointing == "none")
+    assert Settings(False, "none", 4) in candidates(4, checkpointing="none")
+    times = [s.relative_time for s in candidates(4)]
+    assert times == sorted(times)
+
+
+def test_after_out_of_memory_the_next_step_is_named() -> None:
+    sizes = {Settings(): 30, Settings(True): 28, Settings(False, "selective"): 22, Settings(True, "full", 2): 9}
+
+    def predicted(settings: Settings) -> Prediction:
+        return Prediction(sizes[settings] * GIB, 0, 0, 0, 0)
+
+    assert leaner(Settings(), list(sizes), predicted) == Settings(False, "selective")
+    assert leaner(Settings(True, "full", 2), list(sizes), predicted) is None
+    assert Settings(True, "full", 2).flags() == "--fp8_base --gradient_checkpointing --blocks_to_swap 2"
+    assert Settings(True, "none", 2).flags(training=False) == "--fp8 --blocks_to_swap 2"
+
+
+def plan_of(sizes: dict[Settings, int]) -> MemoryPlan:
+    return MemoryPlan(
+        Settings(), list(sizes), lambda settings: Prediction(sizes[settings] * GIB, 0, 0, 0, 0), "batch of 1"
+    )
+
+
+def test_running_out_of_memory_is_one_line_with_a_way_out() -> None:
+    plan = plan_of({Settings(): 30, Settings(True, "full", 2): 9})
+    advice = r"in training: batch of 1.*try --fp8_base --gradient_checkpointing --blocks_to_swap 2"
+    with pytest.raises(UserError, match=advice), plan.explained("in training"):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+    with (
+        pytest.raises(UserError, match="lower resolution, frames or batch size"),
+        plan_of({Settings(): 1}).explained("x"),
+    ):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+
+def test_a_prediction_above_the_free_memory_is_said_beforehand(capsys: pytest.CaptureFixture[str]) -> None:
+    plan = plan_of({Settings(): 30, Settings(True, "full", 2): 9})
+    plan.warn_if_too_large(40 * GIB)
+    assert capsys.readouterr().err == ""
+    plan.warn_if_too_large(20 * GIB)
+    assert "--fp8_base --gradient_checkpointing --blocks_to_swap 2 would fit" in capsys.readouterr().err
+    plan.warn_if_too_large(5 * GIB)
+    assert "nothing fits 5.00 GiB" in capsys.readouterr().err

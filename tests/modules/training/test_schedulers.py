@@ -1,0 +1,210 @@
+"""Schedules against formulas written out here, their arguments, and their continuation."""
+
+import math
+
+import pytest
+import torch
+from diffusers.optimization import get_piecewise_constant_schedule
+
+from modules.training.optimizers import OptimizerOptions, create_optimizer
+from modules.training.schedulers import (
+    SCHEDULES,
+    SchedulerOptions,
+    Steps,
+    create_scheduler,
+    parse_step_rules,
+    scheduler_class,
+)
+from utils.errors import UserError
+
+RATE, TOTAL, WARMUP = 0.5, 40, 8
+
+
+def sgd() -> torch.optim.Optimizer:
+    return torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=RATE)
+
+
+def rates(options: SchedulerOptions, steps: int = TOTAL, total: int = TOTAL) -> list[float]:
+    """The rate that each step is made with, relative to the first rate."""
+    optimizer = sgd()
+    scheduler = create_scheduler(options, optimizer, total)
+    values = []
+    for _ in range(steps):
+        values.append(optimizer.param_groups[0]["lr"] / RATE)
+        optimizer.step()
+        scheduler.step()
+    return values
+
+
+def progress(step: int) -> float:
+    return (step - WARMUP) / (TOTAL - WARMUP)
+
+
+def cosine(low: float, phase: float) -> float:
+    return low + (1 - low) * 0.5 * (1 + math.cos(math.pi * phase))
+
+
+FORMULAS = {
+    "constant": ({}, lambda step: 1.0),
+    "linear": ({}, lambda step: 1 - progress(step)),
+    "cosine": ({}, lambda step: cosine(0, progress(step))),
+    "cosine_with_restarts": ({"lr_scheduler_num_cycles": 3}, lambda step: cosine(0, 3 * progress(step) % 1)),
+    "cosine_with_min_lr": ({"lr_scheduler_min_lr_ratio": 0.2}, lambda step: cosine(0.2, progress(step))),
+    "polynomial": (
+        {"lr_scheduler_power": 2.0},
+        lambda step: (1 - progress(step)) ** 2 * (1 - 1e-7 / RATE) + 1e-7 / RATE,
+    ),
+    "inverse_sqrt": ({"lr_scheduler_timescale": 5}, lambda step: 1 / math.sqrt(1 + (step - WARMUP) / 5)),
+    "rex": (
+        {"lr_scheduler_min_lr_ratio": 0.1},
+        lambda step: 0.1 + 0.9 * (1 - progress(step)) / (0.1 + 0.9 * (1 - progress(step))),
+    ),
+    "warmup_stable_decay": (
+        {"lr_decay_steps": Steps(10), "lr_scheduler_min_lr_ratio": 0.3},
+        lambda step: 1.0 if step < 30 else cosine(0.3, (step - 30) / 10),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", FORMULAS)
+def test_schedule_is_its_formula_after_a_linear_warm_up(name: str) -> None:
+    settings, formula = FORMULAS[name]
+    warmup = 0 if name == "constant" else WARMUP
+    first = 0.3 if name == "warmup_stable_decay" else 0.0  # this one rises from its lowest rate
+    rise = [first + (1 - first) * step / WARMUP for step in range(warmup)]
+    expected = rise + [formula(step) for step in range(warmup, TOTAL)]
+    options = SchedulerOptions(lr_scheduler=name, lr_warmup_steps=Steps(warmup), **settings)
+    assert rates(options) == pytest.approx(expected, abs=1e-6)
+
+
+def test_piecewise_constant_is_that_of_diffusers() -> None:
+    rules = "1:10,0.1:20,0.01:25,0.005"
+    optimizer = sgd()
+    reference = get_piecewise_constant_schedule(optimizer, rules)
+    expected = [reference.lr_lambdas[0](step) for step in range(TOTAL)]
+    options = SchedulerOptions(lr_scheduler="piecewise_constant", lr_scheduler_args=[f"step_rules='{rules}'"])
+    assert rates(options) == pytest.approx(expected)
+    assert parse_step_rules(rules) == (((10, 1.0), (20, 0.1), (25, 0.01)), 0.005)
+
+
+def test_paper_rex_by_arguments() -> None:
+    options = SchedulerOptions(lr_scheduler="rex", lr_scheduler_args=["rex_alpha=0.5", "rex_beta=0.5"])
+    # Chen et al. 2021, table 1: (1 - z) / (1/2 + 1/2 (1 - z)) with z = step / total.
+    assert rates(options) == pytest.approx([(1 - s / TOTAL) / (0.5 + 0.5 * (1 - s / TOTAL)) for s in range(TOTAL)])
+
+
+def test_custom_scheduler_class() -> None:
+    for name in ("CosineAnnealingLR", "torch.optim.lr_scheduler.CosineAnnealingLR"):
+        options = SchedulerOptions(lr_scheduler_type=name, lr_scheduler_args=["T_max=40", "eta_min=0.1"])
+        expected = [0.2 + 0.8 * 0.5 * (1 + math.cos(math.pi * step / 40)) for step in range(TOTAL)]
+        assert rates(options) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("text", ["8", "0.2", "20%", 8, 0.2])
+def test_steps_or_a_share_of_all_steps(text: object) -> None:
+    assert Steps(text).of(40) == 8
+
+
+@pytest.mark.parametrize("text", ["1.5", "-1", "-0.1", "120%", "many", "nan", "inf", ""])
+def test_other_numbers_of_steps_are_refused(text: str) -> None:
+    with pytest.raises(ValueError):
+        Steps(text)
+
+
+@pytest.mark.parametrize("name", [name for name in SCHEDULES if name != "adafactor"])
+def test_resumed_schedule_goes_on_exactly(name: str) -> None:
+    options = SchedulerOptions(
+        lr_scheduler=name,
+        lr_warmup_steps=Steps("5%"),
+        lr_decay_steps=Steps(6),
+        lr_scheduler_min_lr_ratio=0.1,
+        lr_scheduler_args=["step_rules='1:5,0.1:20,0.01'"] if name == "piecewise_constant" else [],
+    )
+    whole = rates(options)
+    optimizer = sgd()
+    scheduler = create_scheduler(options, optimizer, TOTAL)
+    for _ in range(13):
+        optimizer.step()
+        scheduler.step()
+    states = optimizer.state_dict(), scheduler.state_dict()
+
+    optimizer = sgd()
+    scheduler = create_scheduler(options, optimizer, TOTAL)
+    optimizer.load_state_dict(states[0])
+    scheduler.load_state_dict(states[1])
+    for step in range(13, TOTAL):
+        assert optimizer.param_groups[0]["lr"] / RATE == whole[step]
+        optimizer.step()
+        scheduler.step()
+
+
+def test_state_holds_plain_values_only(tmp_path) -> None:
+    scheduler = create_scheduler(SchedulerOptions(lr_scheduler="rex"), sgd(), TOTAL)
+    torch.save(scheduler.state_dict(), tmp_path / "state.pt")
+    assert torch.load(tmp_path / "state.pt", weights_only=True)["last_epoch"] == 0
+
+
+def test_adafactor_shows_the_rate_that_the_optimizer_chose() -> None:
+    weight = torch.nn.Parameter(torch.ones(4, 4))
+    optimizer = create_optimizer(OptimizerOptions(optimizer_type="adafactor"), [{"params": [weight]}])
+    scheduler = create_scheduler(SchedulerOptions(lr_scheduler="cosine"), optimizer, TOTAL)
+    weight.square().sum().backward()
+    optimizer.step()
+    scheduler.step()
+    # Shazeer & Stern 2018 (arXiv 1804.04235): 0.01 in the first 10,000 steps, times the weights' root mean square.
+    assert scheduler.get_last_lr() == [pytest.approx(0.01, rel=0.05)]
+    assert type(scheduler.get_last_lr()[0]) is float
+
+
+def test_ignored_options_are_named() -> None:
+    assert SchedulerOptions().ignored() == []
+    assert SchedulerOptions(lr_warmup_steps=Steps(5)).ignored() == ["lr_warmup_steps"]
+    assert SchedulerOptions(lr_scheduler="cosine").ignored() == []
+    assert SchedulerOptions(lr_scheduler="cosine").ignored(own_rate=True) == ["lr_scheduler"]
+    assert SchedulerOptions(lr_scheduler="adafactor").ignored(own_rate=True) == []
+    assert SchedulerOptions(lr_scheduler_type="StepLR", lr_scheduler_power=2.0).ignored() == ["lr_scheduler_power"]
+    assert SchedulerOptions(
+        lr_scheduler="cosine", lr_scheduler_min_lr_ratio=0.1, lr_warmup_steps=Steps(5)
+    ).ignored() == ["lr_scheduler_min_lr_ratio"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"lr_scheduler": "cosine_with_min_lr"}, "needs --lr_scheduler_min_lr_ratio"),
+        ({"lr_scheduler": "piecewise_constant"}, "step_rules"),
+        ({"lr_scheduler": "piecewise_constant", "lr_scheduler_args": ["step_rules='1:ten,0.1'"]}, "step_rules"),
+        ({"lr_scheduler_type": "no_such_package.Schedule"}, "pip install no_such_package"),
+        ({"lr_scheduler_args": ["T_max"]}, "key=value"),
+    ],
+)
+def test_mistakes_found_at_once(settings: dict, words: str) -> None:
+    with pytest.raises(UserError, match=words):
+        SchedulerOptions(**settings)
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"lr_scheduler_type": "CosineAnnealing"}, "did you mean"),
+        ({"lr_scheduler_type": "CosineAnnealingLR", "lr_scheduler_args": ["T_mx=3"]}, "did you mean 'T_max'"),
+        ({"lr_scheduler_type": "ReduceLROnPlateau"}, "validation loss"),
+    ],
+)
+def test_mistakes_in_a_custom_scheduler(settings: dict, words: str) -> None:
+    with pytest.raises(UserError, match=words):
+        scheduler_class(SchedulerOptions(**settings))
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"lr_scheduler": "adafactor"}, "needs --optimizer_type Adafactor"),
+        ({"lr_scheduler": "cosine", "lr_warmup_steps": Steps(41)}, "the run has 40 steps"),
+        ({"lr_scheduler": "cosine", "lr_scheduler_args": ["waves=3"]}, "unexpected keyword argument 'waves'"),
+        ({"lr_scheduler": "rex", "lr_scheduler_args": ["waves=3"]}, "unexpected keyword argument 'waves'"),
+    ],
+)
+def test_mistakes_found_when_the_steps_are_known(settings: dict, words: str) -> None:
+    with pytest.raises(UserError, match=words):
+        create_scheduler(SchedulerOptions(**settings), sgd(), TOTAL)
