@@ -190,7 +190,8 @@ def load_model(options: Options, names: set[str], run: "Run") -> "HYVideoDiffusi
     """The DiT with trained weights in the dtype of the training and all others in --dit_dtype."""
     from hunyuan_model.block_swap import offload_embedders
     from hunyuan_model.checkpoints import load_dit
-    from modules.training.hunyuan_video import keep_less, verify_attention
+    from modules.blocks.activation_checkpointing import apply_activation_checkpointing
+    from modules.training.hunyuan_video import verify_attention
     from utils.device_utils import DTYPES
 
     device, attention = run.accelerator.device, options.attention.mode
@@ -199,7 +200,7 @@ def load_model(options: Options, names: set[str], run: "Run") -> "HYVideoDiffusi
     dit = load_dit(options.dit.dit, device, lambda name: trained if name in names else frozen, attention=attention)
     if options.swap.img_in_txt_in_offloading:
         offload_embedders(dit, device)
-    keep_less(dit, options.training.checkpointing_policy or "none", device)
+    apply_activation_checkpointing(dit, options.training.checkpointing_policy or "none", device)
     return dit
 
 

@@ -231,13 +231,15 @@ def prepare(
     device: "torch.device",
 ) -> "torch.nn.Module | None":
     """Applies to a DiT without data what `create_trained` applies to the real one."""
-    from modules.training.hunyuan_video import keep_less
+    from modules.blocks.activation_checkpointing import apply_activation_checkpointing
     from modules.training.network import OWN_MODULES
 
     made = new_network(options, module, dit) if module.__name__ in OWN_MODULES else None
     if made is not None:
         made.apply_to([], dit, False, True)
-    keep_less(dit, checkpointing, device, options.compile.compile, bool(options.swap.blocks_to_swap))
+    apply_activation_checkpointing(
+        dit, checkpointing, device, options.compile.compile, bool(options.swap.blocks_to_swap)
+    )
     return made
 
 
@@ -306,8 +308,8 @@ def create_trained(
     import torch
 
     from hunyuan_model.block_swap import enable_block_swap, offload_embedders
+    from modules.blocks.activation_checkpointing import apply_activation_checkpointing
     from modules.blocks.compilation import compile_blocks
-    from modules.training.hunyuan_video import keep_less
     from modules.training.network import TrainedNetwork, create_network, create_network_from_weights
     from networks.files.format_table import FORMATS
     from networks.files.formats import read_lora, to_tensors
@@ -331,7 +333,7 @@ def create_trained(
     if options.swap.img_in_txt_in_offloading:
         offload_embedders(dit, device)
     policy, swapped = options.training.checkpointing_policy, bool(options.swap.blocks_to_swap)
-    keep_less(dit, policy or "none", device, options.compile.compile, swapped)
+    apply_activation_checkpointing(dit, policy or "none", device, options.compile.compile, swapped)
     if policy is not None:
         trained.enable_gradient_checkpointing()
     return trained

@@ -22,6 +22,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
+from hunyuan_model.models import HYVideoDiffusionTransformer
 from modules.blocks.activation_offload import Parking
 
 aten = torch.ops.aten
@@ -44,6 +45,29 @@ POINTWISE = {
     aten.stack.default,
     aten.sub.Tensor,
 }
+
+
+def apply_activation_checkpointing(
+    dit: HYVideoDiffusionTransformer,
+    checkpointing: str,
+    device: torch.device,
+    compiled: bool = False,
+    swapped: bool = False,
+) -> None:
+    """Decides what the blocks of the DiT keep for the backward pass.
+
+    Without checkpointing, autograd keeps no results of pointwise operations (`recompute_cheap`), with two exceptions:
+    compiled blocks, where the compiler decides this, and a CPU, which has more memory than time.
+
+    Args:
+        checkpointing: a policy of `checkpoint_activations`, or "none".
+        compiled: the blocks are compiled.
+        swapped: block swap is enabled.
+    """
+    if checkpointing != "none":
+        checkpoint_activations(dit.blocks, checkpointing, compiled)
+    elif device.type != "cpu" and not compiled and not swapped:
+        recompute_cheap(dit.blocks)
 
 
 def checkpoint_activations(blocks: Iterable[nn.Module], policy: str = "full", compiled: bool = False) -> None:

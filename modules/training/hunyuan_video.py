@@ -14,7 +14,6 @@ from hunyuan_model import attention, checkpoints
 from hunyuan_model.checkpoints.identification import CLIP, LLM, VAE, identify
 from hunyuan_model.models import HunyuanVideoConfig, HYVideoDiffusionTransformer
 from hunyuan_model.vae import SCALING_FACTOR
-from modules.blocks.activation_checkpointing import checkpoint_activations, recompute_cheap
 from modules.generation.requests import Request
 from modules.training.denoiser import TrainingModel, check_input_channels
 from modules.training.hunyuan_options import HunyuanTrainerOptions
@@ -104,26 +103,6 @@ def training_model(
     """The DiT with what its call needs besides a batch."""
     guidance, split = options.training.guidance_scale, options.attention.split_attn
     return TrainingModel(dit, SCALING_FACTOR, guidance, accelerator.device, split)
-
-
-def keep_less(
-    dit: HYVideoDiffusionTransformer,
-    checkpointing: str,
-    device: torch.device,
-    compiled: bool = False,
-    swapped: bool = False,
-) -> None:
-    """Decides what the blocks keep for the backward pass.
-
-    Compiled blocks leave the cheap part to the compiler; a CPU has more memory than time.
-
-    Args:
-        checkpointing: a policy of `checkpoint_activations`, or "none".
-    """
-    if checkpointing != "none":
-        checkpoint_activations(dit.blocks, checkpointing, compiled)
-    elif device.type != "cpu" and not compiled and not swapped:
-        recompute_cheap(dit.blocks)
 
 
 def create_previewer(
