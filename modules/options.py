@@ -4,9 +4,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from utils.cli import option
+from utils.dtype_names import DTYPE_NAMES
 from utils.errors import UserError
 
-DTYPE_WORDS = ("float32", "fp32", "float", "float16", "fp16", "bfloat16", "bf16")
+# of torch.compile
+COMPILE_MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,7 +26,7 @@ class VaeOptions:
     vae_dtype: str | None = option(
         None,
         help="dtype of the VAE; unset: float16 on a GPU, float32 on a CPU, and float16 in caches",
-        choices=DTYPE_WORDS,
+        choices=DTYPE_NAMES,
     )
     vae_tiling: bool = option(False, help="encode and decode in overlapping tiles to save memory")
     vae_chunk_size: int | None = option(None, help="frames that a causal convolution sees at once, e.g. 32", minimum=1)
@@ -57,7 +59,7 @@ class TextEncoderOptions:
     text_encoder_dtype: str | None = option(
         None,
         help="dtype of the text encoders; unset: float16 on a GPU, float32 on a CPU, and float16 in caches",
-        choices=DTYPE_WORDS,
+        choices=DTYPE_NAMES,
     )
     fp8_llm: bool = option(False, help="keep the weights of text encoder 1 as float8, half the memory of float16")
 
@@ -70,7 +72,7 @@ class DitOptions:
         None, help="DiT: official .pt, .safetensors (official, ComfyUI or fp8) or diffusers folder", path="any"
     )
     dit_dtype: str | None = option(
-        None, help="dtype of the DiT; bfloat16 on a GPU, float32 on a CPU", choices=DTYPE_WORDS
+        None, help="dtype of the DiT; bfloat16 on a GPU, float32 on a CPU", choices=DTYPE_NAMES
     )
     dit_in_channels: int | None = option(None, help="checked against the file, which decides", minimum=1)
 
@@ -81,11 +83,7 @@ class CompileOptions:
 
     compile: bool = option(False, help="compile every block of the DiT (needs a compiler: Triton on a GPU)")
     compile_backend: str = option("inductor", help="backend of torch.compile")
-    compile_mode: str = option(
-        "default",
-        help="mode of torch.compile",
-        choices=("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"),
-    )
+    compile_mode: str = option("default", help="mode of torch.compile", choices=COMPILE_MODES)
     compile_dynamic: str | None = option(None, help="dynamic shapes; unset is auto", choices=("true", "false", "auto"))
     compile_fullgraph: bool = option(False, help="refuse graph breaks")
     compile_cache_size_limit: int | None = option(None, help="graphs that torch keeps per block", minimum=1)

@@ -2,17 +2,10 @@
 
 import torch
 
+from utils.dtype_names import TORCH_NAMES
 from utils.errors import UserError
 
-DTYPES = {
-    "float32": torch.float32,
-    "fp32": torch.float32,
-    "float": torch.float32,
-    "float16": torch.float16,
-    "fp16": torch.float16,
-    "bfloat16": torch.bfloat16,
-    "bf16": torch.bfloat16,
-}
+DTYPES: dict[str, torch.dtype] = {name: getattr(torch, torch_name) for name, torch_name in TORCH_NAMES.items()}
 
 
 def default_dtype(word: str | None, device: torch.device, on_gpu: str = "float16") -> torch.dtype:

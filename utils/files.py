@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import shutil
 import tomllib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 from utils.errors import UserError, one_line
 
 TEMPORARY_SUFFIX = ".partial"
+REPLACED = "old"  # stands where the process id stands in a temporary name: a folder that is being replaced
 # Characters that text editors and file managers add unseen: byte-order mark, zero-width space, bidirectional marks.
 # The zero-width joiners U+200C and U+200D are not among them: Persian and Indic names and emoji are spelled with them.
 INVISIBLE_CHARACTERS = dict.fromkeys([0xFEFF, 0x200B, 0x200E, 0x200F, *range(0x202A, 0x202F), *range(0x2066, 0x206A)])
@@ -41,6 +43,30 @@ def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
         if type(error) is OSError and error.errno is not None and error.filename is None:
             error.filename = str(path)  # a failed write does not know its file; PyAV's errors cannot be told
         raise
+
+
+@contextlib.contextmanager
+def atomic_folder(folder: Path) -> Iterator[Path]:
+    """Yields a temporary folder beside `folder`; on success it replaces `folder`, on failure it is removed.
+
+    A folder cannot be replaced in one step: for a moment the old one is called `{name}.old.partial`. A process that is
+    killed in that moment leaves it, and it can be renamed back.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    temporary = folder.with_name(f"{folder.name}.{os.getpid()}{TEMPORARY_SUFFIX}")
+    replaced = folder.with_name(f"{folder.name}.{REPLACED}{TEMPORARY_SUFFIX}")
+    # An earlier attempt may have failed to remove them, for example because a viewer held a file open on Windows.
+    for leftover in (temporary, replaced):
+        shutil.rmtree(leftover, ignore_errors=True)
+    temporary.mkdir()
+    try:
+        yield temporary
+        if folder.exists():
+            os.replace(folder, replaced)
+        os.replace(temporary, folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+        shutil.rmtree(replaced, ignore_errors=True)
 
 
 def write_text(path: str | os.PathLike, text: str) -> None:

@@ -4,8 +4,6 @@ Pixels are tensors (3, F, H, W), float32 in 0..1.
 """
 
 import json
-import os
-import shutil
 from collections.abc import Iterable, Mapping
 from fractions import Fraction
 from pathlib import Path
@@ -16,7 +14,7 @@ from einops import rearrange
 from torch import Tensor
 
 from utils.errors import UserError, one_line
-from utils.files import atomic_path
+from utils.files import atomic_folder, atomic_path
 
 if TYPE_CHECKING:
     import av
@@ -132,16 +130,9 @@ def write_image(array: "np.ndarray", path: str | Path, metadata: Mapping[str, ob
 
 def save_images(pixels: Tensor, folder: str | Path, metadata: Mapping[str, object] | None = None) -> None:
     """Writes every frame of (3, F, H, W) as `folder`/00000.png and so on; the folder appears when it is complete."""
-    folder = Path(folder)
-    temporary = folder.with_name(f"{folder.name}.{os.getpid()}.partial")
-    temporary.mkdir(parents=True, exist_ok=True)
-    try:
+    with atomic_folder(Path(folder)) as temporary:
         for index, frame in enumerate(pixels.split(1, dim=1)):
             save_image(frame, temporary / f"{index:05d}.png", metadata)
-        os.replace(temporary, folder)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
 
 
 def read_metadata(path: str | Path) -> dict[str, object]:

@@ -14,12 +14,11 @@ from pathlib import Path
 import psutil
 
 from utils.errors import UserError
-from utils.files import TEMPORARY_SUFFIX, read_text
+from utils.files import REPLACED, TEMPORARY_SUFFIX, read_text
 
 PROGRESS_FILE = "train_state.json"
 SETTINGS_FILE = "settings.toml"
 STATE_SUFFIX = "-state"
-REPLACED = "old"  # in the name of a state that makes room for its successor
 COMPANIONS = r"(\.[\w-]+)?\.safetensors|\.settings\.toml"  # endings of what is written for one checkpoint
 STATE_VERSION = 1
 

@@ -6,11 +6,12 @@ Importing this module does not import torch.
 
 from dataclasses import dataclass
 
-from modules.options import DTYPE_WORDS, BlockSwapOptions, DitOptions
+from modules.options import BlockSwapOptions, DitOptions
 from modules.training.timesteps import TimestepOptions
 from modules.training.training_options import SaveOptions, TrainingAttentionOptions, TrainingOptions
 from networks.files.metadata import ARCHITECTURE, MetadataOptions
 from utils.cli import option
+from utils.dtype_names import DTYPE_NAMES
 from utils.errors import UserError
 
 SAVE_MEMORY = "give --gradient_checkpointing, --full_bf16, --optimizer_type adafactor or fewer --trainable_modules"
@@ -45,7 +46,7 @@ class FullDitOptions(DitOptions):
     dit_dtype: str | None = option(
         None,
         help="dtype of saved checkpoints and of what is not trained; that of the trained weights if unset",
-        choices=DTYPE_WORDS,
+        choices=DTYPE_NAMES,
     )
 
 

@@ -6,11 +6,8 @@ Noise, timesteps, dropout and data order are functions of (seed, step), so no ra
 import dataclasses
 import errno
 import json
-import os
 import pickle
-import shutil
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from modules.training.files import PROGRESS_FILE, REPLACED, SETTINGS_FILE, STATE_VERSION, damaged, read_progress
+from modules.training.files import PROGRESS_FILE, SETTINGS_FILE, STATE_VERSION, damaged, read_progress
 from utils.errors import UserError, one_line
-from utils.files import TEMPORARY_SUFFIX, atomic_path, write_text
+from utils.files import atomic_folder, atomic_path, write_text
 from utils.safetensors_utils import iterate_tensors, read_header, streamed_file
 
 TRAINED_FILE = "trained.safetensors"
@@ -79,26 +76,6 @@ class Progress:
         ]
 
 
-@contextmanager
-def whole_folder(folder: Path) -> Iterator[Path]:
-    """Yields a temporary folder beside `folder` that takes its place on success and vanishes on failure."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = folder.with_name(f"{folder.name}.{os.getpid()}{TEMPORARY_SUFFIX}")
-    replaced = folder.with_name(f"{folder.name}.{REPLACED}{TEMPORARY_SUFFIX}")
-    # What could not be removed the last time, such as a file that a viewer holds open on Windows.
-    for leftover in (temporary, replaced):
-        shutil.rmtree(leftover, ignore_errors=True)
-    temporary.mkdir()
-    try:
-        yield temporary
-        if folder.exists():
-            os.replace(folder, replaced)
-        os.replace(temporary, folder)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-        shutil.rmtree(replaced, ignore_errors=True)
-
-
 def save_state(
     folder: Path, progress: Progress, trained: Mapping[str, Tensor], stateful: Mapping[str, Any], settings: str
 ) -> None:
@@ -109,7 +86,7 @@ def save_state(
         stateful: optimizer, scheduler, ... by name: objects with `state_dict()`.
         settings: the run's resolved settings, as TOML.
     """
-    with whole_folder(folder) as temporary:
+    with atomic_folder(folder) as temporary:
         layout = {name: (tensor.dtype, tensor.shape) for name, tensor in trained.items()}
         with streamed_file(temporary / TRAINED_FILE, layout) as write:
             for name, tensor in trained.items():

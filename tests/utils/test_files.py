@@ -10,7 +10,7 @@ import pytest
 
 from tests.platforms import needs_posix
 from utils.errors import UserError, did_you_mean, one_line
-from utils.files import atomic_path, clean_path, read_text, read_toml, user_path, write_text
+from utils.files import atomic_folder, atomic_path, clean_path, read_text, read_toml, user_path, write_text
 
 ROOT = Path(__file__).parents[2]
 
@@ -33,6 +33,19 @@ def test_a_failure_leaves_the_old_file_and_nothing_else(tmp_path: Path, error: t
         raise error
     assert path.read_text() == "old"
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_folder_is_replaced_as_a_whole_or_not_at_all(tmp_path: Path) -> None:
+    folder = tmp_path / "new" / "state"
+    for name in ("first", "second"):
+        with atomic_folder(folder) as temporary:
+            (temporary / name).touch()
+        assert [path.name for path in folder.iterdir()] == [name]
+    with pytest.raises(KeyboardInterrupt), atomic_folder(folder) as temporary:
+        (temporary / "third").touch()
+        raise KeyboardInterrupt
+    assert [path.name for path in folder.iterdir()] == ["second"]
+    assert list(folder.parent.iterdir()) == [folder]
 
 
 def test_an_error_of_the_disk_names_the_file(tmp_path: Path) -> None:
