@@ -13,13 +13,12 @@ from typing import TYPE_CHECKING
 
 from networks.files.format_table import FORMATS, Format
 from utils.cli import option, parse_options, print_table, run_script
+from utils.dtype_names import DTYPE_NAMES
 from utils.errors import UserError
 from utils.files import atomic_path, refuse_overwriting
 
 if TYPE_CHECKING:
-    from networks.files.formats import Lora
-
-DTYPE_WORDS = ("float32", "fp32", "float", "float16", "fp16", "bfloat16", "bf16")
+    from networks.files.formats import LoraWeights
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,7 +34,7 @@ class ConvertOptions:
         None, help="prefix of the module names instead of the target's, such as diffusion_model, or '' for none"
     )
     rank: int | None = option(None, help="reduce every module to at most this rank by SVD", minimum=1)
-    dtype: str | None = option(None, help="dtype of the output; that of the input if unset", choices=DTYPE_WORDS)
+    dtype: str | None = option(None, help="dtype of the output; that of the input if unset", choices=DTYPE_NAMES)
     verify: bool = option(False, help="read the output again and compare what every module does to its weight")
     allow_partial: bool = option(False, help="leave out keys that belong to no module instead of stopping")
 
@@ -83,7 +82,7 @@ def main() -> None:
     print_table("conversion", rows)
 
 
-def verify(lora: "Lora", written: Path, options: ConvertOptions) -> str:
+def verify(lora: "LoraWeights", written: Path, options: ConvertOptions) -> str:
     """Compares the written file with what was to be written.
 
     Raises:

@@ -132,7 +132,7 @@ def compare(options: GenerationOptions, requests: Sequence[Request]) -> None:
     from modules.generation.compare import ComparisonOutput, Page, Row
     from modules.generation.outputs import Job, time_stamp
     from modules.generation.variants import conditioned
-    from networks.hooks import LiveLoras
+    from networks.hooks import LoraHooks
 
     seed = drawn_seed() if options.prompt.seed is None else options.prompt.seed
     requests = [dataclasses.replace(each, seed=seed if each.seed is None else each.seed) for each in requests]
@@ -146,7 +146,7 @@ def compare(options: GenerationOptions, requests: Sequence[Request]) -> None:
 
     generator = build_generator(options)
     generator.outputs = outputs = ComparisonOutput(options.output.save_path, options.output.output_type)
-    loras = functools.cache(lambda: LiveLoras(generator.dit.model))
+    loras = functools.cache(lambda: LoraHooks(generator.dit.model))
     generator.before_job = lambda job: loras().use(lora_of[job.stem], options.lora.exclude_single_blocks)
     generator.run(list(jobs.values()))
     if not outputs.pixels:
@@ -282,11 +282,11 @@ def check_model_files(options: GenerationOptions) -> None:
 def check_loras(options: GenerationOptions) -> None:
     """Reads every LoRA as merging will, one at a time, and holds it against the header of the DiT's file."""
     from hunyuan_model.checkpoints import open_dit
-    from networks.merging import matching_changes
+    from networks.merging import match_loras
 
     shapes = open_dit(options.dit.dit).shapes
     for path in options.lora.lora_weight:
-        matching_changes(shapes, [(path, 1.0)], options.lora.exclude_single_blocks)
+        match_loras(shapes, [(path, 1.0)], options.lora.exclude_single_blocks)
 
 
 def load_merged_dit(options: GenerationOptions, device: "torch.device", fp8: bool) -> "HYVideoDiffusionTransformer":
@@ -295,7 +295,7 @@ def load_merged_dit(options: GenerationOptions, device: "torch.device", fp8: boo
     Most of a small change would be lost in rounding that to the same value again: there LoRAs compute beside it.
     """
     from hunyuan_model.checkpoints import beside_swapped, load_dit, open_dit, read_dit_config
-    from networks.hooks import LiveLoras
+    from networks.hooks import LoraHooks
     from networks.merging import weight_changes
     from utils.device_utils import default_dtype
 
@@ -307,7 +307,7 @@ def load_merged_dit(options: GenerationOptions, device: "torch.device", fp8: boo
     changes = weight_changes(tensors.shapes, loras, exclude_single_blocks) if loras and not beside else None
     model = load_dit(path, place, dtype, fp8, speed.attn_mode, speed.split_attn, compute=device, changes=changes)
     if loras and beside:
-        LiveLoras(model).use(loras, exclude_single_blocks)
+        LoraHooks(model).use(loras, exclude_single_blocks)
     return model
 
 

@@ -17,13 +17,12 @@ from typing import TYPE_CHECKING
 
 from networks.files.format_table import FORMATS
 from utils.cli import option, parse_options, print_table, run_script
+from utils.dtype_names import DTYPE_NAMES
 from utils.errors import UserError, did_you_mean
 from utils.files import refuse_overwriting
 
 if TYPE_CHECKING:
-    from networks.files.formats import Lora
-
-DTYPE_WORDS = ("float32", "fp32", "float", "float16", "fp16", "bfloat16", "bf16")
+    from networks.files.formats import LoraWeights
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,13 +50,13 @@ class OutputOptions:
 
     output_file: Path = option(help="LoRA file to write")
     target: str | None = option(None, help="its format; that of the first input if unset", choices=[*FORMATS])
-    dtype: str | None = option(None, help="its dtype; that of the input if unset", choices=DTYPE_WORDS)
+    dtype: str | None = option(None, help="its dtype; that of the input if unset", choices=DTYPE_NAMES)
 
     def __post_init__(self) -> None:
         if self.output_file.suffix != ".safetensors":
             raise UserError(f"--output_file {self.output_file}: a name that ends in .safetensors is expected")
 
-    def write(self, lora: "Lora", title: str, rows: list[tuple[str, object]]) -> None:
+    def write(self, lora: "LoraWeights", title: str, rows: list[tuple[str, object]]) -> None:
         """Writes the LoRA and prints what was done."""
         from networks.files.formats import write_lora
         from utils.device_utils import DTYPES
@@ -192,10 +191,10 @@ def ema(argv: list[str]) -> None:
         raise UserError("ema: two files or more are expected")
 
     from networks.files.formats import read_lora
-    from networks.lora_ops import average, decays
+    from networks.lora_ops import average, ema_decays
 
     paths = files.path if options.no_sort else sorted(files.path, key=os.path.getmtime)
-    keep = decays(len(paths), options.beta, options.beta2, options.sigma_rel)
+    keep = ema_decays(len(paths), options.beta, options.beta2, options.sigma_rel)
     lora = average([read_lora(path) for path in paths], keep)
     rows = [
         (path.name, "start" if beta is None else f"{1 - beta:.4f} added") for path, beta in zip(paths, [None, *keep])

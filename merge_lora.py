@@ -9,10 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from utils.cli import option, parse_options, print_table, run_script
+from utils.dtype_names import DTYPE_NAMES
 from utils.errors import UserError
 from utils.files import refuse_overwriting
-
-DTYPE_WORDS = ("float32", "fp32", "float", "float16", "fp16", "bfloat16", "bf16")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,7 +24,7 @@ class MergeOptions:
     lora_multiplier: list[float] = option([], help="one per --lora_weight, or one for all; 1.0 when omitted")
     save_merged_model: Path = option(help="file to write (.safetensors)")
     exclude_single_blocks: bool = option(False, help="leave the single blocks as they are")
-    dtype: str | None = option(None, help="dtype of the output; that of the checkpoint if unset", choices=DTYPE_WORDS)
+    dtype: str | None = option(None, help="dtype of the output; that of the checkpoint if unset", choices=DTYPE_NAMES)
     fp8: bool = option(False, help="write the linear weights of the blocks as fp8 with scales (ComfyUI's layout)")
     device: str | None = option(None, help="where to compute; CUDA if available, else the CPU")
 

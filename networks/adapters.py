@@ -10,7 +10,6 @@ from torch import nn
 from networks.factors import Factors
 from networks.files.format_table import NATIVE
 from networks.files.lora_files import load_native, native_tensors, save_native
-from networks.merging import write_weight
 from networks.targets import find_targets, is_linear, read_arguments
 from utils.errors import UserError
 
@@ -86,10 +85,6 @@ class AdapterModule(nn.Module):
     def from_tensors(cls, target: nn.Module, tensors: Mapping[str, torch.Tensor], multiplier: float) -> "AdapterModule":
         """An adapter of the sizes that the tensors of a file, by suffix, have; their values are loaded later."""
         raise NotImplementedError
-
-    def merged_weight(self, weight: torch.Tensor) -> torch.Tensor:
-        """The target's float32 weight with the update in it."""
-        return self.factors().apply(weight, self.multiplier)
 
     def limit_norm(self, max_norm: float) -> tuple[float, bool]:
         """Shrinks the factors so that the update's Frobenius norm is at most `max_norm`: (norm, whether shrunk)."""
@@ -238,21 +233,6 @@ class AdapterNetwork(nn.Module):
         results = [adapter.limit_norm(max_norm) for adapter in self.adapters]
         norms = [norm for norm, _ in results]
         return sum(shrunk for _, shrunk in results), sum(norms) / len(norms), max(norms)
-
-    @torch.no_grad()
-    def merge_to(
-        self,
-        text_encoders: Any,
-        unet: nn.Module,
-        weights_sd: Mapping[str, torch.Tensor] | None = None,
-        dtype: torch.dtype | None = None,
-        device: torch.device | str | None = None,
-    ) -> None:
-        """Puts the updates into the DiT's weights, each computed in float32; the adapters are then no longer needed."""
-        if weights_sd is not None:
-            self.load_native(native_tensors(weights_sd), "weights_sd")
-        for adapter in self.adapters:
-            write_weight(adapter.target, adapter.merged_weight)
 
 
 def native_name(name: str) -> str:

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from networks.factors import Factors, LoraFactors
-from networks.files.formats import Lora
+from networks.files.formats import LoraWeights
 from utils.errors import UserError
 
 
@@ -15,8 +15,8 @@ def relative_difference(first: Factors, second: Factors) -> float:
     if isinstance(first, LoraFactors) and isinstance(second, LoraFactors):
         squares = _lowrank_squares(first, second)
     else:
-        dense = first.update()
-        squares = dense.square().sum().double(), (dense - second.update()).square().sum().double()
+        dense = first.delta_weight()
+        squares = dense.square().sum().double(), (dense - second.delta_weight()).square().sum().double()
     return max(_ratio(*squares), _lengths_difference(first.dora_scale, second.dora_scale))
 
 
@@ -47,7 +47,7 @@ def _lengths_difference(first: Tensor | None, second: Tensor | None) -> float:
     return ((first.double() - second.double()).norm() / first.double().norm()).item()
 
 
-def worst_difference(first: Lora, second: Lora, source: str) -> tuple[float, str]:
+def worst_difference(first: LoraWeights, second: LoraWeights, source: str) -> tuple[float, str]:
     """The largest relative difference over all modules and the module where it is.
 
     Raises:
@@ -55,7 +55,7 @@ def worst_difference(first: Lora, second: Lora, source: str) -> tuple[float, str
     """
     lost = first.modules.keys() ^ second.modules.keys()
     # Modules that change nothing may be left out.
-    lost = {name for name in lost if (first.modules | second.modules)[name].update().any()}
+    lost = {name for name in lost if (first.modules | second.modules)[name].delta_weight().any()}
     if lost:
         raise UserError(f"{source}: differs in {len(lost)} modules from what was to be written, such as {min(lost)}")
     both = first.modules.keys() & second.modules.keys()

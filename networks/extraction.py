@@ -9,7 +9,7 @@ from tqdm import tqdm
 
 from hunyuan_model.checkpoints import DitTensors, open_dit
 from hunyuan_model.checkpoints.names import DIT_TO_DIFFUSERS
-from networks.files.formats import Lora
+from networks.files.formats import LoraWeights
 from networks.files.names import block_template
 from networks.lora_ops import extract, with_rank_metadata
 from utils.errors import UserError
@@ -17,7 +17,7 @@ from utils.errors import UserError
 
 def extract_lora(
     base_path: str | os.PathLike, tuned_path: str | os.PathLike, rank: int, energy: float = 1.0
-) -> tuple[Lora, list[str]]:
+) -> tuple[LoraWeights, list[str]]:
     """The LoRA nearest to tuned - base, and the tensors that differ but cannot be in one (biases, norms).
 
     Raises:
@@ -31,7 +31,7 @@ def extract_lora(
     if not modules:
         raise UserError(f"{tuned_path}: no matrix differs from {base_path}")
     metadata = {"ss_base_model_version": "hunyuan_video", "ss_network_module": "networks.lora"}
-    return with_rank_metadata(Lora(modules, metadata)), left
+    return with_rank_metadata(LoraWeights(modules, metadata)), left
 
 
 def _module(name: str) -> str:

@@ -45,13 +45,13 @@ class Factors:
         """The same with every matrix changed."""
         return dataclasses.replace(self, **{name: change(tensor) for name, tensor in self.tensors().items()})
 
-    def update(self) -> Tensor:
+    def delta_weight(self) -> Tensor:
         """What is added to the weight, as a float32 matrix (out, in); DoRA's lengths are not in it."""
         raise NotImplementedError
 
     def norm(self) -> float:
         """The Frobenius norm of the update."""
-        return self.update().norm().item()
+        return self.delta_weight().norm().item()
 
     @property
     def out_features(self) -> int:
@@ -78,7 +78,7 @@ class Factors:
             multiplier: strength; with DoRA it goes from the old weight (0) to the new one (1).
         """
         flat = weight.flatten(1)
-        update = self.update()
+        update = self.delta_weight()
         if self.dora_scale is None:
             return torch.add(flat, update, alpha=multiplier).view_as(weight)
         direction = flat + update
@@ -109,7 +109,7 @@ class LoraFactors(Factors):
     def in_features(self) -> int:
         return self.down.flatten(1).shape[1]
 
-    def update(self) -> Tensor:
+    def delta_weight(self) -> Tensor:
         return (self.up.flatten(1).float() * self.scale) @ self.down.flatten(1).float()
 
     def norm(self) -> float:
@@ -141,7 +141,7 @@ class LohaFactors(Factors):
     def in_features(self) -> int:
         return self.w1_b.shape[1]
 
-    def update(self) -> Tensor:
+    def delta_weight(self) -> Tensor:
         first = (self.w1_a.float() * self.scale) @ self.w1_b.float()
         return first * (self.w2_a.float() @ self.w2_b.float())
 
@@ -179,7 +179,7 @@ class LokrFactors(Factors):
         second = self.w2_b if self.w2 is None else self.w2
         return first.shape[1] * second.shape[1]
 
-    def update(self) -> Tensor:
+    def delta_weight(self) -> Tensor:
         w1 = self.w1.float() if self.w1 is not None else self.w1_a.float() @ self.w1_b.float()
         w2 = self.w2.float() if self.w2 is not None else self.w2_a.float() @ self.w2_b.float()
         return torch.kron(w1 * self.scale, w2)

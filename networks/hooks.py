@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from networks.factors import Factors, LoraFactors
-from networks.merging import count_matches, dense_weight, read_changes, require_shape
+from networks.merging import count_matches, float32_weight, read_loras, require_shape
 
 
-class LiveLoras:
+class LoraHooks:
     """The LoRAs that a model currently has, by forward hooks on its Linear modules; does not keep the model alive."""
 
     def __init__(self, model: nn.Module) -> None:
@@ -30,7 +30,7 @@ class LiveLoras:
             UserError: a file cannot be read, matches nothing, or is for other shapes; the present ones stay.
         """
         modules = {name: module for name, module in self._model().named_modules() if hasattr(module, "in_features")}
-        changes, files = read_changes(loras, exclude_single_blocks)
+        changes, files = read_loras(loras, exclude_single_blocks)
         reports = count_matches([path for path, _ in loras], files, modules)
         changes = {name: own for name, own in changes.items() if name in modules}
         for name, own in changes.items():
@@ -67,5 +67,5 @@ def changed_output(module: nn.Module, x: Tensor, factors: Factors, multiplier: f
     if isinstance(factors, LoraFactors) and factors.dora_scale is None:
         down, up = factors.down.flatten(1).to(x.dtype), factors.up.flatten(1).to(x.dtype)
         return F.linear(F.linear(x, down), up) * (multiplier * factors.scale)
-    weight = dense_weight(module)
+    weight = float32_weight(module)
     return F.linear(x, (factors.apply(weight, multiplier) - weight).to(x.dtype))

@@ -7,7 +7,7 @@ from pathlib import Path
 from PIL import Image, ImageDraw
 
 from networks.factors import Factors
-from networks.files.formats import Lora
+from networks.files.formats import LoraWeights
 from utils.files import atomic_path
 
 CELL, MARGIN = 18, 170
@@ -24,7 +24,7 @@ def _order(block: str) -> tuple[str, int]:
     return ("double", "single", "elsewhere").index(kind), int(number or 0)
 
 
-def by_block(lora: Lora) -> dict[str, dict[str, Factors]]:
+def by_block(lora: LoraWeights) -> dict[str, dict[str, Factors]]:
     """Block -> kind of module -> factors, in the model's order."""
     grouped: dict[str, dict[str, Factors]] = {}
     for name, factors in lora.modules.items():
@@ -33,7 +33,7 @@ def by_block(lora: Lora) -> dict[str, dict[str, Factors]]:
     return {block: grouped[block] for block in sorted(grouped, key=_order)}
 
 
-def block_table(lora: Lora) -> list[tuple[str, ...]]:
+def block_table(lora: LoraWeights) -> list[tuple[str, ...]]:
     """One row for each block: modules, ranks, alphas, norm of all updates together, module with the largest."""
     rows = []
     for block, modules in by_block(lora).items():
@@ -50,7 +50,7 @@ def _values(values: Sequence[float]) -> str:
     return ", ".join(f"{value:g}" for value in sorted(set(values)))
 
 
-def draw_norms(lora: Lora, path: str | Path) -> None:
+def draw_norms(lora: LoraWeights, path: str | Path) -> None:
     """A PNG: a row for each kind of module, a column for each block, the brighter the larger the norm."""
     grouped = by_block(lora)
     kinds = list(dict.fromkeys(kind for modules in grouped.values() for kind in modules))

@@ -14,7 +14,7 @@ from torch import nn
 
 from networks.adapters import AdapterModule, AdapterNetwork, build_network
 from networks.factors import LoraFactors
-from networks.merging import dense_weight
+from networks.merging import float32_weight
 
 KNOWN_ARGUMENTS = [
     "rank_dropout",
@@ -40,7 +40,7 @@ class LoraModule(AdapterModule):
         nn.init.zeros_(self.lora_up.weight)
         self.dora_scale = None
         if use_dora:
-            norm = dense_weight(target).norm(dim=1, keepdim=True)  # (out, 1)
+            norm = float32_weight(target).norm(dim=1, keepdim=True)  # (out, 1)
             self.dora_scale = nn.Parameter(norm)
             self.register_buffer("target_norm", norm.flatten().clone(), persistent=False)
 

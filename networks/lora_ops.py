@@ -8,12 +8,12 @@ import torch
 from torch import Tensor
 
 from networks.factors import Factors, LoraFactors
-from networks.files.formats import Lora
-from networks.files.split_fuse import dense_svd, truncated_svd
+from networks.files.formats import LoraWeights
+from networks.files.split_fuse import low_rank_approximation, truncated_svd
 from utils.errors import UserError
 
 
-def reduce_rank(lora: Lora, rank: int | None, energy: float = 1.0) -> Lora:
+def reduce_rank(lora: LoraWeights, rank: int | None, energy: float = 1.0) -> LoraWeights:
     """Every module as a LoRA of at most `rank` that keeps `energy` of its squared norm, in the dtype that it had."""
     modules = {name: reduced(factors, rank, energy) for name, factors in lora.modules.items()}
     return with_rank_metadata(dataclasses.replace(lora, modules=modules))
@@ -23,19 +23,19 @@ def reduced(factors: Factors, rank: int | None, energy: float = 1.0) -> LoraFact
     """One module as a LoRA of at most `rank`; see `truncated_svd`."""
     dtype = next(iter(factors.tensors().values())).dtype
     if not isinstance(factors, LoraFactors):
-        update = factors.update()
-        factors = dense_svd(update, rank or min(update.shape), factors.dora_scale)
+        update = factors.delta_weight()
+        factors = low_rank_approximation(update, rank or min(update.shape), factors.dora_scale)
     return truncated_svd(factors, rank, energy).map(lambda tensor: tensor.to(dtype))
 
 
-def with_rank_metadata(lora: Lora) -> Lora:
+def with_rank_metadata(lora: LoraWeights) -> LoraWeights:
     """The metadata say the rank of the LoRA as it is now; alpha is the rank."""
     ranks = {factors.rank for factors in lora.modules.values()}
     word = str(ranks.pop()) if len(ranks) == 1 else "Dynamic"
     return dataclasses.replace(lora, metadata=lora.metadata | {"ss_network_dim": word, "ss_network_alpha": word})
 
 
-def concatenate(loras: Sequence[Lora], multipliers: Sequence[float]) -> Lora:
+def concatenate(loras: Sequence[LoraWeights], multipliers: Sequence[float]) -> LoraWeights:
     """The weighted sum of LoRAs, exactly: the ranks of each module add up.
 
     Raises:
@@ -58,7 +58,7 @@ def _sum(name: str, first: LoraFactors, second: LoraFactors) -> LoraFactors:
     return LoraFactors(down=down, up=torch.cat([first.up, second.up.to(first.up.dtype)], dim=1))
 
 
-def decays(count: int, beta: float, beta2: float | None, sigma_rel: float | None) -> list[float]:
+def ema_decays(count: int, beta: float, beta2: float | None, sigma_rel: float | None) -> list[float]:
     """How much of the average so far is kept when each file but the first is added.
 
     Args:
@@ -69,11 +69,11 @@ def decays(count: int, beta: float, beta2: float | None, sigma_rel: float | None
     if sigma_rel is None:
         end = beta if beta2 is None else beta2
         return torch.linspace(beta, end, count - 1, dtype=torch.float64).tolist()
-    gamma = gamma_of(sigma_rel)
+    gamma = gamma_from_sigma_rel(sigma_rel)
     return [(1 - 1 / step) ** (gamma + 1) for step in range(2, count + 1)]
 
 
-def gamma_of(sigma_rel: float) -> float:
+def gamma_from_sigma_rel(sigma_rel: float) -> float:
     """The exponent whose power-function profile has this relative width: the largest root of a cubic."""
     inverse = sigma_rel**-2
     companion = torch.tensor(
@@ -82,7 +82,7 @@ def gamma_of(sigma_rel: float) -> float:
     return torch.linalg.eigvals(companion).real.max().item()
 
 
-def average(loras: Sequence[Lora], keep: Sequence[float]) -> Lora:
+def average(loras: Sequence[LoraWeights], keep: Sequence[float]) -> LoraWeights:
     """The moving average of one training's checkpoints, matrix by matrix, in float32; metadata are the last one's.
 
     Raises:
@@ -133,7 +133,7 @@ def extract(
             continue
         module = name.removesuffix(".weight")
         if module in names and difference.dim() == 2 and module != name:
-            modules[module] = truncated_svd(dense_svd(difference, rank), rank, energy)
+            modules[module] = truncated_svd(low_rank_approximation(difference, rank), rank, energy)
         else:
             left.append(name)
     return modules, left

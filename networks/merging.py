@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from networks.factors import Factors
-from networks.files.formats import Lora, read_lora
+from networks.files.formats import LoraWeights, read_lora
 from utils.errors import UserError
 
 
@@ -36,32 +36,22 @@ class MergeReport:
             print(self)
 
 
-def dense_weight(module: nn.Module) -> Tensor:
+def float32_weight(module: nn.Module) -> Tensor:
     """A copy of the weight of a Linear, plain or quantised, in float32."""
     if hasattr(module, "dequantized"):
         return module.dequantized(torch.float32)
     return module.weight.detach().to(torch.float32, copy=True)
 
 
-@torch.no_grad()
-def write_weight(module: nn.Module, change: Callable[[Tensor], Tensor]) -> None:
-    """Replaces a Linear's weight by `change(its float32 weight)`, rounded to what it is stored as."""
-    weight = change(dense_weight(module))
-    if hasattr(module, "set_weight"):
-        module.set_weight(weight)
-    else:
-        module.weight.copy_(weight)
-
-
 # For each official module name, the LoRAs on it in the order in which they are applied.
-Changes = dict[str, list[tuple[Factors, float]]]
+LorasByModule = dict[str, list[tuple[Factors, float]]]
 
 
-def read_changes(
+def read_loras(
     loras: Sequence[tuple[str | os.PathLike, float]], exclude_single_blocks: bool = False
-) -> tuple[Changes, list[Lora]]:
+) -> tuple[LorasByModule, list[LoraWeights]]:
     """The changes that LoRA files (path, multiplier) of any format make, and the files without what was excluded."""
-    changes: Changes = {}
+    changes: LorasByModule = {}
     files = []
     for path, multiplier in loras:
         lora = read_lora(path, allow_partial=True)
@@ -78,7 +68,7 @@ _CHUNK = 1 << 22
 
 
 @torch.no_grad()
-def change_weight(name: str, weight: Tensor, changes: Sequence[tuple[Factors, float]]) -> Tensor:
+def merge_into_weight(name: str, weight: Tensor, changes: Sequence[tuple[Factors, float]]) -> Tensor:
     """Applies LoRAs to a float32 weight (out, in, ...) in place, and returns it.
 
     Raises:
@@ -112,7 +102,7 @@ def require_shape(name: str, factors: Factors, rows: int, columns: int) -> None:
 
 
 def count_matches(
-    paths: Sequence[str | os.PathLike], files: Sequence[Lora], known: "set[str] | dict"
+    paths: Sequence[str | os.PathLike], files: Sequence[LoraWeights], known: "set[str] | dict"
 ) -> list[MergeReport]:
     """How many modules of each file are among the `known` ones.
 
@@ -148,19 +138,19 @@ def weight_changes(
     Raises:
         UserError: a file cannot be read, matches nothing, or is for other shapes.
     """
-    changes, reports = matching_changes(shapes, loras, exclude_single_blocks)
+    changes, reports = match_loras(shapes, loras, exclude_single_blocks)
     for report in reports:
         report.announce()
-    return {f"{name}.weight": functools.partial(change_weight, name, changes=own) for name, own in changes.items()}
+    return {f"{name}.weight": functools.partial(merge_into_weight, name, changes=own) for name, own in changes.items()}
 
 
-def matching_changes(
+def match_loras(
     shapes: Mapping[str, Sequence[int]],
     loras: Sequence[tuple[str | os.PathLike, float]],
     exclude_single_blocks: bool = False,
-) -> tuple[Changes, list[MergeReport]]:
+) -> tuple[LorasByModule, list[MergeReport]]:
     """The changes of a DiT's own modules, and how many of each file these are; arguments and errors as above."""
-    changes, files = read_changes(loras, exclude_single_blocks)
+    changes, files = read_loras(loras, exclude_single_blocks)
     changes = {name: own for name, own in changes.items() if f"{name}.weight" in shapes}
     reports = count_matches([path for path, _ in loras], files, changes)
     for (path, _), lora in zip(loras, files, strict=True):

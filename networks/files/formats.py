@@ -1,7 +1,7 @@
 """Every LoRA file format: recognised, read into one representation, and written from it.
 
-The representation is `Lora`: official dotted module name -> factors. Files whose q, k, v are separate are stacked when
-read (`split_fuse`), so that a LoRA is the same object wherever it came from.
+The representation is `LoraWeights`: official dotted module name -> factors. Separate q, k, v are stacked when a file is
+read (`split_fuse`), so that a LoRA has the same representation whatever program wrote it.
 """
 
 import contextlib
@@ -31,7 +31,7 @@ MLP_RATIO = 4
 
 
 @dataclass
-class Lora:
+class LoraWeights:
     """A LoRA (LoHa, LoKr, DoRA) in no particular format.
 
     Attributes:
@@ -47,7 +47,7 @@ class Lora:
     leftover: list[str] = field(default_factory=list)
 
 
-def read_lora(path: str | os.PathLike, allow_partial: bool = False) -> Lora:
+def read_lora(path: str | os.PathLike, allow_partial: bool = False) -> LoraWeights:
     """Reads a LoRA file of any format.
 
     Args:
@@ -68,7 +68,7 @@ def from_tensors(
     source: str,
     allow_partial: bool = False,
     format_: Format | None = None,
-) -> Lora:
+) -> LoraWeights:
     """The same from tensors; `source` names them in errors, `format_` is recognised from the keys if unset."""
     format_ = format_ or detect_format(list(tensors))
     if format_ is None:
@@ -90,7 +90,7 @@ def from_tensors(
         with _about(source, official):
             modules[official] = _stacked(official, parts, format_, mlp_rows)
     _check_widths(modules, source)
-    return Lora(modules, metadata, format_, leftover)
+    return LoraWeights(modules, metadata, format_, leftover)
 
 
 @contextlib.contextmanager
@@ -206,7 +206,7 @@ def _mlp_rows(read: Mapping[str, Sequence[Factors | None]]) -> int | None:
     return next((parts[3].out_features for parts in read.values() if len(parts) == 4 and parts[3] is not None), None)
 
 
-def to_tensors(lora: Lora, format_: Format, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
+def to_tensors(lora: LoraWeights, format_: Format, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
     """The tensors of a file in a format; `dtype` None keeps each tensor's own.
 
     Raises:
@@ -287,7 +287,7 @@ def adapter_metadata(tensors: Mapping[str, Tensor], prefix: str) -> str:
 
 
 def write_lora(
-    lora: Lora,
+    lora: LoraWeights,
     path: str | os.PathLike,
     format_: Format,
     dtype: torch.dtype | None = None,

@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from hunyuan_model.checkpoints import DitTensors, is_quantized_in_dit, open_dit
 from hunyuan_model.quantization import FP8, FP8_MAX
-from networks.merging import Changes, MergeReport, change_weight, count_matches, read_changes
+from networks.merging import LorasByModule, MergeReport, count_matches, merge_into_weight, read_loras
 from utils.safetensors_utils import streamed_file
 
 # ComfyUI's scaled fp8 (docs/formats.md 2.8a): a marker, and one float32 scale beside each fp8 weight.
@@ -55,7 +55,7 @@ def merge_files(
         UserError: a file cannot be read, a LoRA matches nothing or is for other shapes; nothing is written.
     """
     dit = open_dit(dit_path)
-    changes, files = read_changes(loras, exclude_single_blocks)
+    changes, files = read_loras(loras, exclude_single_blocks)
     reports = count_matches([path for path, _ in loras], files, {_module(name) for name in dit.shapes})
     stored = {name: _stored(dit, name, dtype, fp8) for name in dit.shapes}
     layout = {name: (stored[name].dtype, shape) for name, shape in dit.shapes.items()}
@@ -85,7 +85,9 @@ def _metadata(dit: DitTensors, loras: Sequence[tuple[str | os.PathLike, float]])
     return metadata
 
 
-def _warn_of_rounding(dit: DitTensors, path: str | os.PathLike, changes: Changes, stored: dict[str, _Stored]) -> None:
+def _warn_of_rounding(
+    dit: DitTensors, path: str | os.PathLike, changes: LorasByModule, stored: dict[str, _Stored]
+) -> None:
     """A LoRA changes most weights by less than the step of fp8, 1/8 of a weight's power of two."""
     changed = [name for name in stored if name.endswith(".weight") and _module(name) in changes]
     if any(dit.dtype(name).itemsize == 1 and stored[name].dtype == FP8 for name in changed):
@@ -116,7 +118,7 @@ def _stored(dit: DitTensors, name: str, dtype: torch.dtype | None, fp8: bool) ->
 def _write(
     dit: DitTensors,
     name: str,
-    changes: Changes,
+    changes: LorasByModule,
     stored: _Stored,
     device: torch.device | str,
     write: Callable[[str, Tensor], None],
@@ -135,7 +137,7 @@ def _write(
         weight.mul_(scale.to(device))
     del tensor
     if change:
-        change_weight(_module(name), weight, change)
+        merge_into_weight(_module(name), weight, change)
     if stored.scaled:
         # One scale for the tensor is all that ComfyUI reads.
         scale = (torch.linalg.vector_norm(weight, float("inf")) / FP8_MAX).clamp_min(torch.finfo(torch.float32).tiny)

@@ -167,7 +167,7 @@ def ranks_for_energy(values: Tensor, energy: float) -> int:
     return min(nonzero, int((share < energy).sum()) + 1)
 
 
-def dense_svd(update: Tensor, rank: int, dora_scale: Tensor | None = None) -> LoraFactors:
+def low_rank_approximation(update: Tensor, rank: int, dora_scale: Tensor | None = None) -> LoraFactors:
     """The nearest LoRA of a matrix (out, in), by randomised SVD with power iterations."""
     kept = min(rank, *update.shape)
     with torch.random.fork_rng(devices=[]):

@@ -7,7 +7,7 @@ import torch
 
 from networks.comparison import relative_difference, worst_difference
 from networks.factors import LohaFactors, LoraFactors
-from networks.files.formats import Lora
+from networks.files.formats import LoraWeights
 from utils.errors import UserError
 
 
@@ -44,7 +44,7 @@ def test_of_other_ranks_kinds_and_lengths():
 
 def test_a_lost_module_is_a_difference():
     factors, nothing = lora_factors(), LoraFactors(up=torch.zeros(40, 3), down=torch.randn(3, 24))
-    both = Lora({"a": factors, "b": factors})
+    both = LoraWeights({"a": factors, "b": factors})
     with pytest.raises(UserError, match="differs in 1 modules"):
-        worst_difference(both, Lora({"a": factors}), "x")
-    assert worst_difference(Lora({"a": factors, "b": nothing}), Lora({"a": factors}), "x") == (0.0, "a")
+        worst_difference(both, LoraWeights({"a": factors}), "x")
+    assert worst_difference(LoraWeights({"a": factors, "b": nothing}), LoraWeights({"a": factors}), "x") == (0.0, "a")

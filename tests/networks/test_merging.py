@@ -5,7 +5,7 @@ import torch
 
 from networks import merging
 from networks.factors import LohaFactors, LokrFactors, LoraFactors
-from networks.merging import change_weight, weight_changes
+from networks.merging import merge_into_weight, weight_changes
 from utils.errors import UserError
 from utils.safetensors_utils import save_file
 
@@ -38,12 +38,12 @@ def test_the_piece_by_piece_sum_is_the_sum(monkeypatch, chunk, kind):
         lengths = torch.rand(36, 1) if kind == "dora" else None
         factors = LoraFactors(up=torch.randn(36, 2), down=torch.randn(2, 24), alpha=3.0, dora_scale=lengths)
     weight = torch.randn(36, 24)
-    expected = weight + 0.5 * factors.update()
+    expected = weight + 0.5 * factors.delta_weight()
     if kind == "dora":
-        direction = weight + factors.update()
+        direction = weight + factors.delta_weight()
         expected = 0.5 * weight + 0.5 * lengths * direction / direction.norm(dim=1, keepdim=True)
     monkeypatch.setattr(merging, "_CHUNK", chunk)
-    assert torch.allclose(change_weight("x", weight.clone(), [(factors, 0.5)]), expected, atol=1e-5)
+    assert torch.allclose(merge_into_weight("x", weight.clone(), [(factors, 0.5)]), expected, atol=1e-5)
 
 
 def test_a_convolution_of_a_keyframe_lora():
@@ -51,7 +51,7 @@ def test_a_convolution_of_a_keyframe_lora():
     factors = LoraFactors(up=torch.randn(8, 2, 1, 1, 1), down=torch.randn(2, 3, 1, 2, 2))
     weight = torch.randn(8, 3, 1, 2, 2)
     expected = weight + torch.einsum("or,rcthw->octhw", factors.up[:, :, 0, 0, 0], factors.down)
-    assert torch.allclose(change_weight("img_in.proj", weight.clone(), [(factors, 1.0)]), expected, atol=1e-5)
+    assert torch.allclose(merge_into_weight("img_in.proj", weight.clone(), [(factors, 1.0)]), expected, atol=1e-5)
 
 
 def test_several_files_are_counted(tmp_path, capsys):

@@ -9,8 +9,6 @@ from pathlib import Path
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "networks"))
-
 import convert_lora
 from networks.files.metadata import model_hashes
 from tests.networks.files.lora_reference import random_file, updates

@@ -94,12 +94,12 @@ def test_a_wrong_lora_is_found_before_a_model_is_loaded(generate, loras, tmp_pat
 
 
 def test_merged_is_applied(load_sampling_dit, dit_inputs, loras):
-    from networks.hooks import LiveLoras
+    from networks.hooks import LoraHooks
 
     merged = load_sampling_dit("--lora_weight", *loras, "--lora_multiplier", 0.7, -0.5)
     model = load_sampling_dit()
     plain = model(*dit_inputs)
-    live = LiveLoras(model)
+    live = LoraHooks(model)
     live.use([(loras[0], 0.7), (loras[1], -0.5)])
     applied = model(*dit_inputs)
     assert (applied - plain).norm() > 0.01 * plain.norm()
@@ -109,7 +109,7 @@ def test_merged_is_applied(load_sampling_dit, dit_inputs, loras):
 
 
 def test_a_live_lora_of_another_width_changes_nothing(load_sampling_dit, dit_inputs, loras, tmp_path):
-    from networks.hooks import LiveLoras
+    from networks.hooks import LoraHooks
     from utils.errors import UserError
     from utils.safetensors_utils import save_file
 
@@ -117,7 +117,7 @@ def test_a_live_lora_of_another_width_changes_nothing(load_sampling_dit, dit_inp
     name = "lora_unet_double_blocks_0_img_attn_proj"
     save_file({f"{name}.{suffix}": tensor for suffix, tensor in wide.items()}, tmp_path / "wide.safetensors")
     model = load_sampling_dit()
-    live = LiveLoras(model)
+    live = LoraHooks(model)
     live.use([(loras[0], 1.0)])
     before = model(*dit_inputs)
     with pytest.raises(UserError, match=r"double_blocks.0.img_attn_proj: .* 96 x 96, this DiT has 64 x 64"):

@@ -9,12 +9,10 @@ import pytest
 import torch
 from PIL import Image
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "networks"))
-
 import lora_tool
 import merge_lora
 from examples.tiny_models import DitSize, dit_shapes, random_weights
-from networks.lora_ops import decays, gamma_of
+from networks.lora_ops import ema_decays, gamma_from_sigma_rel
 from tests.networks.files.lora_reference import random_file, updates
 from utils.cli import run_script
 from utils.safetensors_utils import load_file, read_header, save_file
@@ -177,13 +175,13 @@ def test_patterns_mean_files_also_where_the_shell_leaves_them(tmp_path, monkeypa
 @pytest.mark.parametrize("sigma_rel", [0.05, 0.1, 0.2])
 def test_power_function_profile_has_the_width(sigma_rel):
     """sigma_rel is the standard deviation of the profile p(t) ~ t^gamma on 0..1 (arXiv:2312.02696)."""
-    gamma = gamma_of(sigma_rel)
+    gamma = gamma_from_sigma_rel(sigma_rel)
     t = torch.linspace(0, 1, 200001, dtype=torch.float64)
     weight = t**gamma / (t**gamma).sum()
     mean = (weight * t).sum()
     assert ((weight * (t - mean) ** 2).sum() ** 0.5).item() == pytest.approx(sigma_rel, rel=1e-3)
     # The weights that the decays give to n files are the profile's mass between the files.
-    keep = decays(50, 0.0, None, sigma_rel)
+    keep = ema_decays(50, 0.0, None, sigma_rel)
     weights = [1.0]
     for beta in keep:
         weights = [w * beta for w in weights] + [1 - beta]

@@ -8,8 +8,6 @@ from pathlib import Path
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "hunyuan_model"))
-
 import merge_lora
 from examples.tiny_models import DitSize, dit_shapes, random_weights
 from hunyuan_model.checkpoints import load_dit, open_dit, read_dit_config

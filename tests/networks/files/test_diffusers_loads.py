@@ -10,7 +10,7 @@ from hunyuan_model.checkpoints.names import dit_from_official
 from hunyuan_model.models import HunyuanVideoConfig, HYVideoDiffusionTransformer
 from networks.factors import LoraFactors
 from networks.files.format_table import FORMATS
-from networks.files.formats import Lora, read_lora, write_lora
+from networks.files.formats import LoraWeights, read_lora, write_lora
 from networks.lora import create_arch_network
 from utils.safetensors_utils import load_file
 
@@ -105,7 +105,7 @@ def test_diffusers_itself_makes_the_same_of_official_names(tmp_path):
         for name, (rows, columns) in shapes.items()
     }
     for name in ("other", "diffusers"):
-        write_lora(Lora(modules), tmp_path / f"{name}.safetensors", FORMATS[name])
+        write_lora(LoraWeights(modules), tmp_path / f"{name}.safetensors", FORMATS[name])
     theirs = HunyuanVideoLoraLoaderMixin.lora_state_dict(tmp_path / "other.safetensors")
     ours = load_file(tmp_path / "diffusers.safetensors")
     assert theirs.keys() == ours.keys()

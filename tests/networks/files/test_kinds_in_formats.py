@@ -5,8 +5,8 @@ import torch
 
 from networks.factors import LohaFactors, LokrFactors, LoraFactors
 from networks.files.format_table import FORMATS
-from networks.files.formats import Lora, from_tensors, to_tensors
-from networks.files.split_fuse import dense_svd, fold_alpha, split_rows, stack_rows, truncated_svd
+from networks.files.formats import LoraWeights, from_tensors, to_tensors
+from networks.files.split_fuse import fold_alpha, low_rank_approximation, split_rows, stack_rows, truncated_svd
 from networks.lora_ops import reduce_rank
 from utils.errors import UserError
 
@@ -30,9 +30,9 @@ def make(kind: str, rows: int):
     return LoraFactors(up=draw(rows, 3), down=draw(3, 48), alpha=1.5, dora_scale=scale)
 
 
-def lora_of(kind: str) -> Lora:
+def lora_of(kind: str) -> LoraWeights:
     torch.manual_seed(0)
-    return Lora({name: make(kind, rows) for name, rows in ROWS.items()})
+    return LoraWeights({name: make(kind, rows) for name, rows in ROWS.items()})
 
 
 @pytest.mark.parametrize("kind", ["loha", "lokr", "lokr, whole", "dora", "dora, columns"])
@@ -68,7 +68,7 @@ def test_rank_makes_any_kind_a_lora(kind):
     for name, factors in lora.modules.items():
         found = reduced.modules[name]
         assert isinstance(found, LoraFactors) and found.rank <= 12
-        assert torch.allclose(found.update(), factors.update(), atol=1e-4)  # their ranks are 9, 12 and 3
+        assert torch.allclose(found.delta_weight(), factors.delta_weight(), atol=1e-4)  # their ranks are 9, 12 and 3
     if kind != "dora":
         to_tensors(reduced, FORMATS["diffusers"])
 
@@ -76,8 +76,8 @@ def test_rank_makes_any_kind_a_lora(kind):
 def test_lokr_scale_counts_only_for_a_product():
     torch.manual_seed(0)
     whole, product = make("lokr, whole", 144), make("lokr", 144)
-    assert torch.allclose(whole.update(), torch.kron(whole.w1, whole.w2))
-    assert torch.allclose(product.update(), 1.5 * torch.kron(product.w1, product.w2_a @ product.w2_b), atol=1e-5)
+    assert torch.allclose(whole.delta_weight(), torch.kron(whole.w1, whole.w2))
+    assert torch.allclose(product.delta_weight(), 1.5 * torch.kron(product.w1, product.w2_a @ product.w2_b), atol=1e-5)
 
 
 def test_dora_columns_as_older_lycoris_files_have():
@@ -97,7 +97,7 @@ def test_stacking_is_block_diagonal_only_where_it_must_be():
     parts = [LoraFactors(up=draw(48, rank), down=draw(rank, 48), alpha=2.0 * rank) for rank in (1, 2, 3)]
     fused = stack_rows(parts, [48] * 3)
     assert (fused.rank, fused.alpha) == (6, 12.0)
-    assert torch.allclose(fused.update(), torch.cat([part.update() for part in parts]), atol=1e-5)
+    assert torch.allclose(fused.delta_weight(), torch.cat([part.delta_weight() for part in parts]), atol=1e-5)
     for part, again in zip(parts, split_rows(fused, [48] * 3)):
         assert torch.equal(part.up, again.up) and torch.equal(part.down, again.down) and part.alpha == again.alpha
 
@@ -110,14 +110,14 @@ def test_a_fresh_lora_with_zero_up_keeps_its_parts():
 def test_svd_is_the_best_of_its_rank():
     torch.manual_seed(0)
     factors = LoraFactors(up=draw(60, 8), down=draw(8, 48), alpha=3.0)
-    update = factors.update()
+    update = factors.delta_weight()
     values = torch.linalg.svdvals(update)
-    for found in (truncated_svd(factors, 5), dense_svd(update, 5)):
+    for found in (truncated_svd(factors, 5), low_rank_approximation(update, 5)):
         assert found.rank == 5
-        error = (found.update() - update).norm()
+        error = (found.delta_weight() - update).norm()
         assert error == pytest.approx(values[5:8].square().sum().sqrt().item(), rel=1e-4)
     assert truncated_svd(factors, None).rank == 8
-    assert (truncated_svd(factors, None).update() - update).norm() <= 1e-6 * update.norm()
+    assert (truncated_svd(factors, None).delta_weight() - update).norm() <= 1e-6 * update.norm()
 
 
 def test_folding_rounds_once():
