@@ -17,7 +17,7 @@ import functools
 import itertools
 import math
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -194,7 +194,9 @@ def decode_saved(options: GenerationOptions) -> None:
         return
     generator = build_generator(options)
     for job in jobs:
-        generator.attempt(job, lambda job: generator.outputs.save_pixels(job, generator.decode(latents_of[job.stem])))
+        generator.attempt(
+            job, lambda job: generator.outputs.save_pixels(job, generator.decoder.decode(latents_of[job.stem]))
+        )
     report(generator, jobs)
 
 
@@ -222,42 +224,38 @@ def save_merged_model(options: GenerationOptions) -> None:
 def build_generator(options: GenerationOptions, keep_loaded: bool = False) -> "Generator":
     """The models, none of them loaded yet, and everything that the options say about using them."""
     from hunyuan_model.attention import verify_attention
-    from hunyuan_model.checkpoints import load_text_encoder_1, load_text_encoder_2, load_vae, read_dit_config
-    from hunyuan_model.vae import SCALING_FACTOR
+    from hunyuan_model.checkpoints import read_dit_config
     from modules.blocks.step_cache import StepCache
+    from modules.generation.decoding import Decoder, lazy_vae
+    from modules.generation.lazy_model import LazyModel
     from modules.generation.outputs import OutputFolder
-    from modules.generation.pipeline import Generator, LazyModel
+    from modules.generation.pipeline import Generator
     from modules.generation.source_pixels import source_pixels
+    from modules.generation.text_encoding import lazy_text_encoders
     from utils.device_utils import default_dtype
     from utils.processes import own_device
 
     device = own_device(options.device.device)
-    text, vae_dtype = options.text, default_dtype(options.vae.vae_dtype, device)
-    text_dtype = default_dtype(text.text_encoder_dtype, device)
     if not options.output.latent_path:
         dtype = default_dtype(options.dit.dit_dtype, device, on_gpu="bfloat16")
         head_dim = read_dit_config(options.dit.dit).head_dim
         verify_attention(options.speed.attn_mode, device, dtype, head_dim, options.speed.split_attn)
     cache = None if options.speed.step_cache is None else StepCache(options.speed.step_cache)
 
-    def lazy(load: Callable) -> LazyModel:
-        return LazyModel(load, device, keep_loaded)
-
+    when_released = "keep" if keep_loaded else "free"
+    encoder_1, encoder_2 = lazy_text_encoders(options.text, device, when_released)
+    vae = lazy_vae(options.vae, device, when_released)
+    dit_advice = "use --fp8 or --blocks_to_swap"
     return Generator(
-        text_encoder_1=lazy(
-            lambda: load_text_encoder_1(text.text_encoder1, device, text_dtype, text.fp8_llm, text.tokenizer1)
-        ),
-        text_encoder_2=lazy(lambda: load_text_encoder_2(text.text_encoder2, device, text_dtype, text.tokenizer2)),
-        dit=lazy(lambda: load_ready_dit(options, device, cache)),
-        vae=lazy(lambda: load_vae(options.vae.vae, device, vae_dtype)),
-        scaling_factor=SCALING_FACTOR,
+        text_encoder_1=encoder_1,
+        text_encoder_2=encoder_2,
+        dit=LazyModel(lambda: load_ready_dit(options, device, cache), device, when_released, dit_advice),
+        decoder=Decoder(vae, device, options.vae.vae_chunk_size, options.vae.tile_size),
         device=device,
         outputs=OutputFolder(options.output.save_path, options.output.output_type),
         source_pixels=source_pixels,
         later_command=lambda latents: decode_command(options, latents),
         split_uncond=options.speed.split_uncond or options.speed.split_attn,
-        chunk_size=options.vae.vae_chunk_size,
-        tile_size=options.vae.tile_size,
         step_cache=cache,
     )
 

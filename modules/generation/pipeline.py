@@ -9,72 +9,26 @@ import traceback
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from hunyuan_model.vae import SCALING_FACTOR
 from modules.blocks.step_cache import StepCache
+from modules.generation.decoding import Decoder
+from modules.generation.lazy_model import LazyModel
 from modules.generation.outputs import Job, OutputFolder, load_latents
 from modules.generation.requests import Request
 from modules.generation.sampler import Conditioning, NonFiniteError, sample_latents
+from modules.generation.text_encoding import encode_texts
 from modules.memory.plan import out_of_memory_in_one_line
 from utils.device_utils import is_out_of_memory, release_memory
 from utils.errors import UserError, one_line
 
-SMALLEST_TILE = 64  # pixels; below it the overlap of tiles is most of the work
 # What to do where memory runs out.
-LOAD_LESS = "use --fp8, --fp8_llm or --blocks_to_swap"
 ENCODE_LESS = "use --vae_chunk_size, --vae_tiling or a smaller size"
 SAMPLE_LESS = "use --blocks_to_swap, --fp8, --split_uncond, a smaller size or fewer frames"
-
-
-class LazyModel:
-    """A model that is loaded when first needed and freed by `release`, unless everything is to be kept loaded."""
-
-    def __init__(self, load: Callable[[], Any], device: torch.device, keep: bool = False) -> None:
-        self._load, self._device, self._keep = load, device, keep
-        self._model: Any = None
-
-    @property
-    def model(self) -> Any:
-        self.load()
-        return self._model
-
-    def load(self) -> None:
-        if self._model is None:
-            with out_of_memory_in_one_line("while a model is loaded", lambda: LOAD_LESS):
-                self._model = self._load()
-
-    def release(self) -> None:
-        if self._model is not None and not self._keep:
-            self._model = None
-            release_memory(self._device)
-
-
-@torch.no_grad()
-def encode_texts(texts: Iterable[str], encoder_1: LazyModel, encoder_2: LazyModel) -> dict[str, Conditioning]:
-    """Every different text once, with one encoder in memory at a time, on the CPU.
-
-    One text at a time, so that its encoding does not depend on its company.
-
-    Args:
-        encoder_1: `encode([text])` -> states (1, L, D), mask (1, L); `truncated(texts)` -> what is cut off each.
-        encoder_2: `encode([text])` -> pooled (1, D2).
-    """
-    texts = list(dict.fromkeys(texts))
-    states, pooled = {}, {}
-    encoder_1.load()
-    for cut in filter(None, encoder_1.model.truncated(texts)):
-        print(f"warning: a prompt is too long for the text encoder and loses its end: '{cut}'", file=sys.stderr)
-    for text in tqdm(texts, desc="text encoder 1", disable=len(texts) < 3):
-        states[text] = [tensor.cpu() for tensor in encoder_1.model.encode([text])]
-    encoder_1.release()
-    for text in texts:
-        pooled[text] = encoder_2.model.encode([text]).cpu()
-    encoder_2.release()
-    return {text: Conditioning(*states[text], pooled[text]) for text in texts}
 
 
 @dataclass
@@ -84,8 +38,6 @@ class Generator:
     Attributes:
         text_encoder_1, text_encoder_2: see `encode_texts`.
         dit: see `modules.generation.sampler.sample_latents`.
-        vae: `decode(latents)` -> pixels in -1..1, `configure_memory(chunk_size, tile_size)`.
-        scaling_factor: latents of the DiT / latents of the VAE.
         source_pixels: request -> pixels (3, F, H, W) in 0..1 of the video and (3, 1, H, W) of the image that it starts
             from, each None without one.
         later_command: latent file -> the command that decodes it later.
@@ -96,15 +48,12 @@ class Generator:
     text_encoder_1: LazyModel
     text_encoder_2: LazyModel
     dit: LazyModel
-    vae: LazyModel
-    scaling_factor: float
+    decoder: Decoder
     device: torch.device
     outputs: OutputFolder
     source_pixels: Callable[[Request], tuple[Tensor | None, Tensor | None]]
     later_command: Callable[[Path], str]
     split_uncond: bool = False
-    chunk_size: int | None = None
-    tile_size: int | None = None
     step_cache: StepCache | None = None
     before_job: Callable[[Job], None] | None = None
     failures: dict[str, str] = field(default_factory=dict)
@@ -116,7 +65,7 @@ class Generator:
         if self.outputs.decodes:
             for job in tqdm(self._unfailed(jobs), desc="decoding", unit="video", disable=len(jobs) < 2):
                 self.attempt(job, self._decode)
-            self.vae.release()
+            self.decoder.vae.release()
 
     def _sample_all(self, jobs: Sequence[Job]) -> None:
         if not jobs:
@@ -155,7 +104,7 @@ class Generator:
         for job in jobs:
             if job.request.video_path or job.request.image_path:
                 self.attempt(job, lambda job: sources.update({job.stem: self._encode_source(job.request)}))
-        self.vae.release()
+        self.decoder.vae.release()
         return sources
 
     @torch.no_grad()
@@ -177,11 +126,11 @@ class Generator:
             UserError: out of memory.
             NonFiniteError: the VAE makes NaN.
         """
-        vae = self.vae.model
-        vae.configure_memory(self.chunk_size, self.tile_size)
+        vae = self.decoder.vae.model
+        vae.configure_memory(self.decoder.chunk_size, self.decoder.tile_size)
         with out_of_memory_in_one_line("while the source is encoded", lambda: ENCODE_LESS):
             posterior = vae.encode((pixels * 2 - 1)[None].to(self.device, next(vae.parameters()).dtype))
-        latents = posterior.mean.float().cpu() * self.scaling_factor
+        latents = posterior.mean.float().cpu() * SCALING_FACTOR
         if not torch.isfinite(latents).all():
             raise NonFiniteError("NaN or infinity in the VAE's encoder: use --vae_dtype float32, or check the VAE file")
         return latents
@@ -223,47 +172,10 @@ class Generator:
         path = self.outputs.latent_path(job)
         latents, _ = load_latents(path)
         try:
-            pixels = self.decode(latents)
+            pixels = self.decoder.decode(latents)
         except Exception as error:
             reason = "out of memory" if is_out_of_memory(error) else one_line(error)
             raise UserError(
                 f"decoding: {reason}; the latents are safe, decode later: {self.later_command(path)}"
             ) from error
         self.outputs.save_pixels(job, pixels)
-
-    @torch.no_grad()
-    def decode(self, latents: Tensor) -> Tensor:
-        """Scaled latents (1, C, f, h, w) -> pixels (3, F, H, W) in 0..1 on the CPU; smaller tiles if memory runs out.
-
-        Raises:
-            NonFiniteError: the VAE makes NaN even in float32.
-        """
-        vae = self.vae.model
-        pixels = self._decode_in_tiles(latents)
-        if not _is_finite(pixels) and next(vae.parameters()).dtype != torch.float32:
-            print("warning: the VAE made NaN; decoding again in float32", file=sys.stderr)
-            vae.float()
-            pixels = self._decode_in_tiles(latents)
-        if not _is_finite(pixels):
-            raise NonFiniteError("NaN or infinity in the VAE's decoder, also in float32: check the VAE file")
-        return pixels[0].div_(2).add_(0.5).clamp_(0, 1)  # in place: a long video takes gigabytes
-
-    def _decode_in_tiles(self, latents: Tensor) -> Tensor:
-        vae = self.vae.model
-        scaled = (latents / self.scaling_factor).to(self.device, next(vae.parameters()).dtype)
-        while True:
-            vae.configure_memory(self.chunk_size, self.tile_size)
-            try:
-                return vae.decode(scaled).cpu().float()  # both dtypes would be in the GPU's memory otherwise
-            except Exception as error:
-                smaller = (self.tile_size or 2 * 256) // 2
-                if not is_out_of_memory(error) or smaller < SMALLEST_TILE:
-                    raise
-            release_memory(self.device)
-            self.tile_size = smaller
-            print(f"warning: out of memory while decoding; trying tiles of {smaller} pixels", file=sys.stderr)
-
-
-def _is_finite(tensor: Tensor) -> bool:
-    """As `torch.isfinite(tensor).all()`, which would need as much memory again."""
-    return all(bool(torch.isfinite(extreme)) for extreme in tensor.aminmax())

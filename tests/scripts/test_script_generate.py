@@ -348,8 +348,9 @@ def test_a_training_preview_has_the_same_latents(generate, tiny_models, tmp_path
     from accelerate import Accelerator
 
     from hunyuan_model.checkpoints import load_dit, load_text_encoder_1, load_text_encoder_2
-    from modules.generation.pipeline import LazyModel, encode_texts
+    from modules.generation.lazy_model import LazyModel
     from modules.generation.requests import Request, parse_line
+    from modules.generation.text_encoding import encode_texts
     from modules.training.previews import Previewer
 
     cpu = torch.device("cpu")

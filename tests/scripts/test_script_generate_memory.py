@@ -6,7 +6,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from modules.generation.pipeline import Generator, LazyModel
+from modules.generation.decoding import Decoder
+from modules.generation.lazy_model import LazyModel
 from modules.memory.meter import MemoryMeter
 from utils.errors import UserError
 from utils.safetensors_utils import load_file
@@ -164,12 +165,12 @@ def test_decoded_pixels_are_in_memory_once():
         configure_memory=lambda *_: None,
         parameters=lambda: iter([torch.zeros(1)]),
     )
-    lazy = LazyModel(lambda: vae, torch.device("cpu"))
-    generator = Generator(lazy, lazy, lazy, lazy, 1.0, torch.device("cpu"), None, None, None)
+    cpu = torch.device("cpu")
+    decoder = Decoder(LazyModel(lambda: vae, cpu), cpu)
     torch.manual_seed(0)
     expected = (torch.randn(3, 8, 64, 64) / 2 + 0.5).clamp(0, 1)
     torch.manual_seed(0)
     with MemoryMeter() as meter:
-        pixels = generator.decode(torch.zeros(1, 16, 2, 8, 8))
+        pixels = decoder.decode(torch.zeros(1, 16, 2, 8, 8))
     assert torch.equal(pixels, expected)
     assert meter.peak < 1.2 * pixels.nbytes
