@@ -29,6 +29,7 @@ OUTPUT = Path("quickstart_output")
 REQUIREMENTS = ("constraints.txt", "requirements.txt", "requirements-dev.txt")
 MODELS = Path("examples/shapes/models")
 VIDEOS = ("without", "with", "converted")
+LABELS = ("without the LoRA", "with it")  # of the first two on the sheet
 FILES_OF_A_VIDEO = ("*.mp4", "*_latent.safetensors")
 # Latents have a standard deviation of about 1; those of the same video differ by float32's rounding only.
 LARGEST_DIFFERENCE = 1e-3
@@ -142,95 +143,87 @@ def quoted(word: object) -> str:
     return f'"{text}"' if " " in text else text
 
 
+DATASET, LORA = OUTPUT / "dataset", OUTPUT / "lora"
+TRAINED, CONVERTED, BACK = (LORA / f"{name}.safetensors" for name in ("zorb", "zorb_comfyui", "zorb_back"))
+TEXT_ENCODERS = ["--text_encoder1", MODELS / "text_encoder", "--text_encoder2", MODELS / "text_encoder_2"]
+LAUNCH = (
+    "accelerate launch --num_cpu_threads_per_process 1 --num_processes 1 --num_machines 1 --mixed_precision no "
+    "--dynamo_backend no"
+)
+TRAINING = (
+    "--sdpa --mixed_precision no --optimizer_type adamw --learning_rate 8e-4 --lr_scheduler cosine "
+    "--max_data_loader_n_workers 1 --network_module networks.lora --network_dim 16 --network_alpha 16 "
+    "--guidance_scale 6.0 --timestep_sampling shift --discrete_flow_shift 3.0 --max_train_epochs 110 --seed 0 "
+    "--output_name zorb"
+)
+SAMPLING = (
+    "--video_size 64 64 --video_length 9 --infer_steps 20 --flow_shift 3.0 --fps 8 --seed 1234 --output_type both"
+)
+
+
 def stages() -> list[Stage]:
-    """The road from clips to videos with a LoRA. Every command can be pasted and run alone."""
-    dataset, lora, videos = OUTPUT / "dataset", OUTPUT / "lora", OUTPUT / "videos"
-    config, trained, converted = dataset / "dataset.toml", lora / "zorb.safetensors", lora / "zorb_comfyui.safetensors"
-    dit, vae = MODELS / "dit.safetensors", MODELS / "vae.safetensors"
-    text_encoders = ["--text_encoder1", MODELS / "text_encoder", "--text_encoder2", MODELS / "text_encoder_2"]
-    accelerate = "accelerate launch --num_cpu_threads_per_process 1 --num_processes 1 --num_machines 1"
-    training = (
-        "--sdpa --mixed_precision no --optimizer_type adamw --learning_rate 8e-4 --lr_scheduler cosine "
-        "--max_data_loader_n_workers 1 --network_module networks.lora --network_dim 16 --network_alpha 16 "
-        "--guidance_scale 6.0 --timestep_sampling shift --discrete_flow_shift 3.0 --max_train_epochs 110 --seed 0 "
-        "--output_name zorb"
-    )
-    sampling = (
-        "--video_size 64 64 --video_length 9 --infer_steps 20 --flow_shift 3.0 --fps 8 --seed 1234 --output_type both"
-    )
-    models = ["--dit", dit, "--vae", vae, *text_encoders]
-    generate = ["python", "hv_generate_video.py", *models, "--prompt", PROMPT, *sampling.split()]
-    convert = ["python", "convert_lora.py"]
+    """Every stage from clips to videos with a LoRA. Each command can be pasted and run alone."""
+    sheet = [f"{label}={(OUTPUT / 'videos' / name).as_posix()}" for label, name in zip(LABELS, VIDEOS, strict=False)]
     return [
         Stage(
             "dataset: twelve clips of a thing that the small model has never seen, a zorb, and more that it knows",
-            ["python", "-m", "examples.shapes.proof", dataset, "--dataset_only"],
-            dataset,
+            ["python", "-m", "examples.shapes.proof", DATASET, "--dataset_only"],
+            DATASET,
             ("dataset.toml", "*/dataset.toml", "*/videos/*.*"),
         ),
+        *training_stages(DATASET / "dataset.toml"),
+        video_stage("4. generate a video without the LoRA", "without"),
+        video_stage("   and the same with it", "with", TRAINED),
+        Stage(
+            "   both on one sheet",
+            ["python", "-m", "examples.shapes.sheet", OUTPUT / "before_and_after", *sheet],
+            OUTPUT,
+            ("before_and_after.png", "before_and_after.mp4"),
+        ),
+        conversion_stage("5. convert the LoRA for ComfyUI", TRAINED, CONVERTED, "other"),
+        conversion_stage("   and back", CONVERTED, BACK, "default"),
+        video_stage("   and generate with what came back", "converted", BACK),
+    ]
+
+
+def training_stages(config: Path) -> list[Stage]:
+    """Caching and training."""
+    return [
         Stage(
             "1. cache latents",
-            ["python", "cache_latents.py", "--dataset_config", config, "--vae", vae],
-            dataset,
+            ["python", "cache_latents.py", "--dataset_config", config, "--vae", MODELS / "vae.safetensors"],
+            DATASET,
             ("*/cache_*/*_hv.safetensors",),
         ),
         Stage(
             "2. cache text encoder outputs",
-            ["python", "cache_text_encoder_outputs.py", "--dataset_config", config, *text_encoders],
-            dataset,
+            ["python", "cache_text_encoder_outputs.py", "--dataset_config", config, *TEXT_ENCODERS],
+            DATASET,
             ("*/cache_*/*_hv_te.safetensors",),
         ),
         Stage(
             "3. train a LoRA",
             [
-                *accelerate.split(),
-                *["--mixed_precision", "no", "--dynamo_backend", "no", "hv_train_network.py"],
-                *["--dit", dit, "--dataset_config", config, "--output_dir", lora],
-                *training.split(),
+                *[*LAUNCH.split(), "hv_train_network.py", "--dit", MODELS / "dit.safetensors"],
+                *["--dataset_config", config, "--output_dir", LORA, *TRAINING.split()],
             ],
-            lora,
-            ("zorb.safetensors", "train_log.jsonl"),
-        ),
-        Stage(
-            "4. generate a video without the LoRA",
-            [*generate, "--save_path", videos / "without"],
-            videos / "without",
-            FILES_OF_A_VIDEO,
-        ),
-        Stage(
-            "   and the same with it",
-            [*generate, "--save_path", videos / "with", "--lora_weight", trained],
-            videos / "with",
-            FILES_OF_A_VIDEO,
-        ),
-        Stage(
-            "   both on one sheet",
-            [
-                *["python", "-m", "examples.shapes.sheet", OUTPUT / "before_and_after"],
-                *[f"without the LoRA={(videos / 'without').as_posix()}", f"with it={(videos / 'with').as_posix()}"],
-            ],
-            OUTPUT,
-            ("before_and_after.png", "before_and_after.mp4"),
-        ),
-        Stage(
-            "5. convert the LoRA for ComfyUI",
-            [*convert, "--input", trained, "--output", converted, "--target", "other"],
-            lora,
-            (converted.name,),
-        ),
-        Stage(
-            "   and back",
-            [*convert, "--input", converted, "--output", lora / "zorb_back.safetensors", "--target", "default"],
-            lora,
-            ("zorb_back.safetensors",),
-        ),
-        Stage(
-            "   and generate with what came back",
-            [*generate, "--save_path", videos / "converted", "--lora_weight", lora / "zorb_back.safetensors"],
-            videos / "converted",
-            FILES_OF_A_VIDEO,
+            LORA,
+            (TRAINED.name, "train_log.jsonl"),
         ),
     ]
+
+
+def video_stage(name: str, folder: str, lora: Path | None = None) -> Stage:
+    """Generates the video of PROMPT into a folder of its own."""
+    models = ["--dit", MODELS / "dit.safetensors", "--vae", MODELS / "vae.safetensors", *TEXT_ENCODERS]
+    path = OUTPUT / "videos" / folder
+    command = ["python", "hv_generate_video.py", *models, "--prompt", PROMPT, *SAMPLING.split(), "--save_path", path]
+    return Stage(name, [*command, *(["--lora_weight", lora] if lora else [])], path, FILES_OF_A_VIDEO)
+
+
+def conversion_stage(name: str, source: Path, target: Path, target_format: str) -> Stage:
+    words = ["--input", source, "--output", target, "--target", target_format]
+    return Stage(name, ["python", "convert_lora.py", *words], LORA, (target.name,))
 
 
 def hash_of(*contents: bytes) -> str:

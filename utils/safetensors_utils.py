@@ -15,8 +15,8 @@ import torch
 from utils.errors import UserError, one_line
 from utils.files import atomic_path
 
-# Names of the format's dtypes (https://github.com/huggingface/safetensors, "Format"), in the order in which the
-# reference implementation lays them out: programs know a LoRA by a hash of its bytes.
+# Names of the format's dtypes (https://github.com/huggingface/safetensors, "Format"). The reference implementation
+# sorts tensors by dtype in this order. We do the same, because some programs identify a file by a hash of its bytes.
 TORCH_DTYPES = {
     "I64": torch.int64,
     "F64": torch.float64,

@@ -312,12 +312,12 @@ def parse_generation_options(description: str, argv: Sequence[str] | None = None
     path = _media_source(argv)
     if path is None:
         return GenerationOptions(*parse_options(description, *groups, argv=argv))
-    from utils.video_io import read_metadata
+    from modules.generation.outputs import read_settings
 
     if not path.is_file():
         raise UserError(f"--from_file {path}: no such file")
     made_by = {field.name for group in groups for field in dataclasses.fields(group)}.difference(_WHERE, _PLAN)
-    settings = {name: value for name, value in read_metadata(path).items() if name in made_by}
+    settings = {name: value for name, value in read_settings(path).items() if name in made_by}
     return GenerationOptions(*parse_options(description, *groups, argv=[*_words(path, settings, argv), *argv]))
 
 

@@ -21,7 +21,7 @@ from modules.generation.requests import Request
 from utils.errors import UserError, one_line
 from utils.files import TEMPORARY_SUFFIX
 from utils.safetensors_utils import load_file, read_header, save_file
-from utils.video_io import save_images, save_video
+from utils.video_io import read_metadata, save_images, save_video
 
 LATENT_SUFFIX = "_latent.safetensors"
 KEY_LENGTH = 10
@@ -172,12 +172,32 @@ def load_latents(path: str | Path) -> tuple[Tensor, dict[str, object]]:
     return latents, settings
 
 
-def _saved_settings(path: Path, metadata: Mapping[str, str]) -> dict[str, object]:
+def read_settings(path: Path) -> dict[str, object]:
+    """The settings inside a video, an image or latents that generation wrote.
+
+    Raises:
+        UserError: the file carries none.
+    """
+    if path.suffix.lower() == ".safetensors":
+        settings = _json_object(read_header(path)[1].get("settings", ""))
+    else:
+        settings = read_metadata(path)
+    if settings is None:
+        raise UserError(f"{path}: carries no settings of hv_generate_video.py (was it made with --no_metadata?)")
+    return settings
+
+
+def _json_object(text: str) -> dict[str, object] | None:
     try:
-        settings = json.loads(metadata.get("settings", "{}"))
+        value = json.loads(text)
     except ValueError:
-        settings = None
-    if not isinstance(settings, dict):
+        return None
+    return value if isinstance(value, dict) else None
+
+
+def _saved_settings(path: Path, metadata: Mapping[str, str]) -> dict[str, object]:
+    settings = _json_object(metadata.get("settings", "{}"))
+    if settings is None:
         raise UserError(f"{path}: its metadata 'settings' is no JSON object; decode a copy without metadata")
     return ({"seed": metadata["seeds"]} if "seeds" in metadata else {}) | settings
 

@@ -59,14 +59,14 @@ def test_latents_carry_the_metadata_of_the_reference_tool(generate):
 
 
 def test_no_metadata(generate):
+    from modules.generation.outputs import read_settings
     from utils.errors import UserError
     from utils.safetensors_utils import read_header
-    from utils.video_io import read_metadata
 
     out = generate("--prompt=cat", "--output_type=both", "--no_metadata")
     assert read_header(only(out, "*_latent.safetensors"))[1] == {}
     with pytest.raises(UserError, match="no_metadata"):
-        read_metadata(only(out, "*.mp4"))
+        read_settings(only(out, "*.mp4"))
 
 
 def test_a_drawn_seed_is_in_the_name_and_the_metadata_and_the_file_repeats_itself(generate):

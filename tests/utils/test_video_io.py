@@ -107,7 +107,9 @@ def test_without_metadata_and_broken_files_are_errors_in_one_line(tmp_path):
     (tmp_path / "broken.mp4").write_bytes(b"no video")
     (tmp_path / "broken.png").write_bytes(b"no image")
     Image.new("RGB", (16, 16)).save(tmp_path / "renamed.png", "JPEG")
-    for name in ("bare.mp4", "broken.mp4", "broken.png", "renamed.png"):
+    assert read_metadata(tmp_path / "bare.mp4") is None
+    assert read_metadata(tmp_path / "renamed.png") is None
+    for name in ("broken.mp4", "broken.png"):
         with pytest.raises(UserError, match=name):
             read_metadata(tmp_path / name)
     with pytest.raises(UserError, match=r"broken\.mp4"):
