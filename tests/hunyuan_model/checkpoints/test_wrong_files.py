@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from examples.tiny_models import DitSize, VaeSize, dit_shapes, random_weights, vae_shapes
-from hunyuan_model import checkpoints
+from hunyuan_model.checkpoints.__main__ import main
 from tests.conftest import ROOT
 from tests.hunyuan_model.model_layouts import Weights, quantized
 from utils.cli import run_script
@@ -276,7 +276,7 @@ def _run(path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixt
     """The command's exit code and lines on stderr."""
     monkeypatch.setattr(sys, "argv", ["checkpoints", "--check", str(path)])
     with pytest.raises(SystemExit) as ended:
-        run_script(checkpoints.main)
+        run_script(main)
     return ended.value.code, capsys.readouterr().err.splitlines()
 
 
