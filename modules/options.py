@@ -1,4 +1,4 @@
-"""Option groups that several scripts share; names and meaning follow the reference tool (docs/options.md)."""
+"""Option groups that several scripts share. Names and meaning follow musubi-tuner; see docs/options.md."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,13 +25,13 @@ class VaeOptions:
     vae: Path | None = option(None, help="VAE: official pytorch_model.pt, .safetensors or diffusers folder", path="any")
     vae_dtype: str | None = option(
         None,
-        help="dtype of the VAE; unset: float16 on a GPU, float32 on a CPU, and float16 in caches",
+        help="dtype of the VAE (unset: float16 on a GPU, float32 on a CPU) and of cached latents (unset: float16)",
         choices=DTYPE_NAMES,
     )
     vae_tiling: bool = option(False, help="encode and decode in overlapping tiles to save memory")
-    vae_chunk_size: int | None = option(None, help="frames that a causal convolution sees at once, e.g. 32", minimum=1)
+    vae_chunk_size: int | None = option(None, help="frames that the VAE convolves at once, for example 32", minimum=1)
     vae_spatial_tile_sample_min_size: int | None = option(
-        None, help="tile size in pixels; switches tiling on, 256 when only --vae_tiling is given", minimum=32
+        None, help="tile size in pixels; turns tiling on (--vae_tiling alone: 256)", minimum=32
     )
 
     @property
@@ -51,17 +51,17 @@ class TextEncoderOptions:
         None, help="CLIP-L text model: Hugging Face folder or one .safetensors file", path="any"
     )
     tokenizer1: Path | None = option(
-        None, help="tokenizer of text encoder 1 (folder or tokenizer.json) where the model is one file", path="any"
+        None, help="tokenizer of text encoder 1 (folder or tokenizer.json) if the model is a single file", path="any"
     )
     tokenizer2: Path | None = option(
-        None, help="tokenizer of text encoder 2 (folder or tokenizer.json) where the model is one file", path="any"
+        None, help="tokenizer of text encoder 2 (folder or tokenizer.json) if the model is a single file", path="any"
     )
     text_encoder_dtype: str | None = option(
         None,
-        help="dtype of the text encoders; unset: float16 on a GPU, float32 on a CPU, and float16 in caches",
+        help="dtype of the text encoders (unset: float16 on a GPU, float32 on a CPU) and of caches (unset: float16)",
         choices=DTYPE_NAMES,
     )
-    fp8_llm: bool = option(False, help="keep the weights of text encoder 1 as float8, half the memory of float16")
+    fp8_llm: bool = option(False, help="keep the weights of text encoder 1 in float8, which halves their memory")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,9 +72,9 @@ class DitOptions:
         None, help="DiT: official .pt, .safetensors (official, ComfyUI or fp8) or diffusers folder", path="any"
     )
     dit_dtype: str | None = option(
-        None, help="dtype of the DiT; bfloat16 on a GPU, float32 on a CPU", choices=DTYPE_NAMES
+        None, help="dtype of the DiT; unset: bfloat16 on a GPU, float32 on a CPU", choices=DTYPE_NAMES
     )
-    dit_in_channels: int | None = option(None, help="checked against the file, which decides", minimum=1)
+    dit_in_channels: int | None = option(None, help="input channels of the DiT; must agree with the file", minimum=1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,8 +85,8 @@ class CompileOptions:
     compile_backend: str = option("inductor", help="backend of torch.compile")
     compile_mode: str = option("default", help="mode of torch.compile", choices=COMPILE_MODES)
     compile_dynamic: str | None = option(None, help="dynamic shapes; unset is auto", choices=("true", "false", "auto"))
-    compile_fullgraph: bool = option(False, help="refuse graph breaks")
-    compile_cache_size_limit: int | None = option(None, help="graphs that torch keeps per block", minimum=1)
+    compile_fullgraph: bool = option(False, help="stop with an error at a graph break")
+    compile_cache_size_limit: int | None = option(None, help="compiled graphs that torch keeps per block", minimum=1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,20 +94,18 @@ class BlockSwapOptions:
     """block swap"""
 
     blocks_to_swap: int | None = option(
-        None, help="blocks of the DiT that wait in host memory and are streamed to the GPU", minimum=0
+        None, help="number of DiT blocks that stay in main memory and are streamed to the GPU", minimum=0
     )
     use_pinned_memory_for_block_swap: bool = option(
-        False, help="pin host memory of swapped blocks also on Windows, where it counts as GPU memory; elsewhere always"
+        False,
+        help="pin the memory of swapped blocks on Windows too, where pinned memory counts as GPU memory; "
+        "other systems always pin it",
     )
-    img_in_txt_in_offloading: bool = option(False, help="keep the embedders of image and text in host memory as well")
+    img_in_txt_in_offloading: bool = option(False, help="keep the image and text embedders in main memory as well")
 
 
 def require(options: object, *names: str) -> None:
-    """Refuses a group in which one of the named options was neither typed nor given by --config_file.
-
-    Raises:
-        UserError: names every missing option.
-    """
+    """Raises a UserError that names every one of these options that has no value."""
     missing = [f"--{name}" for name in names if getattr(options, name) is None]
     if missing:
         raise UserError(f"required and not given: {', '.join(missing)}")

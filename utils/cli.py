@@ -7,10 +7,12 @@
 
     vae, run = parse_options("Caches latents.", VaeOptions, RunOptions)
 
-The type follows the annotation: `bool` is a flag, `list[T]` takes any number of values, `tuple[T, T]` exactly two,
-`Path` is cleaned and, with `path=`, checked to exist; any other class takes the text, raises ValueError and says in
-`expected` what it takes. `--config_file FILE.toml` gives the same options from a file, checked the same way; the
-command line wins. Nothing heavy is imported here, so that --help and errors answer at once.
+A field's annotation sets the type: `bool` is a flag, `list[T]` takes any number of values, `tuple[T, T]` exactly two.
+A `Path` loses invisible characters and, with `path=`, must exist. Any other class is called with the text; it raises
+ValueError for a wrong one, and its class attribute `expected` describes a right one.
+
+`--config_file FILE.toml` gives the same options from a file. They are checked in the same way; the command line wins.
+Nothing heavy is imported here, so that --help and error messages appear at once.
 """
 
 import argparse
@@ -30,7 +32,7 @@ from utils.files import read_toml, user_path
 
 T = TypeVar("T")
 _UNSET = object()
-# A full, broken, read-only or foreign disk is not our bug, nor is a path that cannot be.
+# A full, broken or read-only disk, a missing permission and an impossible path are not bugs of ours.
 _DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.EACCES, errno.EPERM)
 _PATH_ERRORS = (errno.ENOTDIR, errno.ENAMETOOLONG)
 
@@ -48,12 +50,12 @@ def option(
     """A dataclass field that is a command-line option.
 
     Args:
-        default: value when the option is not given; without it the option is required. A list or tuple is copied.
+        default: the value if the option is not given. Without a default the option is required.
         help: one sentence for --help.
-        choices: the allowed words.
+        choices: the allowed values.
         minimum, maximum: inclusive bounds of a number.
-        path: "file", "dir" or "any": the path must exist and be that.
-        secret: the value never goes into a saved config.
+        path: the path must exist and be a "file", a "dir" or "any" of the two.
+        secret: the value is never saved by `settings_toml`.
     """
     metadata = {"help": help, "choices": choices, "minimum": minimum, "maximum": maximum, "path": path}
     metadata["secret"] = secret
@@ -64,11 +66,11 @@ def option(
 
 @dataclasses.dataclass(frozen=True)
 class _Option:
-    """One field of one group, seen as a command-line option."""
+    """The command-line option of one dataclass field."""
 
     name: str
     kind: type
-    count: int | str | None  # None: one value; int: exactly so many; "*": any number
+    count: int | str | None  # None: one value; an int: exactly that many; "*": any number
     required: bool
     default: Any
     help: str
@@ -106,7 +108,7 @@ class _Option:
         group.add_argument(flag, type=self.convert, nargs=self.count, default=_UNSET, metavar=metavar, help=text)
 
     def convert(self, text: str) -> Any:
-        """One value from its text, or an ArgumentTypeError that says what was expected."""
+        """One value from its text; raises ArgumentTypeError with what was expected."""
         if self.kind is Path:
             return self._existing(user_path(text))
         if self.choices is not None and text not in self.choices:
@@ -141,7 +143,7 @@ class _Option:
 
 
 def _value_type(annotation: Any) -> tuple[type, int | str | None]:
-    """The type of one value and how many: `int | None` -> (int, None), `list[str]` -> (str, "*"), ..."""
+    """The type of one value and the count of values: `int | None` -> (int, None), `list[str]` -> (str, "*")."""
     origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
     if origin in (types.UnionType, typing.Union):
         (annotation,) = [argument for argument in arguments if argument is not type(None)]
@@ -176,10 +178,10 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _config_words(path: Path, options: dict[str, _Option]) -> list[str]:
-    """The settings of a TOML file as command-line words; sections are only headings.
+    """The settings of a TOML file as command-line words. Its sections have no meaning.
 
     Raises:
-        UserError: a key that is no option, a key given twice, a value of the wrong kind.
+        UserError: a key is not an option or is given twice, or a value is of the wrong kind.
     """
     table: dict[str, Any] = {}
     for key, value in read_toml(path, "config file").items():
@@ -206,7 +208,7 @@ def _config_words(path: Path, options: dict[str, _Option]) -> list[str]:
 
 
 def _config_word(path: Path, known: _Option, value: Any) -> str:
-    """One value of a config file as the word that would be typed, if it is of the option's kind."""
+    """One value of a config file as it would be typed; raises UserError if it is of the wrong kind."""
     right = {bool: bool, int: (int, float), float: (int, float)}.get(known.kind, (int, float, str))
     if not isinstance(value, right) or isinstance(value, bool) != (known.kind is bool):
         raise UserError(f"{path}: {known.name} = {value!r}: {known.expected} is expected")
@@ -216,10 +218,10 @@ def _config_word(path: Path, known: _Option, value: Any) -> str:
 def parse_options(description: str, *groups: type, argv: Sequence[str] | None = None) -> list[Any]:
     """Parses the command line (and `--config_file`) into one instance of each group, in order.
 
-    Checks of several options together belong into a group's `__post_init__`, as UserError.
+    A group's `__post_init__` may check several options together and raise UserError.
 
     Raises:
-        UserError: anything wrong with the command line or the config file.
+        UserError: the command line or the config file is wrong.
         SystemExit: after --help.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
@@ -264,7 +266,7 @@ def _final(known: _Option, value: Any) -> Any:
 
 
 def settings_toml(*groups: Any) -> str:
-    """The options of these groups as TOML for `--config_file`, without secrets and without what is unset."""
+    """The options of these groups as TOML for `--config_file`, without secrets and without options that are None."""
     lines: list[str] = []
     for group in groups:
         lines += ["", f"[{_toml_value((type(group).__doc__ or type(group).__name__).strip().splitlines()[0])}]"]
@@ -282,20 +284,28 @@ def _toml_value(value: Any) -> str:
         return f"[{', '.join(map(_toml_value, value))}]"
     if type(value) in (int, float):
         return str(value)
-    # A JSON string is a TOML string but for DEL.
+    # A JSON string is a valid TOML string, except that TOML requires DEL to be escaped.
     return json.dumps(str(value), ensure_ascii=False).replace("\x7f", "\\u007f")
 
 
 def unused_options(group: Any, used: Mapping[str, bool]) -> list[str]:
-    """Names of the options that differ from their default although `used` says that nothing reads them."""
+    """Names of the options that differ from their default but have no effect.
+
+    Args:
+        used: by name, whether an option has an effect; an option that is not listed has one.
+    """
     defaults = {known.name: known.default for known in _options_of(type(group)) if not used.get(known.name, True)}
     return [name for name, default in defaults.items() if getattr(group, name) != default]
 
 
 def run_script(main: Callable[[], None]) -> NoReturn:
-    """Runs a script's main: errors of user or disk -> one line and exit 2, Ctrl+C -> exit 130; others are our bugs."""
+    """Runs a script's `main` and exits.
+
+    A UserError or a failing disk ends in one line on stderr and exit code 2, Ctrl+C in exit code 130. Any other
+    exception is a bug and keeps its traceback.
+    """
     for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="backslashreplace")  # a Windows console may lack the characters of a file's name
+        stream.reconfigure(errors="backslashreplace")  # a Windows console may not know the characters of a file name
     try:
         main()
     except UserError as error:
@@ -315,7 +325,7 @@ def run_script(main: Callable[[], None]) -> NoReturn:
 
 
 def print_table(title: str, rows: Sequence[Sequence[object]], header: Sequence[str] = ()) -> None:
-    """A short table of plain text on stdout, columns aligned; used at the end of every script."""
+    """Prints a plain-text table with aligned columns; most scripts end with one."""
     lines = [[str(cell) for cell in row] for row in ([header] if header else []) + list(rows)]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     print(f"\n{title}")

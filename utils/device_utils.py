@@ -1,4 +1,6 @@
-"""Devices and dtypes by the names that users type."""
+"""Devices and dtypes by name, and errors that mean too little memory."""
+
+import gc
 
 import torch
 
@@ -8,18 +10,18 @@ from utils.errors import UserError
 DTYPES: dict[str, torch.dtype] = {name: getattr(torch, torch_name) for name, torch_name in TORCH_NAMES.items()}
 
 
-def default_dtype(word: str | None, device: torch.device, on_gpu: str = "float16") -> torch.dtype:
-    """A dtype by its word; unset it is float32 on a CPU and `on_gpu` elsewhere."""
-    return DTYPES[word or ("float32" if device.type == "cpu" else on_gpu)]
+def default_dtype(name: str | None, device: torch.device, on_gpu: str = "float16") -> torch.dtype:
+    """The dtype called `name`; if None, float32 on a CPU and `on_gpu` on any other device."""
+    return DTYPES[name or ("float32" if device.type == "cpu" else on_gpu)]
 
 
 def resolve_device(name: str | None = None) -> torch.device:
-    """The device called `name`, or CUDA if available, else the CPU.
+    """The device called `name`; if None, CUDA if it is available, else the CPU.
 
-    A GPU with a number becomes the current one: what names none, as pinning and Triton's kernels do, shall use it too.
+    A GPU given by number also becomes torch's current device, because pinned memory and Triton kernels use that one.
 
     Raises:
-        UserError: torch does not know the name or cannot reach the device.
+        UserError: torch does not know the name or cannot use the device.
     """
     try:
         device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
@@ -31,7 +33,7 @@ def resolve_device(name: str | None = None) -> torch.device:
     return device
 
 
-# What CUDA and its libraries say in a plain RuntimeError where they get no memory, and torch's allocator of the CPU.
+# Out of memory, CUDA, its libraries and torch's CPU allocator raise a plain RuntimeError with one of these texts.
 _OUT_OF_MEMORY = (
     "CUDA out of memory",
     "CUDA error: out of memory",
@@ -43,21 +45,19 @@ _OUT_OF_MEMORY = (
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether a device or the host has no memory left, however a library says so."""
+    """Whether the error means that a device or the host has no memory left."""
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return True
     return isinstance(error, (RuntimeError, OSError)) and any(words in str(error) for words in _OUT_OF_MEMORY)
 
 
 def dtype_word(dtype: torch.dtype) -> str:
-    """`torch.bfloat16` -> `bfloat16`, the word used in file names and cache keys."""
+    """`torch.bfloat16` -> "bfloat16"."""
     return str(dtype).removeprefix("torch.")
 
 
 def release_memory(device: torch.device) -> None:
-    """Hands cached blocks of an accelerator back after a model was deleted."""
-    import gc
-
+    """Deletes unreachable objects and returns memory that torch's allocator caches to the device."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()

@@ -1,21 +1,21 @@
-"""The two ways in which a run may end early without being our bug."""
+"""The error that a user can correct, and helpers for its message."""
+
+import difflib
 
 
 class UserError(ValueError):
-    """Something the user can put right: one line that says what, where, what was expected and what to do.
+    """A mistake that the user can correct. The message is one line: what, where, what was expected, what to do.
 
     Scripts print it on stderr and exit with code 2 (`utils.cli.run_script`).
     """
 
 
 def one_line(text: object) -> str:
-    """Any message folded into a single line, for errors that quote what a library said."""
+    """Joins the lines of a text, for messages that quote an error of a library."""
     return " ".join(str(text).split())
 
 
-def did_you_mean(word: str, known: "list[str]") -> str:
-    """` (did you mean 'x'?)` for the nearest known word, or an empty string."""
-    import difflib
-
+def did_you_mean(word: str, known: list[str]) -> str:
+    """The text " (did you mean 'x'?)" with the most similar known word; empty if none is similar."""
     nearest = difflib.get_close_matches(word, known, n=1)
     return f" (did you mean '{nearest[0]}'?)" if nearest else ""

@@ -1,4 +1,4 @@
-"""Files that are either whole or not there."""
+"""Files are written completely or not at all; paths and texts are read as the user meant them."""
 
 import contextlib
 import os
@@ -11,8 +11,8 @@ from utils.errors import UserError, one_line
 
 TEMPORARY_SUFFIX = ".partial"
 REPLACED = "old"  # stands where the process id stands in a temporary name: a folder that is being replaced
-# Characters that text editors and file managers add unseen: byte-order mark, zero-width space, bidirectional marks.
-# The zero-width joiners U+200C and U+200D are not among them: Persian and Indic names and emoji are spelled with them.
+# Invisible characters that editors and file managers add: byte-order mark, zero-width space, bidirectional marks.
+# The zero-width joiners U+200C and U+200D stay: Persian and Indic words and emoji need them.
 INVISIBLE_CHARACTERS = dict.fromkeys([0xFEFF, 0x200B, 0x200E, 0x200F, *range(0x202A, 0x202F), *range(0x2066, 0x206A)])
 
 
@@ -20,17 +20,18 @@ INVISIBLE_CHARACTERS = dict.fromkeys([0xFEFF, 0x200B, 0x200E, 0x200F, *range(0x2
 def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
     """Yields a temporary path beside `path`; on success it is flushed to disk and renamed, on failure removed.
 
-    The temporary name ends in `.{process id}.partial`: processes never share one, and leftovers are recognisable.
+    The temporary name ends in `.{process id}.partial`, so two processes never share one, and what a killed process
+    left can be recognised.
 
     Raises:
         UserError: `path` is a folder.
-        OSError: the disk is full or the like; it names `path`.
+        OSError: writing failed, for example because the disk is full. The error names `path`.
     """
     path = Path(path)
     if path.is_dir():
         raise UserError(f"{path}: is a folder, a file name is expected")
     path.parent.mkdir(parents=True, exist_ok=True)
-    # Long file names are legal up to 255 bytes; the temporary name must not be longer than the final one allows.
+    # A file name has at most 255 bytes. A long one is cut, so that the temporary name does not exceed that.
     stem = path.name.encode()[:200].decode(errors="ignore")
     temporary = path.with_name(f"{stem}.{os.getpid()}{TEMPORARY_SUFFIX}")
     try:
@@ -41,7 +42,7 @@ def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
     except BaseException as error:
         temporary.unlink(missing_ok=True)
         if type(error) is OSError and error.errno is not None and error.filename is None:
-            error.filename = str(path)  # a failed write does not know its file; PyAV's errors cannot be told
+            error.filename = str(path)  # the error of a failed write names no file; errors of PyAV cannot be changed
         raise
 
 
@@ -76,10 +77,10 @@ def write_text(path: str | os.PathLike, text: str) -> None:
 
 
 def require_writable(folder: Path, option: str) -> None:
-    """Makes the folder and tries to write into it.
+    """Creates the folder if it does not exist, and checks that files can be written to it.
 
     Raises:
-        UserError: either fails; `option` names the folder.
+        UserError: they cannot. The message begins with `option`, the option that gave the folder.
     """
     trial = folder / f".{os.getpid()}{TEMPORARY_SUFFIX}"
     try:
@@ -91,10 +92,10 @@ def require_writable(folder: Path, option: str) -> None:
 
 
 def refuse_overwriting(option: str, output: Path, inputs: Iterable[Path]) -> None:
-    """Refuses an output that is one of the inputs, or a file in an input folder.
+    """Raises a UserError if the output is one of the inputs or lies in an input folder.
 
-    Raises:
-        UserError: names the option and the file.
+    Args:
+        option: the option that gave `output`, for the message.
     """
     if not output.exists():
         return
@@ -103,18 +104,25 @@ def refuse_overwriting(option: str, output: Path, inputs: Iterable[Path]) -> Non
 
 
 def clean_path(text: str) -> str:
-    """A path as the user meant it: without invisible characters and surrounding white space."""
+    """The path without invisible characters and surrounding white space."""
     return text.translate(INVISIBLE_CHARACTERS).strip()
 
 
 def user_path(text: str) -> Path:
-    """The path of a text that a user wrote. `~` is the home folder, `~tmp.png` a name like any other."""
+    """The path that a user wrote. `~/a.png` is in the home folder; `~a.png` is an ordinary name."""
     path = Path(clean_path(text))
     return path.expanduser() if path.parts[:1] == ("~",) else path
 
 
 def read_text(path: str | os.PathLike, what: str) -> str:
-    """Reads UTF-8 text, with or without a byte-order mark; `what` names the file in the error."""
+    """Reads UTF-8 text, with or without a byte-order mark.
+
+    Args:
+        what: the kind of file, for the message.
+
+    Raises:
+        UserError: the file is missing, unreadable or not UTF-8.
+    """
     try:
         return Path(path).read_text(encoding="utf-8-sig")
     except FileNotFoundError:
@@ -126,7 +134,14 @@ def read_text(path: str | os.PathLike, what: str) -> str:
 
 
 def read_toml(path: str | os.PathLike, what: str) -> dict:
-    """Parses a TOML file; a syntax error names file, line and, for Windows paths, the cure."""
+    """Parses a TOML file.
+
+    Args:
+        what: the kind of file, for the message.
+
+    Raises:
+        UserError: `read_text` fails, or the syntax is wrong.
+    """
     text = read_text(path, what)
     try:
         return tomllib.loads(text)

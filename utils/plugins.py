@@ -1,6 +1,6 @@
-"""Classes that a user names on the command line (optimizers, schedulers), and their `key=value` arguments.
+"""Classes that a user names on the command line, and the `key=value` arguments of their constructors.
 
-Nothing is imported before `load_class`; what can be checked without the package is checked without it.
+Only `load_class` imports the user's package. The other functions check without it.
 """
 
 import ast
@@ -17,7 +17,7 @@ def parse_arguments(words: Sequence[str], option: str) -> dict[str, Any]:
     """`["weight_decay=0.01", "betas=0.9,0.999"]` as a dict of Python values.
 
     Raises:
-        UserError: a word is no `key=value`, a key comes twice, or a value is no Python literal.
+        UserError: a word is not `key=value`, a key is given twice, or a value is not a Python literal.
     """
     arguments: dict[str, Any] = {}
     for word in words:
@@ -30,13 +30,13 @@ def parse_arguments(words: Sequence[str], option: str) -> dict[str, Any]:
             arguments[key] = ast.literal_eval(text.strip())
         except (ValueError, SyntaxError, MemoryError, RecursionError):
             raise UserError(
-                f"{option} {word}: '{text}' is no Python value; write 0.1, True, 0.9,0.999 or \"'text'\" in quotes"
+                f"{option} {word}: '{text}' is not a Python value; write 0.1, True, 0.9,0.999 or \"'text'\" in quotes"
             ) from None
     return arguments
 
 
 def require_package(dotted: str, option: str) -> None:
-    """Refuses `package.module.Class` if the package is not installed; imports nothing."""
+    """Raises a UserError if the package of `package.module.Class` is not installed. Imports nothing."""
     package, _, rest = dotted.partition(".")
     if not rest or not all(part.isidentifier() for part in dotted.split(".")):
         raise UserError(f"{option} {dotted}: a dotted path such as package.module.Class is expected")
@@ -54,7 +54,7 @@ def load_class(dotted: str, option: str) -> type:
     module_name, _, name = dotted.rpartition(".")
     try:
         module = importlib.import_module(module_name)
-    except Exception as error:  # what another's module does while it is imported is not ours to know
+    except Exception as error:  # a foreign module may raise anything while it is imported
         raise UserError(f"{option} {dotted}: {module_name} cannot be imported: {one_line(error)}") from error
     found = getattr(module, name, None)
     if not inspect.isclass(found):
@@ -64,14 +64,18 @@ def load_class(dotted: str, option: str) -> type:
 
 
 def refuse_taken(arguments: Collection[str], option: str, taken: dict[str, str]) -> None:
-    """Refuses constructor arguments that are set elsewhere; `taken` names the option that sets each."""
+    """Raises a UserError for constructor arguments that another option sets.
+
+    Args:
+        taken: by argument, the option that sets it.
+    """
     for name in arguments:
         if name in taken:
             raise UserError(f"{option} {name}=...: {name} is set by {taken[name]}")
 
 
 def check_arguments(cls: type, arguments: Collection[str], option: str, taken: dict[str, str]) -> None:
-    """Refuses arguments that the constructor does not know, and those that are `taken`."""
+    """Raises a UserError for arguments that the constructor does not have or that are `taken` (see above)."""
     refuse_taken(arguments, option, taken)
     parameters = inspect.signature(cls).parameters.values()
     if any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters):

@@ -1,4 +1,7 @@
-"""Which of the processes of `accelerate launch` or torchrun this is; scripts share out work by it without talking."""
+"""The rank of this process among those that `accelerate launch` or torchrun started.
+
+Scripts divide their work by rank; the processes need not communicate for that.
+"""
 
 import os
 from typing import TYPE_CHECKING
@@ -8,15 +11,15 @@ if TYPE_CHECKING:
 
 
 def process_share() -> tuple[int, int]:
-    """(rank, number of processes); (0, 1) when started alone."""
+    """(rank, number of processes); (0, 1) without a launcher."""
     return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
 
 def own_device(name: str | None) -> "torch.device":
-    """The device called `name`, else this process's GPU of the machine, else the CPU.
+    """The device called `name`; if None, the GPU with the local rank of this process, or the CPU without CUDA.
 
     Raises:
-        UserError: torch does not know the name or cannot reach the device.
+        UserError: torch does not know the name or cannot use the device.
     """
     import torch
 

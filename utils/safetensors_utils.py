@@ -1,4 +1,4 @@
-"""The one reader and the one writer of safetensors files."""
+"""Reads and writes safetensors files; all others use these functions."""
 
 import contextlib
 import json
@@ -37,11 +37,11 @@ MAX_HEADER_BYTES = 100_000_000
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """What a header says of one tensor."""
+    """What the header says about one tensor."""
 
     dtype: torch.dtype
     shape: tuple[int, ...]
-    offset: int  # of its first byte in the file
+    offset: int  # of the tensor's first byte in the file
 
     @property
     def count(self) -> int:
@@ -53,10 +53,10 @@ class TensorInfo:
 
 
 def read_header(path: str | os.PathLike) -> tuple[dict[str, TensorInfo], dict[str, str]]:
-    """Tensor infos by name and the metadata, from the header alone.
+    """Tensor infos by name, and the metadata. Reads only the header.
 
     Raises:
-        UserError: the file is missing, empty, truncated, or no safetensors file.
+        UserError: the file is missing, empty, truncated, or not a safetensors file.
     """
     path = Path(path)
     try:
@@ -94,7 +94,7 @@ def read_header(path: str | os.PathLike) -> tuple[dict[str, TensorInfo], dict[st
 
 
 def iterate_tensors(path: str | os.PathLike, device: torch.device | str = "cpu") -> Iterator[tuple[str, torch.Tensor]]:
-    """Yields (name, tensor) one by one, so that at most one tensor more than the caller keeps is in memory."""
+    """Yields (name, tensor) one by one. Only the tensors that the caller keeps stay in memory."""
     infos, _ = read_header(path)
     with open(path, "rb") as file:
         for name, info in infos.items():
@@ -102,7 +102,7 @@ def iterate_tensors(path: str | os.PathLike, device: torch.device | str = "cpu")
 
 
 def read_tensor(file: BinaryIO, info: TensorInfo) -> torch.Tensor:
-    """One tensor read into memory of its own: unlike a memory map, nothing of the file stays resident.
+    """Reads one tensor into newly allocated memory. Unlike with a memory map, no page of the file stays resident.
 
     Raises:
         UserError: the file ends early.
@@ -122,10 +122,10 @@ def load_file(path: str | os.PathLike, device: torch.device | str = "cpu") -> di
 def save_file(
     tensors: Mapping[str, torch.Tensor], path: str | os.PathLike, metadata: Mapping[str, str] | None = None
 ) -> None:
-    """Writes the file whole: temporary file in the same folder, fsync, rename.
+    """Writes the file completely or not at all (`utils.files.atomic_path`).
 
     Raises:
-        OSError: the disk is full or the like; what was there before is still there.
+        OSError: writing failed, for example because the disk is full. An older file of this name is unchanged.
     """
     with streamed_file(path, {name: (t.dtype, t.shape) for name, t in tensors.items()}, metadata) as write:
         for name, tensor in tensors.items():
@@ -138,15 +138,15 @@ def streamed_file(
     layout: Mapping[str, tuple[torch.dtype, Sequence[int]]],
     metadata: Mapping[str, str] | None = None,
 ) -> Iterator[Callable[[str, torch.Tensor], None]]:
-    """Yields `write(name, tensor)`, for a file that is never in memory as a whole; renamed when all is written.
+    """Writes a file tensor by tensor, so that it is never in memory as a whole. Yields `write(name, tensor)`.
 
-    The file is that of the reference implementation, byte for byte. Its own writer is not used: it writes into a
-    hidden file of a name of its own, which stays behind when the process is killed.
+    The file gets its name when all tensors are written. Its bytes are those that the reference implementation writes.
+    That one is not used, because a killed process would leave its temporary file under a name nobody recognises.
 
     Args:
         path: the file.
-        layout: dtype and shape of every tensor; each must be written once, in any order.
-        metadata: of the file.
+        layout: dtype and shape of every tensor. Each tensor must be written once, in any order.
+        metadata: texts for the header.
     """
     names, order = {dtype: name for name, dtype in TORCH_DTYPES.items()}, list(TORCH_DTYPES.values())
     header: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
@@ -154,7 +154,7 @@ def streamed_file(
     for name, (dtype, shape) in sorted(layout.items(), key=lambda item: (order.index(item[1][0]), item[0])):
         offsets[name], end = end, end + math.prod(shape) * dtype.itemsize
         header[name] = {"dtype": names[dtype], "shape": list(shape), "data_offsets": [offsets[name], end]}
-    # A file name in the metadata need not be UTF-8; what cannot be encoded is escaped, which JSON reads as well.
+    # Metadata may hold file names that are not UTF-8. What cannot be encoded becomes a JSON escape sequence.
     text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode(errors="backslashreplace")
     text += b" " * (-len(text) % 8)
     missing = set(layout)
