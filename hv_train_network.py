@@ -123,7 +123,7 @@ def check_own_choices(options: Options) -> None:
     """
     from modules.blocks.compilation import require_backend
     from networks.files.format_table import FORMATS
-    from networks.files.formats import read_lora
+    from networks.files.lora_files import read_lora
 
     if options.compile.compile:
         require_backend(options.compile.compile_backend)
@@ -312,7 +312,8 @@ def create_trained(
     from modules.blocks.compilation import compile_blocks
     from modules.training.network import TrainedNetwork, create_network, create_network_from_weights
     from networks.files.format_table import FORMATS
-    from networks.files.formats import read_lora, to_tensors
+    from networks.files.formats import to_tensors
+    from networks.files.lora_files import read_lora
 
     network, device = options.network, run.accelerator.device
     torch.manual_seed(run.progress.seed)

@@ -1,11 +1,9 @@
-"""LoRAs made from LoRAs: lower rank, sums, averages over training; and from the difference of two models."""
+"""LoRAs made from LoRAs: lower rank, weighted sum, moving average over checkpoints."""
 
 import dataclasses
-from collections.abc import Iterator, Sequence
-from collections.abc import Set as AbstractSet
+from collections.abc import Sequence
 
 import torch
-from torch import Tensor
 
 from networks.factors import Factors, LoraFactors
 from networks.files.formats import LoraWeights
@@ -14,29 +12,28 @@ from utils.errors import UserError
 
 
 def reduce_rank(lora: LoraWeights, rank: int | None, energy: float = 1.0) -> LoraWeights:
-    """Every module as a LoRA of at most `rank` that keeps `energy` of its squared norm, in the dtype that it had."""
-    modules = {name: reduced(factors, rank, energy) for name, factors in lora.modules.items()}
+    """Every module as a LoRA of at most `rank` that keeps `energy` of the squared norm; dtypes stay."""
+    modules = {name: _reduced(factors, rank, energy) for name, factors in lora.modules.items()}
     return with_rank_metadata(dataclasses.replace(lora, modules=modules))
 
 
-def reduced(factors: Factors, rank: int | None, energy: float = 1.0) -> LoraFactors:
-    """One module as a LoRA of at most `rank`; see `truncated_svd`."""
+def _reduced(factors: Factors, rank: int | None, energy: float) -> LoraFactors:
     dtype = next(iter(factors.tensors().values())).dtype
     if not isinstance(factors, LoraFactors):
-        update = factors.delta_weight()
-        factors = low_rank_approximation(update, rank or min(update.shape), factors.dora_scale)
+        delta_weight = factors.delta_weight()
+        factors = low_rank_approximation(delta_weight, rank or min(delta_weight.shape), factors.dora_scale)
     return truncated_svd(factors, rank, energy).map(lambda tensor: tensor.to(dtype))
 
 
 def with_rank_metadata(lora: LoraWeights) -> LoraWeights:
-    """The metadata say the rank of the LoRA as it is now; alpha is the rank."""
+    """The LoRA with `ss_network_dim` and `ss_network_alpha` set to its rank, or to Dynamic if ranks differ."""
     ranks = {factors.rank for factors in lora.modules.values()}
     word = str(ranks.pop()) if len(ranks) == 1 else "Dynamic"
     return dataclasses.replace(lora, metadata=lora.metadata | {"ss_network_dim": word, "ss_network_alpha": word})
 
 
 def concatenate(loras: Sequence[LoraWeights], multipliers: Sequence[float]) -> LoraWeights:
-    """The weighted sum of LoRAs, exactly: the ranks of each module add up.
+    """The weighted sum of LoRAs, exactly: the factors are concatenated, so the ranks of a module add up.
 
     Raises:
         UserError: a module is no plain LoRA, or the LoRAs are for weights of different shapes.
@@ -59,11 +56,12 @@ def _sum(name: str, first: LoraFactors, second: LoraFactors) -> LoraFactors:
 
 
 def ema_decays(count: int, beta: float, beta2: float | None, sigma_rel: float | None) -> list[float]:
-    """How much of the average so far is kept when each file but the first is added.
+    """The decays of a moving average over `count` files: the first file starts it, each other one has a decay.
 
     Args:
         count: number of files.
-        beta, beta2: the decay, going evenly from the first to the second.
+        beta: decay, or the first decay if `beta2` is given.
+        beta2: the last decay; decays go linearly from `beta` to it.
         sigma_rel: relative width of a power-function average instead (arXiv:2312.02696, equations 2 and 126).
     """
     if sigma_rel is None:
@@ -74,7 +72,7 @@ def ema_decays(count: int, beta: float, beta2: float | None, sigma_rel: float | 
 
 
 def gamma_from_sigma_rel(sigma_rel: float) -> float:
-    """The exponent whose power-function profile has this relative width: the largest root of a cubic."""
+    """The exponent gamma of the power function with this relative width: the largest root of a cubic (equation 126)."""
     inverse = sigma_rel**-2
     companion = torch.tensor(
         [[-7.0, inverse - 16, inverse - 12], [1.0, 0.0, 0.0], [0.0, 1.0, 0.0]], dtype=torch.float64
@@ -82,8 +80,8 @@ def gamma_from_sigma_rel(sigma_rel: float) -> float:
     return torch.linalg.eigvals(companion).real.max().item()
 
 
-def average(loras: Sequence[LoraWeights], keep: Sequence[float]) -> LoraWeights:
-    """The moving average of one training's checkpoints, matrix by matrix, in float32; metadata are the last one's.
+def moving_average(loras: Sequence[LoraWeights], decays: Sequence[float]) -> LoraWeights:
+    """The moving average of checkpoints of one training, factor by factor in float32, with the last one's metadata.
 
     Raises:
         UserError: the files differ in modules, kinds, shapes or alpha.
@@ -94,7 +92,7 @@ def average(loras: Sequence[LoraWeights], keep: Sequence[float]) -> LoraWeights:
             _signature(lora.modules[name]) != _signature(first[name]) for name in first
         ):
             raise UserError("the files are not checkpoints of one training: modules, shapes or alpha differ")
-    modules = {name: _averaged([lora.modules[name] for lora in loras], keep) for name in first}
+    modules = {name: _averaged([lora.modules[name] for lora in loras], decays) for name in first}
     return dataclasses.replace(loras[-1], modules=modules)
 
 
@@ -103,37 +101,10 @@ def _signature(factors: Factors) -> tuple:
     return type(factors), factors.alpha, shapes
 
 
-def _averaged(factors: Sequence[Factors], keep: Sequence[float]) -> Factors:
-    averages = {name: tensor.float() for name, tensor in factors[0].tensors().items()}
-    for each, beta in zip(factors[1:], keep, strict=True):
-        for name, tensor in each.tensors().items():
-            averages[name] = beta * averages[name] + (1 - beta) * tensor.float()
-    dtypes = {name: tensor.dtype for name, tensor in factors[0].tensors().items()}
-    return dataclasses.replace(factors[0], **{name: tensor.to(dtypes[name]) for name, tensor in averages.items()})
-
-
-def extract(
-    pairs: Iterator[tuple[str, Tensor, Tensor]], names: AbstractSet[str], rank: int, energy: float = 1.0
-) -> tuple[dict[str, LoraFactors], list[str]]:
-    """The LoRA that is nearest to the difference of two models.
-
-    Args:
-        pairs: (tensor name, tensor of the base, tensor of the tuned model), float32.
-        names: modules that may be adapted.
-        rank: the largest rank.
-        energy: share of the squared norm of the extracted difference that must stay.
-
-    Returns:
-        Factors of the modules that differ, and the names of tensors that differ but cannot be in a LoRA.
-    """
-    modules, left = {}, []
-    for name, base, tuned in pairs:
-        difference = tuned - base
-        if not difference.any():
-            continue
-        module = name.removesuffix(".weight")
-        if module in names and difference.dim() == 2 and module != name:
-            modules[module] = truncated_svd(low_rank_approximation(difference, rank), rank, energy)
-        else:
-            left.append(name)
-    return modules, left
+def _averaged(checkpoints: Sequence[Factors], decays: Sequence[float]) -> Factors:
+    averages = {name: tensor.float() for name, tensor in checkpoints[0].tensors().items()}
+    for factors, decay in zip(checkpoints[1:], decays, strict=True):
+        for name, tensor in factors.tensors().items():
+            averages[name] = decay * averages[name] + (1 - decay) * tensor.float()
+    dtypes = {name: tensor.dtype for name, tensor in checkpoints[0].tensors().items()}
+    return dataclasses.replace(checkpoints[0], **{name: tensor.to(dtypes[name]) for name, tensor in averages.items()})

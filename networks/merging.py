@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from networks.factors import Factors
-from networks.files.formats import LoraWeights, read_lora
+from networks.files.formats import LoraWeights
+from networks.files.lora_files import read_lora
 from utils.errors import UserError
 
 

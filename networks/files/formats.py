@@ -1,65 +1,54 @@
-"""Every LoRA file format: recognised, read into one representation, and written from it.
+"""The tensors of a LoRA file, in any format, to one representation (`LoraWeights`) and back.
 
-The representation is `LoraWeights`: official dotted module name -> factors. Separate q, k, v are stacked when a file is
-read (`split_fuse`), so that a LoRA has the same representation whatever program wrote it.
+The representation has the DiT's own modules under their official names. Where a file stores q, k and v as modules of
+their own, they are fused when it is read and split when it is written (`split_fuse`). `lora_files` does the reading
+and writing.
 """
 
 import contextlib
 import dataclasses
-import json
-import os
-import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from networks.factors import SUFFIXES, Factors, LohaFactors, LoraFactors, factors_from
-from networks.files.format_table import FORMATS, Format
-from networks.files.metadata import model_hashes
+from networks.factors import Factors, LohaFactors, LoraFactors, factors_from
+from networks.files.format_table import NATIVE, Format
 from networks.files.names import detect_format, official_part, part_names, split_key
+from networks.files.peft_metadata import PEFT_KEY, PeftAlphas
 from networks.files.split_fuse import fold_alpha, split_rows, stack_rows, swap_halves
-from utils.errors import UserError, one_line
-from utils.safetensors_utils import iterate_tensors, read_header, save_file
+from utils.errors import UserError
 
-# Officially (shift, scale), in diffusers (scale, shift).
+# The rows of this module are (shift, scale) in the official layout and (scale, shift) in diffusers.
 SWAPPED = "final_layer.adaLN_modulation.1"
-# The DiT's ratio of the MLP's width to the hidden width, for a file that has q but no mlp of a single block.
+# The DiT's MLP width divided by its hidden width, for a file in which no single block has the MLP part.
 MLP_RATIO = 4
+# The rows of a block's module as a multiple of the hidden width.
+ROWS = {"_attn_qkv": 3, "_attn_proj": 1, ".fc2": 1, ".linear2": 1, "_mod.linear": 6, ".modulation.linear": 3}
+# The modules of a block that have as many columns as the hidden width.
+COLUMNS = ("_attn_qkv", "_attn_proj", ".fc1", ".linear1", "_mod.linear", ".modulation.linear")
+
+# The tensors of one official module: index of the part -> suffix of the key -> tensor.
+PartTensors = dict[int, dict[str, Tensor]]
 
 
 @dataclass
 class LoraWeights:
-    """A LoRA (LoHa, LoKr, DoRA) in no particular format.
+    """A LoRA (or LoHa, LoKr, DoRA), whatever the format of its file.
 
     Attributes:
         modules: official dotted module name -> factors.
-        metadata: of the file it was read from.
-        format: the format it was read from.
+        metadata: the file's metadata.
+        format: the format of the file.
         leftover: keys of the file that belong to no module of the DiT, such as those of text encoders.
     """
 
     modules: dict[str, Factors]
     metadata: dict[str, str] = field(default_factory=dict)
-    format: Format = FORMATS["default"]
+    format: Format = NATIVE
     leftover: list[str] = field(default_factory=list)
-
-
-def read_lora(path: str | os.PathLike, allow_partial: bool = False) -> LoraWeights:
-    """Reads a LoRA file of any format.
-
-    Args:
-        path: a safetensors file.
-        allow_partial: keep keys that belong to no module in `leftover` instead of raising.
-
-    Raises:
-        UserError: no LoRA for HunyuanVideo, keys left over, factors missing or of wrong shapes.
-    """
-    _, metadata = read_header(path)
-    _refuse_other_models(path, metadata)
-    return from_tensors(dict(iterate_tensors(path)), metadata, str(path), allow_partial)
 
 
 def from_tensors(
@@ -69,7 +58,18 @@ def from_tensors(
     allow_partial: bool = False,
     format_: Format | None = None,
 ) -> LoraWeights:
-    """The same from tensors; `source` names them in errors, `format_` is recognised from the keys if unset."""
+    """The LoRA that the tensors of a file describe.
+
+    Args:
+        tensors: tensors by key.
+        metadata: the file's metadata.
+        source: what errors call the file.
+        allow_partial: put keys that belong to no module into `leftover` instead of raising.
+        format_: the format of the keys; None: recognise it.
+
+    Raises:
+        UserError: no LoRA for HunyuanVideo, keys left over, factors missing or of wrong shapes.
+    """
     format_ = format_ or detect_format(list(tensors))
     if format_ is None:
         raise UserError(f"{source}: no HunyuanVideo LoRA: no key is known, such as {_example(list(tensors))}")
@@ -80,35 +80,82 @@ def from_tensors(
             f"{leftover[0]}; convert_lora.py with --allow_partial makes a file without them"
         )
     metadata = dict(metadata)
-    alphas = _AdapterMetadata(metadata.pop("lora_adapter_metadata", None), source)
-    read = {}
-    for official, parts in grouped.items():
-        with _about(source, official):
-            read[official] = _read_parts(official, parts, format_, alphas)
-    modules, mlp_rows = {}, _mlp_rows(read)
-    for official, parts in read.items():
-        with _about(source, official):
-            modules[official] = _stacked(official, parts, format_, mlp_rows)
+    alphas = PeftAlphas(metadata.pop(PEFT_KEY, None), source)
+    parts_by_module = {}
+    for official, part_tensors in grouped.items():
+        with _naming_module(source, official):
+            parts_by_module[official] = _read_parts(official, part_tensors, format_, alphas)
+    modules, mlp_rows = {}, _mlp_rows(parts_by_module)
+    for official, parts in parts_by_module.items():
+        with _naming_module(source, official):
+            modules[official] = _fused(official, parts, format_, mlp_rows)
     _check_widths(modules, source)
     return LoraWeights(modules, metadata, format_, leftover)
 
 
+def _example(keys: list[str]) -> str:
+    return f"'{keys[0]}'" if keys else "none (the file has no tensors)"
+
+
 @contextlib.contextmanager
-def _about(source: str, official: str) -> Iterator[None]:
-    """Factors that do not go together are the user's wrong file: the error names it and the module."""
+def _naming_module(source: str, official: str) -> Iterator[None]:
+    """Turns a ValueError about factors into a UserError that names the file and the module."""
     try:
         yield
     except ValueError as error:
         raise UserError(f"{source}: {official} {error}") from None
 
 
-# Rows of the blocks' modules as multiples of the hidden width; all but fc2 and linear2 have hidden columns.
-ROWS = {"_attn_qkv": 3, "_attn_proj": 1, ".fc2": 1, ".linear2": 1, "_mod.linear": 6, ".modulation.linear": 3}
-COLUMNS = ("_attn_qkv", "_attn_proj", ".fc1", ".linear1", "_mod.linear", ".modulation.linear")
+def _group(tensors: Mapping[str, Tensor], format_: Format) -> tuple[dict[str, PartTensors], list[str]]:
+    """The tensors by official module, and the keys that belong to no module."""
+    grouped: dict[str, PartTensors] = {}
+    leftover = []
+    for key, tensor in tensors.items():
+        pair = split_key(key)
+        found = official_part(pair[0], format_) if pair else None
+        if found is None:
+            leftover.append(key)
+            continue
+        official, part = found
+        grouped.setdefault(official, {}).setdefault(part, {})[pair[1]] = tensor
+    return grouped, leftover
+
+
+def _read_parts(official: str, tensors: PartTensors, format_: Format, alphas: PeftAlphas) -> list[Factors | None]:
+    """The factors of each part of a module; None for a part that the file does not have."""
+    parts: list[Factors | None] = []
+    for index, name in enumerate(part_names(official, format_)):
+        factors = factors_from(tensors[index]) if index in tensors else None
+        if factors is not None and factors.alpha is None and alphas:
+            alpha = alphas.of_module(name.removeprefix(format_.prefix), factors.rank)
+            factors = factors if alpha == factors.rank else dataclasses.replace(factors, alpha=alpha)
+        parts.append(factors)
+    return parts
+
+
+def _fused(official: str, parts: Sequence[Factors | None], format_: Format, mlp_rows: int | None) -> Factors:
+    """The factors of the official module from those of its parts in the file."""
+    if len(parts) > 1:
+        return stack_rows(parts, _rows(parts, mlp_rows))
+    return swap_halves(parts[0]) if format_.splits and official == SWAPPED else parts[0]
+
+
+def _rows(parts: Sequence[Factors | None], mlp_rows: int | None) -> list[int]:
+    """The number of rows of every part, including missing parts: q, k and v all have the hidden width."""
+    given = [part for part in parts if part is not None]
+    hidden = next((part.out_features for part in parts[:3] if part is not None), given[0].in_features)
+    mlp = parts[3].out_features if len(parts) == 4 and parts[3] is not None else mlp_rows or MLP_RATIO * hidden
+    return [hidden, hidden, hidden, mlp][: len(parts)]
+
+
+def _mlp_rows(parts_by_module: Mapping[str, Sequence[Factors | None]]) -> int | None:
+    """The MLP width of the single blocks, from any block of the file that has the MLP part."""
+    four_parts = (parts for parts in parts_by_module.values() if len(parts) == 4)
+    return next((parts[3].out_features for parts in four_parts if parts[3] is not None), None)
 
 
 def _check_widths(modules: Mapping[str, Factors], source: str) -> None:
-    """The modules must be of one DiT: the same hidden width everywhere."""
+    """Raises UserError if the modules do not all have the same hidden width."""
     widths = {}
     for name, factors in modules.items():
         for ending, multiple in ROWS.items():
@@ -122,110 +169,27 @@ def _check_widths(modules: Mapping[str, Factors], source: str) -> None:
         raise UserError(f"{source}: {odd}, which does not go with the hidden width {hidden:g} of the other modules")
 
 
-def _example(keys: list[str]) -> str:
-    return f"'{keys[0]}'" if keys else "none (the file has no tensors)"
-
-
-def _refuse_other_models(path: str | os.PathLike, metadata: Mapping[str, str]) -> None:
-    """Flux and HunyuanVideo 1.5 have almost the same names, Flux even the same shapes: the metadata decide."""
-    for name in ("ss_base_model_version", "modelspec.architecture"):
-        model = metadata.get(name, "").lower().replace("-", "_").split("/")[0]
-        if model and (not model.startswith("hunyuan") or "1_5" in model or "1.5" in model):
-            raise UserError(f"{path}: made for another model: its metadata say {name} = {metadata[name]}")
-
-
-Parts = dict[int, dict[str, Tensor]]
-
-
-def _group(tensors: Mapping[str, Tensor], format_: Format) -> tuple[dict[str, Parts], list[str]]:
-    """Official module -> part -> suffix -> tensor, and the keys that belong nowhere."""
-    grouped: dict[str, Parts] = {}
-    leftover = []
-    for key, tensor in tensors.items():
-        pair = split_key(key)
-        found = official_part(pair[0], format_) if pair else None
-        if found is None:
-            leftover.append(key)
-            continue
-        official, part = found
-        grouped.setdefault(official, {}).setdefault(part, {})[pair[1]] = tensor
-    return grouped, leftover
-
-
-class _AdapterMetadata:
-    """PEFT's configuration as newer diffusers stores it: alpha per module, `transformer.` before every name."""
-
-    def __init__(self, text: str | None, source: str):
-        try:
-            values = json.loads(text) if text else {}
-            self.patterns = {re.compile(rf"(.*\.)?({pattern})"): float(alpha) for pattern, alpha in _alphas(values)}
-        except (ValueError, TypeError, AttributeError, re.error) as error:
-            raise UserError(f"{source}: lora_adapter_metadata cannot be read: {one_line(error)}") from None
-        self.values = {name.removeprefix("transformer."): value for name, value in values.items()}
-
-    def alpha(self, name: str, rank: int) -> float | None:
-        alpha = self.values.get("lora_alpha")
-        alpha = next((value for pattern, value in self.patterns.items() if pattern.fullmatch(name)), alpha)
-        # Rank-stabilised LoRA scales by alpha / sqrt(rank).
-        return alpha if alpha is None else float(alpha) * (rank**0.5 if self.values.get("use_rslora") else 1)
-
-
-def _alphas(values: dict) -> Iterable[tuple[str, float]]:
-    return (values.get("transformer.alpha_pattern") or values.get("alpha_pattern") or {}).items()
-
-
-def _read_parts(official: str, parts: Parts, format_: Format, alphas: _AdapterMetadata) -> list[Factors | None]:
-    """The factors of each part of a module, None where the file has none."""
-    read: list[Factors | None] = []
-    for index, name in enumerate(part_names(official, format_)):
-        factors = factors_from(parts[index]) if index in parts else None
-        if factors is not None and factors.alpha is None and alphas.values:
-            alpha = alphas.alpha(name.removeprefix(format_.prefix), factors.rank)
-            factors = factors if alpha == factors.rank else dataclasses.replace(factors, alpha=alpha)
-        read.append(factors)
-    return read
-
-
-def _stacked(official: str, parts: Sequence[Factors | None], format_: Format, mlp_rows: int | None) -> Factors:
-    """One adapter of the official module from the parts of the file's."""
-    if len(parts) > 1:
-        return stack_rows(parts, _rows(parts, mlp_rows))
-    return swap_halves(parts[0]) if format_.splits and official == SWAPPED else parts[0]
-
-
-def _rows(parts: Sequence[Factors | None], mlp_rows: int | None) -> list[int]:
-    """The rows of every part, also of those that the file lacks: q, k, v are as wide as each other."""
-    given = [part for part in parts if part is not None]
-    hidden = next((part.out_features for part in parts[:3] if part is not None), given[0].in_features)
-    mlp = parts[3].out_features if len(parts) == 4 and parts[3] is not None else mlp_rows or MLP_RATIO * hidden
-    return [hidden, hidden, hidden, mlp][: len(parts)]
-
-
-def _mlp_rows(read: Mapping[str, Sequence[Factors | None]]) -> int | None:
-    """The width of the single blocks' MLP, from any block of the file that has it."""
-    return next((parts[3].out_features for parts in read.values() if len(parts) == 4 and parts[3] is not None), None)
-
-
 def to_tensors(lora: LoraWeights, format_: Format, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
-    """The tensors of a file in a format; `dtype` None keeps each tensor's own.
+    """The tensors of a LoRA file in a format; `dtype` None keeps each tensor's own dtype.
 
     Raises:
-        UserError: the format's readers know no LoHa, LoKr or DoRA, or a module cannot be split.
+        UserError: the programs that read this format know no LoHa, LoKr or DoRA, or a module cannot be split.
     """
     tensors = {}
     for official, factors in lora.modules.items():
         names = part_names(official, format_)
         try:
-            parts = _parts(official, factors, format_, len(names))
+            parts = _split(official, factors, format_, len(names))
         except ValueError as error:
             raise UserError(f"{official} {error}") from None
         for name, part in zip(names, parts):
             if part is not None:
-                tensors |= {f"{name}.{suffix}": tensor for suffix, tensor in _named(part, format_, dtype).items()}
+                tensors |= {f"{name}.{suffix}": tensor for suffix, tensor in _by_suffix(part, format_, dtype).items()}
     return tensors
 
 
-def _parts(official: str, factors: Factors, format_: Format, count: int) -> list[Factors | None]:
+def _split(official: str, factors: Factors, format_: Format, count: int) -> list[Factors | None]:
+    """The factors of the `count` modules that this module is in the format."""
     if factors.dora_scale is not None and format_.dora is None:
         raise ValueError(f"is DoRA, which readers of '{format_.name}' do not know")
     if not isinstance(factors, LoraFactors) and not format_.other_kinds:
@@ -236,77 +200,30 @@ def _parts(official: str, factors: Factors, format_: Format, count: int) -> list
     return split_rows(factors, [hidden] * 3 + [factors.out_features - 3 * hidden] * (count - 3))
 
 
-def _named(factors: Factors, format_: Format, dtype: torch.dtype | None) -> dict[str, Tensor]:
-    """The tensors of one module of the file by suffix."""
-    plain = isinstance(factors, LoraFactors)
-    if plain:
-        stems = {"down": "lora_A.weight", "up": "lora_B.weight"}
-        stems = stems if format_.peft else {"down": "lora_down.weight", "up": "lora_up.weight"}
+def _by_suffix(factors: Factors, format_: Format, dtype: torch.dtype | None) -> dict[str, Tensor]:
+    """The tensors of one module of the file, by the suffix of their keys."""
+    is_lora = isinstance(factors, LoraFactors)
+    if is_lora:
+        down, up = ("lora_A", "lora_B") if format_.peft else ("lora_down", "lora_up")
+        suffixes = {"down": f"{down}.weight", "up": f"{up}.weight"}
         factors = factors if format_.alpha else fold_alpha(factors)
     else:
-        stem = "hada" if isinstance(factors, LohaFactors) else "lokr"
-        stems = {name: f"{stem}_{name}" for name in factors.tensors()}
-    named = {}
+        kind = "hada" if isinstance(factors, LohaFactors) else "lokr"
+        suffixes = {name: f"{kind}_{name}" for name in factors.tensors()}
+    found = {}
     for name, tensor in factors.tensors().items():
         if name == "dora_scale":
-            flat = format_.dora == "lora_magnitude_vector"
-            named[format_.dora] = (tensor.flatten() if flat else tensor).to(dtype or tensor.dtype)
+            is_vector = format_.dora == "lora_magnitude_vector"
+            found[format_.dora] = (tensor.flatten() if is_vector else tensor).to(dtype or tensor.dtype)
         else:
-            named[stems[name]] = tensor.to(dtype or tensor.dtype)
-    if format_.alpha or not plain:
-        like = named[next(iter(stems.values()))]
-        named["alpha"] = _alpha_tensor(factors.rank if factors.alpha is None else factors.alpha, like.dtype)
-    return named
+            found[suffixes[name]] = tensor.to(dtype or tensor.dtype)
+    if format_.alpha or not is_lora:
+        file_dtype = found[next(iter(suffixes.values()))].dtype
+        found["alpha"] = _alpha_tensor(factors.rank if factors.alpha is None else factors.alpha, file_dtype)
+    return found
 
 
 def _alpha_tensor(alpha: float, dtype: torch.dtype) -> Tensor:
-    """alpha in the dtype of the file if that holds it exactly, else in float32."""
+    """alpha in the dtype of the file if that represents it exactly, else in float32."""
     tensor = torch.tensor(float(alpha))
     return tensor.to(dtype) if tensor.to(dtype).float() == tensor else tensor
-
-
-def adapter_metadata(tensors: Mapping[str, Tensor], prefix: str) -> str:
-    """PEFT's configuration of a file whose alpha is its rank everywhere, as diffusers stores it."""
-    ranks = {}
-    for key, tensor in tensors.items():
-        module, suffix = split_key(key)
-        if SUFFIXES[suffix] == "down":
-            ranks[module.removeprefix(prefix)] = tensor.shape[0]
-    rank = Counter(ranks.values()).most_common(1)[0][0]
-    # `^` keeps `proj_out` from meaning every block's proj_out.
-    pattern = {f"^{name}": other for name, other in ranks.items() if other != rank}
-    values = {
-        "r": rank,
-        "lora_alpha": rank,
-        "rank_pattern": pattern,
-        "alpha_pattern": pattern,
-        "target_modules": sorted(ranks),
-        "use_dora": any(key.endswith("lora_magnitude_vector") for key in tensors),
-    }
-    return json.dumps({f"{prefix}{name}": value for name, value in values.items()})
-
-
-def write_lora(
-    lora: LoraWeights,
-    path: str | os.PathLike,
-    format_: Format,
-    dtype: torch.dtype | None = None,
-) -> dict[str, Tensor]:
-    """Writes a LoRA in a format, with its metadata and the hashes of the new file; returns the file's tensors.
-
-    Raises:
-        UserError: see `to_tensors`.
-    """
-    tensors = to_tensors(lora, format_, dtype)
-    if dtype == torch.float16 and any(tensor.isinf().any() for tensor in tensors.values()):
-        raise UserError(f"{path}: some values are too large for float16; use bfloat16 or float32")
-    metadata = dict(lora.metadata)
-    if format_.adapter_metadata:
-        metadata["lora_adapter_metadata"] = adapter_metadata(tensors, format_.prefix)
-    save_lora_file(tensors, path, metadata)
-    return tensors
-
-
-def save_lora_file(tensors: Mapping[str, Tensor], path: str | os.PathLike, metadata: Mapping[str, str]) -> None:
-    """Writes a LoRA file; the hashes by which other tools know it are those of these very tensors."""
-    save_file(tensors, path, {**metadata, **model_hashes(tensors, metadata)})

@@ -1,16 +1,84 @@
-"""LoRA files of the trainer: written in the native format, read from any."""
+"""LoRA files: read from any format, written in any format."""
 
+import hashlib
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
+from safetensors.torch import save
 from torch import Tensor
 
-from networks.files.format_table import FORMATS, NATIVE
-from networks.files.formats import from_tensors, read_lora, save_lora_file, to_tensors, write_lora
+from networks.files.format_table import FORMATS, NATIVE, Format
+from networks.files.formats import LoraWeights, from_tensors, to_tensors
 from networks.files.names import block_template
+from networks.files.peft_metadata import PEFT_KEY, peft_metadata
 from utils.errors import UserError
+from utils.safetensors_utils import iterate_tensors, read_header, save_file
+
+
+def read_lora(path: str | os.PathLike, allow_partial: bool = False) -> LoraWeights:
+    """Reads a LoRA file of any format.
+
+    Args:
+        path: a safetensors file.
+        allow_partial: put keys that belong to no module into `leftover` instead of raising.
+
+    Raises:
+        UserError: no LoRA for HunyuanVideo, keys left over, factors missing or of wrong shapes.
+    """
+    _, metadata = read_header(path)
+    _refuse_other_models(path, metadata)
+    return from_tensors(dict(iterate_tensors(path)), metadata, str(path), allow_partial)
+
+
+def _refuse_other_models(path: str | os.PathLike, metadata: Mapping[str, str]) -> None:
+    """Raises UserError if the metadata names another model.
+
+    Keys cannot tell: Flux and HunyuanVideo 1.5 have almost the same module names, and Flux even the same shapes.
+    """
+    for name in ("ss_base_model_version", "modelspec.architecture"):
+        model = metadata.get(name, "").lower().replace("-", "_").split("/")[0]
+        if model and (not model.startswith("hunyuan") or "1_5" in model or "1.5" in model):
+            raise UserError(f"{path}: made for another model: its metadata has {name} = {metadata[name]}")
+
+
+def write_lora(
+    lora: LoraWeights, path: str | os.PathLike, format_: Format, dtype: torch.dtype | None = None
+) -> dict[str, Tensor]:
+    """Writes a LoRA in a format, with its metadata and the hashes of the new file; returns the file's tensors.
+
+    Raises:
+        UserError: see `to_tensors`; or a value does not fit into float16.
+    """
+    tensors = to_tensors(lora, format_, dtype)
+    if dtype == torch.float16 and any(tensor.isinf().any() for tensor in tensors.values()):
+        raise UserError(f"{path}: some values are too large for float16; use bfloat16 or float32")
+    metadata = dict(lora.metadata)
+    if format_.adapter_metadata:
+        metadata[PEFT_KEY] = peft_metadata(tensors, format_.prefix)
+    _save(tensors, path, metadata)
+    return tensors
+
+
+def _save(tensors: Mapping[str, Tensor], path: str | os.PathLike, metadata: Mapping[str, str]) -> None:
+    save_file(tensors, path, {**metadata, **model_hashes(tensors, metadata)})
+
+
+def model_hashes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> dict[str, str]:
+    """The two hashes under which web interfaces find the metadata of a LoRA, computed as kohya's tools do.
+
+    Both are hashes of the file with the `ss_*` metadata only, because users may edit the other metadata.
+    `sshs_model_hash` is the SHA-256 of everything after the header; `sshs_legacy_hash` is the first 8 digits of the
+    SHA-256 of the 64 KiB at 1 MiB.
+    """
+    training = {key: value for key, value in (metadata or {}).items() if key.startswith("ss_")}
+    data = save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, training or None)
+    start = 8 + int.from_bytes(data[:8], "little")
+    return {
+        "sshs_model_hash": hashlib.sha256(memoryview(data)[start:]).hexdigest(),
+        "sshs_legacy_hash": hashlib.sha256(data[0x100000:0x110000]).hexdigest()[:8],
+    }
 
 
 def save_native(
@@ -19,29 +87,30 @@ def save_native(
     dtype: torch.dtype | None = None,
     metadata: Mapping[str, str] | None = None,
 ) -> None:
-    """Writes tensors with native keys in `dtype` (None: as they are)."""
+    """Writes tensors with native keys; `dtype` None keeps each tensor's own dtype."""
     cast = {name: tensor.detach().to("cpu", dtype or tensor.dtype) for name, tensor in tensors.items()}
-    save_lora_file(cast, path, metadata or {})
+    _save(cast, path, metadata or {})
 
 
 def load_native(path: str | os.PathLike) -> dict[str, Tensor]:
-    """The tensors of a LoRA file of any format under native keys."""
+    """The tensors of a LoRA file of any format, under native keys."""
     return to_tensors(read_lora(path), NATIVE)
 
 
 def native_tensors(tensors: Mapping[str, Tensor], source: str = "weights") -> dict[str, Tensor]:
-    """Tensors with the keys of any format under native keys."""
+    """Renames tensors from the keys of any format to native keys; fuses split modules."""
     return to_tensors(from_tensors(tensors, {}, source), NATIVE)
 
 
 def require_formats(shapes: Mapping[str, Sequence[int]], formats: Sequence[str]) -> None:
-    """Tries to write a network in formats, on one module of each kind.
+    """Checks, on one module of each kind, that a network can be written in these formats.
 
     Args:
-        shapes: of the network's tensors, by native key.
+        shapes: shapes of the network's tensors, by native key.
+        formats: names of formats.
 
     Raises:
-        UserError: a format cannot hold it.
+        UserError: a format cannot hold the network.
     """
     modules = {block_template(key.split(".")[0]): key.split(".")[0] for key in reversed(shapes)}.values()
     tensors = {key: torch.ones(tuple(shape)) for key, shape in shapes.items() if key.split(".")[0] in modules}
@@ -55,7 +124,7 @@ def require_formats(shapes: Mapping[str, Sequence[int]], formats: Sequence[str])
 
 
 def write_formats(path: Path, formats: Sequence[str]) -> list[Path]:
-    """Writes a native file in other formats beside it, as {stem}.{format}.safetensors; returns their paths."""
+    """Writes a native file in other formats beside it, as {stem}.{format}.safetensors; returns the new paths."""
     others = [name for name in formats if FORMATS[name] is not NATIVE]
     written = [path.with_name(f"{path.stem}.{name}.safetensors") for name in others]
     lora = read_lora(path) if others else None

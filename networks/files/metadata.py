@@ -6,19 +6,15 @@ for `modelspec.*`. Only options named here are written, so that no token or key 
 
 import dataclasses
 import datetime
-import hashlib
 import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from utils.cli import option
 from utils.errors import UserError
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 ARCHITECTURE = "hunyuan-video"
 IMPLEMENTATION = "https://github.com/Tencent/HunyuanVideo"
@@ -140,20 +136,3 @@ def modelspec_metadata(
         "timestep_range": None if low is None and high is None else f"{low or 0},{high or 1000}",
     }
     return {f"modelspec.{name}": value for name, value in values.items() if value is not None}
-
-
-def model_hashes(tensors: Mapping[str, "Tensor"], metadata: Mapping[str, str] | None = None) -> dict[str, str]:
-    """The two hashes by which web interfaces find the metadata of a LoRA, as kohya's tools compute them.
-
-    Both are of the file as it would be with the `ss_*` metadata alone, because a user may edit the rest. The new hash
-    is SHA-256 of all that follows the header; the legacy one the first 8 digits of SHA-256 of the 64 KiB at 1 MiB.
-    """
-    from safetensors.torch import save
-
-    training = {key: value for key, value in (metadata or {}).items() if key.startswith("ss_")}
-    data = save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, training or None)
-    start = 8 + int.from_bytes(data[:8], "little")
-    return {
-        "sshs_model_hash": hashlib.sha256(memoryview(data)[start:]).hexdigest(),
-        "sshs_legacy_hash": hashlib.sha256(data[0x100000:0x110000]).hexdigest()[:8],
-    }

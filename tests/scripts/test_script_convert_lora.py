@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import convert_lora
-from networks.files.metadata import model_hashes
+from networks.files.lora_files import model_hashes
 from tests.networks.files.lora_reference import random_file, updates
 from utils.cli import run_script
 from utils.safetensors_utils import load_file, read_header, save_file

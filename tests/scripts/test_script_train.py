@@ -11,7 +11,7 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from networks.files.formats import read_lora
+from networks.files.lora_files import read_lora
 from tests.conftest import ROOT
 from tests.platforms import needs_posix
 from tests.training_world import (

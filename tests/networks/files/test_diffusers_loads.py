@@ -10,7 +10,8 @@ from hunyuan_model.checkpoints.names import dit_from_official
 from hunyuan_model.models import HunyuanVideoConfig, HYVideoDiffusionTransformer
 from networks.factors import LoraFactors
 from networks.files.format_table import FORMATS
-from networks.files.formats import LoraWeights, read_lora, write_lora
+from networks.files.formats import LoraWeights
+from networks.files.lora_files import read_lora, write_lora
 from networks.lora import create_arch_network
 from utils.safetensors_utils import load_file
 

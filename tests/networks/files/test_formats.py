@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from networks.files.format_table import FORMATS, NATIVE
-from networks.files.formats import from_tensors, read_lora, to_tensors, write_lora
+from networks.files.formats import from_tensors, to_tensors
+from networks.files.lora_files import read_lora, write_lora
 from networks.files.names import detect_format
 from tests.networks.files.lora_reference import LAYOUTS, SPLIT, random_file, updates
 

@@ -17,12 +17,12 @@ from modules.training.training_options import (
     TrainingMemoryOptions,
     TrainingOptions,
 )
+from networks.files.lora_files import model_hashes
 from networks.files.metadata import (
     MINIMUM_KEYS,
     MetadataOptions,
     RunFacts,
     checkpoint_metadata,
-    model_hashes,
     modelspec_metadata,
 )
 from utils.errors import UserError
