@@ -23,22 +23,26 @@ from pathlib import Path
 
 import psutil
 from PIL import Image
+from transformers import CLIPTextConfig, LlamaConfig
 
 from benchmarks.comparison import Comparison, print_comparisons
 from benchmarks.loading_memory import MB
 from benchmarks.planner_memory import LIMIT, MALLOC
-from examples.tiny_models import ClipSize, DitSize, LlmSize, VaeSize, clip_shapes, dit_shapes, llm_shapes, vae_shapes
+from examples.tiny_models import clip_shapes, dit_shapes, llm_shapes, vae_shapes
+from hunyuan_model.models import HunyuanVideoConfig
+from hunyuan_model.vae import VaeConfig
 from modules.memory.plan import DEVICE_OVERHEAD, FRAGMENTATION, GIB
 
 ROOT = Path(__file__).resolve().parent.parent
 TOKENIZERS = ROOT / "examples" / "shapes" / "models"
-# With the tokens that LLaVA adds, and those of CLIP.
-LLM_VOCABULARY, CLIP_VOCABULARY = 128_320, 49_408
+# Llama 3 8B with the tokens that LLaVA adds, and the text model of CLIP-L.
+LLM = LlamaConfig(128_320, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_key_value_heads=8)
+CLIP = CLIPTextConfig(49_408, hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12)
 MODELS = {
-    "dit": ("BF16", dit_shapes(DitSize(3072, 24, 20, 40, 4096, 768))),
-    "vae": ("F16", vae_shapes(VaeSize((128, 256, 512, 512), 32))),
-    "text_encoder1": ("F16", llm_shapes(LlmSize(4096, 32, 8, 128, 14336, 32), LLM_VOCABULARY)),
-    "text_encoder2": ("F16", clip_shapes(ClipSize(768, 12, 3072, 12), CLIP_VOCABULARY)),
+    "dit": ("BF16", dit_shapes(HunyuanVideoConfig())),
+    "vae": ("F16", vae_shapes(VaeConfig())),
+    "text_encoder1": ("F16", llm_shapes(LLM)),
+    "text_encoder2": ("F16", clip_shapes(CLIP)),
 }
 NEEDED = 21 * GIB
 IN_BYTES = {"MiB": GIB / 1024, "GiB": GIB}

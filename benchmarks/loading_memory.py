@@ -19,8 +19,9 @@ from pathlib import Path
 import torch
 
 from benchmarks.comparison import Comparison, print_comparisons
-from examples.tiny_models import DitSize, dit_shapes
+from examples.tiny_models import dit_shapes
 from hunyuan_model.checkpoints import load_dit
+from hunyuan_model.models import HunyuanVideoConfig
 from utils.safetensors_utils import save_file
 
 LIMIT = 1.1
@@ -43,8 +44,8 @@ def load_and_measure(path: Path, fp8: bool) -> None:
 
 def write_dit(folder: Path, double_blocks: int, single_blocks: int) -> tuple[list[Path], int]:
     """The same weights as safetensors and as .pt, and the bytes of the largest tensor."""
-    size = DitSize(3072, 24, double_blocks, single_blocks, text_dim=4096, text_dim_2=768)
-    weights = {name: torch.randn(shape, dtype=torch.bfloat16) * 0.02 for name, shape in dit_shapes(size).items()}
+    config = HunyuanVideoConfig(depth_double=double_blocks, depth_single=single_blocks)
+    weights = {name: torch.randn(shape, dtype=torch.bfloat16) * 0.02 for name, shape in dit_shapes(config).items()}
     save_file(weights, folder / "dit.safetensors")
     torch.save({"module": weights}, folder / "dit.pt")
     return [folder / "dit.safetensors", folder / "dit.pt"], max(tensor.nbytes for tensor in weights.values())

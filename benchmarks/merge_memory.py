@@ -18,7 +18,8 @@ import torch
 
 from benchmarks.comparison import Comparison, print_comparisons
 from benchmarks.loading_memory import MB, resident
-from examples.tiny_models import DitSize, dit_shapes
+from examples.tiny_models import dit_shapes
+from hunyuan_model.models import HunyuanVideoConfig
 from utils.safetensors_utils import iterate_tensors, load_file, save_file, streamed_file
 
 LIMIT = 1e9
@@ -28,7 +29,7 @@ TARGETS = ("attn_qkv", "attn_proj", "fc1", "fc2", "linear1", "linear2")
 
 def write_inputs(folder: Path, double_blocks: int, single_blocks: int) -> tuple[Path, Path]:
     """A DiT in bfloat16, and a LoRA with native keys on all its default targets."""
-    shapes = dit_shapes(DitSize(3072, 24, double_blocks, single_blocks, text_dim=4096, text_dim_2=768))
+    shapes = dit_shapes(HunyuanVideoConfig(depth_double=double_blocks, depth_single=single_blocks))
     lora = {}
     with streamed_file(folder / "dit.safetensors", {n: (torch.bfloat16, s) for n, s in shapes.items()}) as write:
         for name, shape in shapes.items():

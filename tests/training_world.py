@@ -12,7 +12,7 @@ from accelerate.state import AcceleratorState, GradientState
 from dataset.cache import Manifest, text_cache_path, write_latent_cache, write_text_cache
 from dataset.config_utils import load_dataset_config
 from dataset.items import Probe, made_from, plan_items
-from examples.tiny_models import DitSize, dit_shapes, random_weights
+from examples.tiny_models import TINY_DIT, dit_shapes, random_weights
 from utils.safetensors_utils import load_file
 
 STAMP = [1000, 0]
@@ -44,7 +44,7 @@ def write_world(
     )
     settings = load_dataset_config(config).datasets[0]
     manifest = Manifest(cache, "latents")
-    text = DitSize()
+    text = TINY_DIT
     for index in range(items):
         name = f"item{index}"
         generator = torch.Generator().manual_seed(index)
@@ -72,7 +72,7 @@ def write_world(
 def write_small_dit(folder: Path) -> Path:
     """A DiT with one block of each kind, for tests that only need some DiT."""
     path = folder / "dit.pt"
-    torch.save({"module": random_weights(dit_shapes(DitSize(double_blocks=1, single_blocks=1)), seed=0)}, path)
+    torch.save({"module": random_weights(dit_shapes(depth_double=1, depth_single=1), seed=0)}, path)
     return path
 
 

@@ -1,15 +1,16 @@
 """The small models of the shapes world that are not trained: text encoders, and a DiT before its first step."""
 
 import random
+from dataclasses import replace
 from pathlib import Path
 
 from examples.shapes.world import random_scene
-from examples.tiny_models import ClipSize, DitSize, LlmSize, dit_shapes, random_weights, write_clip, write_llm
+from examples.tiny_models import TINY_DIT, dit_shapes, random_weights, write_clip, write_llm
 from examples.tiny_tokenizers import clip_tokenizer, llama_tokenizer
 from hunyuan_model.tokenizers import ROUND_TRIP, VIDEO_TEMPLATE
 from utils.safetensors_utils import load_file, save_file
 
-DIT = DitSize(hidden=128, heads=4, double_blocks=3, single_blocks=6, text_dim=64, text_dim_2=128)
+DIT = replace(TINY_DIT, hidden_size=128, heads=4, mlp_hidden=512)
 # Random layers that blur little: words stay apart in the LLM's states, and in CLIP's, whose end token attends evenly,
 # the pooled vector is a bag of the words.
 LLM_GAINS = {"embed_tokens": 8.0, "o_proj": 0.5, "down_proj": 0.5}
@@ -31,8 +32,8 @@ def write_text_encoders(folder: Path, seed: int) -> None:
     """Writes text_encoder/ and text_encoder_2/, weights in float16."""
     text = vocabulary()
     llm, clip = folder / "text_encoder", folder / "text_encoder_2"
-    write_llm(llm, LlmSize(layers=3), llama_tokenizer(text, MERGES), seed, LLM_GAINS)
-    write_clip(clip, ClipSize(layers=1), clip_tokenizer(text, MERGES), seed, CLIP_GAINS)
+    write_llm(llm, llama_tokenizer(text, MERGES), seed, LLM_GAINS, num_hidden_layers=3)
+    write_clip(clip, clip_tokenizer(text, MERGES), seed, CLIP_GAINS, num_hidden_layers=1)
     for file in (llm / "model.safetensors", clip / "model.safetensors"):
         save_file({name: tensor.half() for name, tensor in load_file(file).items()}, file, {"format": "pt"})
 

@@ -6,8 +6,10 @@ import pytest
 import torch
 from transformers import AutoTokenizer, CLIPTextModel, LlamaForCausalLM
 
-from examples.tiny_models import DitSize, VaeSize, dit_shapes, vae_shapes, write_tiny_models
+from examples.tiny_models import dit_shapes, vae_shapes, write_tiny_models
 from hunyuan_model.checkpoints import load_dit, load_vae
+from hunyuan_model.models import HunyuanVideoConfig
+from hunyuan_model.vae import VaeConfig
 
 DATA = Path(__file__).parent.parent / "data"
 
@@ -18,12 +20,11 @@ def table(name: str) -> dict[str, tuple[int, ...]]:
 
 
 def test_the_dit_of_official_size_has_exactly_the_official_keys_and_shapes():
-    size = DitSize(hidden=3072, heads=24, double_blocks=20, single_blocks=40, text_dim=4096, text_dim_2=768)
-    assert dit_shapes(size) == table("hunyuanvideo_dit_keys.tsv")
+    assert dit_shapes(HunyuanVideoConfig()) == table("hunyuanvideo_dit_keys.tsv")
 
 
 def test_the_vae_of_official_size_has_exactly_the_official_keys_and_shapes():
-    assert vae_shapes(VaeSize(channels=(128, 256, 512, 512), groups=32)) == table("hunyuanvideo_vae_keys.tsv")
+    assert vae_shapes(VaeConfig()) == table("hunyuanvideo_vae_keys.tsv")
 
 
 def test_the_same_seed_gives_the_same_weights_and_another_seed_others(tiny_models, tmp_path):

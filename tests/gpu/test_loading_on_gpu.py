@@ -6,7 +6,7 @@ pytest tests/gpu -m gpu
 import pytest
 import torch
 
-from examples.tiny_models import DitSize, dit_shapes, random_weights
+from examples.tiny_models import dit_shapes, random_weights
 from hunyuan_model.attention import TOLERANCE, verify_attention
 from hunyuan_model.checkpoints import load_dit
 from hunyuan_model.quantization import FP8, Fp8Linear, has_fp8_matmul
@@ -19,7 +19,7 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(),
 @pytest.mark.parametrize("layout", ["official .pt, module", "safetensors"])
 def test_weights_on_the_gpu_are_those_on_the_cpu(layout: str, fp8: bool, tmp_path) -> None:
     """Quantised weights too, since scales are computed without rounding on both."""
-    path = DIT_LAYOUTS[layout](tmp_path, random_weights(dit_shapes(DitSize()), seed=0))
+    path = DIT_LAYOUTS[layout](tmp_path, random_weights(dit_shapes(), seed=0))
     there, here = (load_dit(path, device, torch.bfloat16, fp8).state_dict() for device in ("cuda", "cpu"))
     for name, tensor in here.items():
         assert there[name].is_cuda and there[name].dtype == tensor.dtype

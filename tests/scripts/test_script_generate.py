@@ -311,12 +311,12 @@ def test_video_to_video_keeps_what_strength_leaves(generate, tmp_path):
 def test_image_to_video_takes_an_image_and_only_where_the_model_does(generate, tiny_models, tmp_path):
     from PIL import Image
 
-    from examples.tiny_models import DitSize, dit_shapes, random_weights
+    from examples.tiny_models import dit_shapes, random_weights
     from utils.errors import UserError
     from utils.safetensors_utils import read_header, save_file
 
     skyreels = tmp_path / "skyreels.safetensors"
-    save_file(random_weights(dit_shapes(DitSize(in_channels=32)), 0), skyreels)
+    save_file(random_weights(dit_shapes(in_channels=32), 0), skyreels)
     for name, colour in (("red", (220, 20, 20)), ("blue", (20, 20, 220))):
         Image.new("RGB", (60, 40), colour).save(tmp_path / f"{name}.png")
     words = ["--prompt=cat", "--seed=1", "--output_type=latent", "--dit", skyreels, "--dit_in_channels=32"]

@@ -11,7 +11,7 @@ from PIL import Image
 
 import lora_tool
 import merge_lora
-from examples.tiny_models import DitSize, dit_shapes, random_weights
+from examples.tiny_models import dit_shapes, random_weights
 from networks.lora_ops import ema_decays, gamma_from_sigma_rel
 from tests.networks.files.lora_reference import random_file, updates
 from utils.cli import run_script
@@ -104,7 +104,7 @@ def test_resize_by_energy_keeps_as_little_as_it_may(tmp_path, monkeypatch):
 
 def test_extract_finds_the_lora_that_was_merged(tmp_path, monkeypatch, capsys):
     generator = torch.Generator().manual_seed(0)
-    save_file(random_weights(dit_shapes(DitSize()), seed=1), tmp_path / "base.safetensors")
+    save_file(random_weights(dit_shapes(), seed=1), tmp_path / "base.safetensors")
     tensors = {}
     for name, rows, columns in (
         ("double_blocks_1_img_attn_qkv", 192, 64),
@@ -222,9 +222,7 @@ def test_the_command_itself(tmp_path):
 )
 def test_refused(tmp_path, monkeypatch, capsys, words, message):
     name = "lora_unet_double_blocks_7_img_attn_proj"
-    save_file(
-        random_weights(dit_shapes(DitSize(double_blocks=1, single_blocks=1)), seed=1), tmp_path / "dit.safetensors"
-    )
+    save_file(random_weights(dit_shapes(depth_double=1, depth_single=1), seed=1), tmp_path / "dit.safetensors")
     write(tmp_path / "a.safetensors", 1, missing=0)
     write(tmp_path / "b.safetensors", 2)
     save_file(

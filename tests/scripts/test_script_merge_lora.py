@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import merge_lora
-from examples.tiny_models import DitSize, dit_shapes, random_weights
+from examples.tiny_models import dit_shapes, random_weights
 from hunyuan_model.checkpoints import load_dit, open_dit, read_dit_config
 from networks.merging import weight_changes
 from tests.hunyuan_model.model_layouts import DIT_LAYOUTS, FP8_LAYOUTS, quantized
@@ -28,7 +28,7 @@ TARGETS = {
 
 @pytest.fixture(scope="module")
 def weights() -> dict[str, torch.Tensor]:
-    return random_weights(dit_shapes(DitSize()), seed=1)
+    return random_weights(dit_shapes(), seed=1)
 
 
 @pytest.fixture

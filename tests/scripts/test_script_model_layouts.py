@@ -15,7 +15,7 @@ import cache_latents
 import cache_text_encoder_outputs
 import hv_generate_video
 import hv_train_network
-from examples.tiny_models import DitSize, VaeSize, dit_shapes, random_weights, vae_shapes
+from examples.tiny_models import dit_shapes, random_weights, vae_shapes
 from hunyuan_model import checkpoints
 from hunyuan_model.attention_modes import ATTENTION_MODES
 from tests.hunyuan_model.model_layouts import (
@@ -51,8 +51,8 @@ def _generated(out: Path) -> tuple[torch.Tensor, torch.Tensor]:
 
 def test_generation_gives_the_same_video_with_models_of_every_layout(tiny_models, tmp_path, monkeypatch, capsys):
     """Run i takes the i-th layout of DiT, VAE, LLM and CLIP each, so that eight runs cover all."""
-    dit = random_weights(dit_shapes(DitSize(double_blocks=1, single_blocks=1)), seed=1)
-    vae = random_weights(vae_shapes(VaeSize()), seed=2)
+    dit = random_weights(dit_shapes(depth_double=1, depth_single=1), seed=1)
+    vae = random_weights(vae_shapes(), seed=2)
     llm = load_file(tiny_models.text_encoder1 / "model.safetensors")
     clip = load_file(tiny_models.text_encoder2 / "model.safetensors")
     results = []
@@ -83,7 +83,7 @@ def test_generation_gives_the_same_video_with_models_of_every_layout(tiny_models
     "layout", ["official", *(pytest.param(kind, marks=pytest.mark.slow) for kind in FP8_LAYOUTS if kind != "official")]
 )
 def test_generation_from_an_fp8_file_is_that_of_the_weights_it_stands_for(layout, tiny_models, tmp_path, monkeypatch):
-    weights = random_weights(dit_shapes(DitSize(double_blocks=1, single_blocks=1)), seed=1)
+    weights = random_weights(dit_shapes(depth_double=1, depth_single=1), seed=1)
     stored, scales, meant = quantized(weights, scaled=layout != "plain")
     paths = [FP8_LAYOUTS[layout](tmp_path, stored, scales), DIT_LAYOUTS["safetensors"](tmp_path, meant)]
     latents = []
@@ -110,7 +110,7 @@ def dataset(tmp_path) -> Path:
 
 
 def test_caches_are_the_same_with_models_of_another_layout(dataset, tiny_models, tmp_path, monkeypatch):
-    vae = random_weights(vae_shapes(VaeSize()), seed=2)
+    vae = random_weights(vae_shapes(), seed=2)
     llm = load_file(tiny_models.text_encoder1 / "model.safetensors")
     clip = load_file(tiny_models.text_encoder2 / "model.safetensors")
     caches = []
@@ -143,7 +143,7 @@ def _text(folder: Path) -> Path:
 
 
 def _nan_dit(folder: Path) -> Path:
-    weights = random_weights(dit_shapes(DitSize(double_blocks=1, single_blocks=1)), seed=1)
+    weights = random_weights(dit_shapes(depth_double=1, depth_single=1), seed=1)
     weights["img_in.proj.bias"][0] = float("nan")
     return DIT_LAYOUTS["safetensors"](folder, weights)
 

@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 
-from examples.tiny_models import DitSize, dit_shapes, random_weights
+from examples.tiny_models import dit_shapes, random_weights
 from tests.conftest import ROOT
 from tests.platforms import needs_posix
 from tests.training_world import command, run_training, train, write_world
@@ -26,7 +26,7 @@ def place(tiny_models, tmp_path_factory):
     write_world(folder / "one", items=1)
     save_file({"x": torch.zeros(1)}, folder / "no_lora.safetensors")
     for channels in (32, 33):
-        save_file(random_weights(dit_shapes(DitSize(in_channels=channels)), 0), folder / f"dit{channels}.safetensors")
+        save_file(random_weights(dit_shapes(in_channels=channels), 0), folder / f"dit{channels}.safetensors")
     texts = {
         "typo.toml": "learning_rte = 1e-4\n",
         "choice.toml": 'mixed_precision = "bf61"\n',

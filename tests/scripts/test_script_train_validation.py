@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from examples.tiny_models import DitSize, dit_shapes, random_weights
+from examples.tiny_models import dit_shapes, random_weights
 from tests.training_world import assert_same, log_of, train, write_world
 from utils.safetensors_utils import load_file, read_header
 
@@ -71,8 +71,8 @@ def test_a_lora_of_rank_8_overfits_one_clip(tmp_path):
 
     The DiT is wide enough to cancel what a random model makes of the noise; the noise itself stays: loss 1.
     """
-    size = DitSize(hidden=256, double_blocks=1, single_blocks=2)
-    torch.save({"module": random_weights(dit_shapes(size), seed=0)}, tmp_path / "dit.pt")
+    shapes = dit_shapes(hidden_size=256, mlp_hidden=1024, depth_double=1, depth_single=2)
+    torch.save({"module": random_weights(shapes, seed=0)}, tmp_path / "dit.pt")
     world = write_world(tmp_path / "world", items=1, batch_size=8, size=(32, 32), frames=5)
     same = write_world(tmp_path / "same", items=1, size=(32, 32), frames=5)
     train_section = world.config.read_text(encoding="utf-8")

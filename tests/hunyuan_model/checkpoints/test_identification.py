@@ -6,11 +6,11 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from examples.tiny_models import DitSize, dit_shapes, random_weights
+from examples.tiny_models import dit_shapes, random_weights
 from hunyuan_model.checkpoints.identification import identify
 from tests.hunyuan_model.model_layouts import DIT_LAYOUTS, FP8_LAYOUTS, quantized
 
-SMALL = {"double_blocks": 1, "single_blocks": 2}
+SMALL = {"depth_double": 1, "depth_single": 2}
 
 
 @pytest.mark.parametrize(
@@ -25,7 +25,7 @@ SMALL = {"double_blocks": 1, "single_blocks": 2}
 )
 @pytest.mark.parametrize("layout", ["safetensors", "diffusers folder, shards"])
 def test_variant_of_a_dit(channels: int, file: str, variant: str, layout: str, tmp_path: Path) -> None:
-    weights = random_weights(dit_shapes(DitSize(in_channels=channels, **SMALL)), seed=0)
+    weights = random_weights(dit_shapes(in_channels=channels, **SMALL), seed=0)
     path = DIT_LAYOUTS[layout]((tmp_path / file).parent, weights)
     found = identify(path)
     assert (found.what, found.variant) == ("DiT", variant)
@@ -47,14 +47,14 @@ def test_variant_of_a_dit(channels: int, file: str, variant: str, layout: str, t
     ],
 )
 def test_layout_of_a_dit(layout: str, description: str, tmp_path: Path) -> None:
-    found = identify(DIT_LAYOUTS[layout](tmp_path, random_weights(dit_shapes(DitSize(**SMALL)), seed=0)))
+    found = identify(DIT_LAYOUTS[layout](tmp_path, random_weights(dit_shapes(**SMALL), seed=0)))
     assert found.layout == description
     assert found.summary().startswith(f"DiT: T2V, {description}, float32, ")
 
 
 @pytest.mark.parametrize("kind", FP8_LAYOUTS)
 def test_kind_and_dtypes_of_an_fp8_file(kind: str, tmp_path: Path) -> None:
-    stored, scales, _ = quantized(random_weights(dit_shapes(DitSize(**SMALL)), seed=0))
+    stored, scales, _ = quantized(random_weights(dit_shapes(**SMALL), seed=0))
     found = identify(FP8_LAYOUTS[kind](tmp_path, stored, scales))
     assert found.fp8 == kind and set(found.dtype.split(" + ")) == {"float8_e4m3fn", "float32"}
     assert found.parameters == sum(tensor.numel() for tensor in stored.values()), "scales are no parameters"

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from examples.tiny_models import DitSize, VaeSize, dit_shapes, random_weights, vae_shapes
+from examples.tiny_models import dit_shapes, random_weights, vae_shapes
 from hunyuan_model import checkpoints
 from hunyuan_model.checkpoints import (
     identify,
@@ -36,17 +36,15 @@ from tests.hunyuan_model.model_layouts import (
 from utils.errors import UserError
 from utils.safetensors_utils import load_file, save_file
 
-DIT_SIZE = DitSize(double_blocks=2, single_blocks=2)
-
 
 @pytest.fixture(scope="module")
 def dit_weights() -> Weights:
-    return random_weights(dit_shapes(DIT_SIZE), seed=5)
+    return random_weights(dit_shapes(depth_double=2, depth_single=2), seed=5)
 
 
 @pytest.fixture(scope="module")
 def vae_weights() -> Weights:
-    return random_weights(vae_shapes(VaeSize()), seed=6)
+    return random_weights(vae_shapes(), seed=6)
 
 
 def _assert_identical(found: Weights, expected: Weights) -> None:

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from examples.tiny_models import DitSize, dit_shapes, random_weights
+from examples.tiny_models import dit_shapes, random_weights
 from hunyuan_model.checkpoints.names import (
     NAMINGS,
     dit_from_official,
@@ -22,7 +22,7 @@ Weights = dict[str, torch.Tensor]
 
 @pytest.fixture(scope="module")
 def weights() -> Weights:
-    return random_weights(dit_shapes(DitSize(double_blocks=2, single_blocks=2)), seed=3)
+    return random_weights(dit_shapes(depth_double=2, depth_single=2), seed=3)
 
 
 def _back(converted: Weights, names: list[str], naming: str) -> Weights:

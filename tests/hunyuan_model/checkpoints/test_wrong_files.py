@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from examples.tiny_models import DitSize, VaeSize, dit_shapes, random_weights, vae_shapes
+from examples.tiny_models import dit_shapes, random_weights, vae_shapes
 from hunyuan_model.checkpoints.__main__ import main
 from tests.conftest import ROOT
 from tests.hunyuan_model.model_layouts import Weights, quantized
@@ -22,11 +22,11 @@ from utils.safetensors_utils import load_file, save_file
 
 
 def _dit() -> Weights:
-    return random_weights(dit_shapes(DitSize(double_blocks=1, single_blocks=1)), seed=0)
+    return random_weights(dit_shapes(depth_double=1, depth_single=1), seed=0)
 
 
 def _vae() -> Weights:
-    return random_weights(vae_shapes(VaeSize()), seed=0)
+    return random_weights(vae_shapes(), seed=0)
 
 
 def _bytes(path: Path, content: bytes) -> Path:
