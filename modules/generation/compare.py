@@ -1,22 +1,28 @@
-"""One labelled page of many videos: a PNG of their middle frames and an mp4 in which they all play."""
+"""--compare: one labelled page of many videos, as an mp4 in which all of them play and a PNG of their middle frames."""
 
 import contextlib
+import dataclasses
 import functools
+import itertools
 import sys
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from modules.generation.outputs import Job, OutputFolder
-from utils.video_io import to_uint8, write_frames, write_image
+from modules.generation.jobs import time_stamp
+from modules.generation.options import GenerationOptions, drawn_seed, page_settings
+from modules.generation.outputs import Job
+from modules.generation.requests import Request
+from modules.generation.variants import conditioned
+from utils.video_io import write_frames, write_image
 
-LARGEST_PAGE = 3840  # pixels on the longer side; hardware decoders of browsers end at 4096
+LARGEST_PAGE = 3840  # pixels on the longer side; hardware decoders in browsers take at most 4096
 LABEL_HEIGHT, MARGIN = 28, 8
-# With the characters of East Asia: on Linux, on Windows, on macOS; then with those of Europe.
+# Fonts with East Asian characters (Linux, Windows, macOS), then fonts with European ones.
 SYSTEM_FONTS = (
     *("NotoSansCJK-Regular.ttc", "YuGothM.ttc", "msyh.ttc", "malgun.ttf"),
     *("ヒラギノ角ゴシック W3.ttc", "Hiragino Sans GB.ttc", "AppleSDGothicNeo.ttc"),
@@ -25,25 +31,73 @@ SYSTEM_FONTS = (
 PAPER, INK, MISSING = (255, 255, 255), (20, 20, 20), (200, 200, 200)
 
 
+Cell = tuple[int, Path | None, float]
+"""Index of the prompt, LoRA file, multiplier. Without LoRA: (index, None, 0.0)."""
+
+
 @dataclass(frozen=True)
-class ComparisonOutput(OutputFolder):
-    """Keeps the pixels of every job for the page instead of writing a file each, and latents until that is saved."""
+class Comparison:
+    """Every LoRA file at every multiplier for every prompt, and every prompt without LoRA, all with the same seed.
 
-    pixels: dict[str, Tensor] = field(default_factory=dict)  # by stem: F H W C uint8
+    Attributes:
+        stem: what the names of all its files begin with.
+        seed: of the prompts that have none.
+        cells: the job of each video on the page.
+    """
 
-    def save_pixels(self, job: Job, pixels: Tensor) -> None:
-        self.pixels[job.stem] = to_uint8(pixels)
+    options: GenerationOptions
+    requests: Sequence[Request]
+    stem: str
+    seed: int
+    cells: Mapping[Cell, Job]
 
-    def remove_latents(self, jobs: Iterable[Job]) -> None:
-        """After the page is saved: latents that were not asked for and are on it have done their duty."""
-        for job in jobs:
-            if not self.keeps_latents and job.stem in self.pixels:
-                self.latent_path(job).unlink(missing_ok=True)
+    @classmethod
+    def create(cls, options: GenerationOptions, requests: Sequence[Request]) -> "Comparison":
+        """Draws the seed if none is given, and names the files.
+
+        Raises:
+            UserError: a request does not go together with the DiT.
+        """
+        seed = drawn_seed() if options.prompt.seed is None else options.prompt.seed
+        requests = [dataclasses.replace(each, seed=seed if each.seed is None else each.seed) for each in requests]
+        stem = f"{time_stamp()}_{seed}_compare"
+        cells: dict[Cell, Job] = {}
+        for index, request in enumerate(requests):
+            for path, multiplier in [(None, 0.0), *itertools.product(options.lora.lora_weight, _multipliers(options))]:
+                name = f"{stem}_{len(cells):03d}"
+                loras = [] if path is None else [(path, multiplier)]
+                cells[index, path, multiplier] = Job(conditioned(request, options.dit), name, loras=loras)
+        return cls(options, requests, stem, seed, cells)
+
+    @property
+    def jobs(self) -> list[Job]:
+        return list(self.cells.values())
+
+    def save(self, frames: Mapping[str, Tensor]) -> list[Path]:
+        """Writes the page as mp4 and PNG and returns their paths.
+
+        Args:
+            frames: (F, H, W, 3) uint8 of the videos that did not fail, by the stems of their jobs.
+        """
+        multipliers, output = _multipliers(self.options), self.options.output
+        columns = ["without LoRA", *(f"multiplier {multiplier:g}" for multiplier in multipliers)]
+        rows = []
+        for index, request in enumerate(self.requests):
+            for path in self.options.lora.lora_weight:
+                cells = [(index, None, 0.0), *((index, path, multiplier) for multiplier in multipliers)]
+                videos = [frames.get(self.cells[cell].stem) for cell in cells]
+                rows.append(Row(f"{path.stem}: {request.prompt}", videos))
+        metadata = None if output.no_metadata else page_settings(self.options, self.seed)
+        return Page(columns, rows).save(output.save_path / self.stem, self.requests[0].fps, metadata)
+
+
+def _multipliers(options: GenerationOptions) -> list[float]:
+    return options.lora.lora_multiplier or [1.0]
 
 
 @dataclass(frozen=True)
 class Row:
-    """One row of the page: a title line above, and a video, or None where it failed, under each column's label."""
+    """One row of the page: a title, and below it a video for each column, None where the video failed."""
 
     title: str
     videos: Sequence[Tensor | None]  # F H W C uint8
@@ -61,7 +115,7 @@ class Page:
         return max(len(video) for row in self.rows for video in row.videos if video is not None)
 
     def cell_size(self) -> tuple[int, int]:
-        """Height and width that every video is shown in: the largest of them, smaller if the page gets too large."""
+        """Height and width of a cell: those of the largest video, or less if the page would get too large."""
         videos = [video for row in self.rows for video in row.videos if video is not None]
         height, width = max(video.shape[1] for video in videos), max(video.shape[2] for video in videos)
         scale = min(
@@ -72,13 +126,13 @@ class Page:
         return max(16, int(height * scale)), max(16, int(width * scale))
 
     def place(self, row: int, column: int) -> tuple[int, int]:
-        """Left and top of a cell."""
+        """Left and top pixel of a cell."""
         height, width = self.cell_size()
         left = MARGIN + column * (width + MARGIN)
         return left, LABEL_HEIGHT + row * (LABEL_HEIGHT + height + MARGIN) + LABEL_HEIGHT
 
     def background(self) -> Image.Image:
-        """The page with its labels and without videos; its sides are even, as H.264 wants them."""
+        """The page with labels but without videos. Height and width are even, which H.264 requires."""
         height, width = self.cell_size()
         left, top = self.place(len(self.rows) - 1, len(self.columns) - 1)
         right, bottom = left + width + MARGIN, top + height + MARGIN
@@ -94,7 +148,7 @@ class Page:
         return page
 
     def frame(self, background: Image.Image, index: int) -> np.ndarray:
-        """The page at one moment, (H, W, 3) uint8; shorter videos hold their last frame."""
+        """Frame `index` of the page, (H, W, 3) uint8. A video that is shorter shows its last frame."""
         height, width = self.cell_size()
         page = background.copy()
         for row_index, row in enumerate(self.rows):
@@ -108,25 +162,25 @@ class Page:
         return np.asarray(page)
 
     def save(self, path: Path, fps: float, metadata: Mapping[str, object] | None) -> list[Path]:
-        """Writes `path`.mp4 and, with the middle frame of every video, `path`.png."""
+        """Writes `path`.mp4 and the middle frame of the page as `path`.png; returns both paths."""
         video, sheet = (path.with_name(path.name + suffix) for suffix in (".mp4", ".png"))
         self.save_video(video, fps, metadata)
         self.save_frame(sheet, self.frames // 2, metadata)
         return [video, sheet]
 
     def save_video(self, path: Path, fps: float, metadata: Mapping[str, object] | None = None) -> None:
-        """Writes an mp4 in which all videos play."""
+        """Writes the mp4."""
         background = self.background()
         write_frames((self.frame(background, index) for index in range(self.frames)), path, fps, metadata)
 
     def save_frame(self, path: Path, index: int, metadata: Mapping[str, object] | None = None) -> None:
-        """Writes the page at one moment as a PNG."""
+        """Writes frame `index` of the page as a PNG."""
         write_image(self.frame(self.background(), index), path, metadata)
 
 
 @functools.cache
 def _font(text: str) -> ImageFont.FreeTypeFont:
-    """The font that lacks the fewest characters of the text: Pillow's own, else one that the system has."""
+    """Pillow's own font, or the system's font that lacks fewer characters of the text."""
     size = LABEL_HEIGHT - 2 * MARGIN + 2
     font = ImageFont.load_default(size)
     for name in SYSTEM_FONTS if _lacking(font, text) else ():
@@ -138,13 +192,13 @@ def _font(text: str) -> ImageFont.FreeTypeFont:
 
 
 def _lacking(font: ImageFont.FreeTypeFont, text: str) -> str:
-    """The characters that the font draws as it draws one that no font has."""
+    """The characters of the text that the font does not have: it draws them like one that no font has."""
     box = bytes(font.getmask("\U0010ffff"))
     return "".join(sorted(each for each in {*"".join(text.split())} if bytes(font.getmask(each)) == box))
 
 
 def _shortened(draw: ImageDraw.ImageDraw, text: str, width: int, font: ImageFont.FreeTypeFont) -> str:
-    """The text as far as it fits, with an ellipsis where it was cut."""
+    """The text, cut with an ellipsis if it is wider than `width`."""
     text = " ".join(text.split())
     if draw.textlength(text, font=font) <= width:
         return text

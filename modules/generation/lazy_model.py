@@ -47,7 +47,7 @@ class LazyModel(Generic[M]):
             UserError: out of memory.
         """
         if self._model is None:
-            with out_of_memory_in_one_line("while a model is loaded", lambda: self._advice):
+            with out_of_memory_in_one_line("while a model is loaded", self._advice):
                 self._model = self._load()
 
     def release(self) -> None:

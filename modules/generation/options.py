@@ -12,6 +12,7 @@ from pathlib import Path
 from hunyuan_model.attention_modes import ATTENTION_MODES, require_attention
 from modules.generation.requests import MAX_STEPS, Request, read_prompt_file, with_valid_size
 from modules.options import (
+    COMPILE_MODES,
     BlockSwapOptions,
     CompileOptions,
     DeviceOptions,
@@ -24,7 +25,6 @@ from utils.cli import option, parse_options
 from utils.errors import UserError
 from utils.files import refuse_overwriting
 
-COMPILE_MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
 MEDIA_SUFFIXES = (".mp4", ".png", ".safetensors")
 
 
@@ -159,7 +159,7 @@ class SpeedOptions:
 
     @property
     def plans(self) -> bool:
-        """Whether the memory is to be reckoned beforehand."""
+        """Whether the memory is planned before a model is loaded."""
         return self.dry_run or self.vram_gb is not None
 
     def __post_init__(self) -> None:
@@ -222,6 +222,11 @@ class GenerationOptions:
         self._check_sources()
         if self.output.output_type != "latent" or self.prompt.video_path or self.prompt.image_path:
             require(self.vae, "vae")
+
+    @property
+    def samples(self) -> bool:
+        """Whether videos are sampled. Otherwise LoRAs are merged into a file, or saved latents are decoded."""
+        return self.lora.save_merged_model is None and not self.output.latent_path
 
     def _check_merging(self) -> None:
         require(self.dit, "dit")

@@ -1,14 +1,11 @@
-"""Names and contents of what generation writes, and which of it is already there.
+"""The files that generation writes and reads back: videos, images and latents, each with its settings inside.
 
-A video's files share a stem, `{time}_{i}_{seed}`; lines of a prompt file add `_{key}`, by which a later run of the
-same file finds what is finished. Every file appears under its name only when it is complete.
+All files of a video begin with its stem (modules/generation/jobs.py). A file gets its final name when it is complete.
 """
 
-import hashlib
 import json
 import re
 import shutil
-import time
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -24,21 +21,30 @@ from utils.safetensors_utils import load_file, read_header, save_file
 from utils.video_io import read_metadata, save_images, save_video
 
 LATENT_SUFFIX = "_latent.safetensors"
-KEY_LENGTH = 10
 
 
 @dataclass(frozen=True)
 class Job:
-    """One video on its way: the seed is drawn, the files are named."""
+    """One video to be made. Its seed is drawn and its files are named.
+
+    Attributes:
+        stem: what the names of its files begin with.
+        settings: saved inside its files; None with --no_metadata.
+        latents: saved latents (1, C, f, h, w) that are only to be decoded; None for a video that is sampled.
+        loras: LoRA files with multipliers that compute beside the DiT's weights for this video; None leaves the DiT
+            as it was loaded.
+    """
 
     request: Request
     stem: str
-    settings: Mapping[str, object] | None = None  # what its files carry; None for --no_metadata
+    settings: Mapping[str, object] | None = None
+    latents: Tensor | None = None
+    loras: Sequence[tuple[Path, float]] | None = None
 
 
 @dataclass(frozen=True)
 class OutputFolder:
-    """Where videos go and in which form: `output_type` is video, images, latent or both."""
+    """The folder that videos are written to, and their form: `output_type` is video, images, latent or both."""
 
     folder: Path
     output_type: str
@@ -47,34 +53,37 @@ class OutputFolder:
     def decodes(self) -> bool:
         return self.output_type != "latent"
 
-    @property
-    def keeps_latents(self) -> bool:
-        return self.output_type in ("latent", "both")
-
     def latent_path(self, job: Job) -> Path:
         return self.folder / (job.stem + LATENT_SUFFIX)
 
     def result_path(self, job: Job) -> Path:
-        """What a finished job leaves: the video, the folder of images, or the latents."""
+        """What a finished job leaves behind: the video, the folder of images, or the latents."""
         if self.output_type == "latent":
             return self.latent_path(job)
         return self.folder / (job.stem + ("" if self.output_type == "images" else ".mp4"))
 
     def save_latents(self, job: Job, latents: Tensor) -> None:
-        """Writes scaled latents (1, C, f, h, w) with the metadata of the reference tool and ours."""
+        """Writes scaled latents (1, C, f, h, w) with our settings and the metadata of the reference tool."""
         save_file({"latent": latents[0].cpu()}, self.latent_path(job), _latent_metadata(job))
 
     def save_pixels(self, job: Job, pixels: Tensor) -> None:
-        """Writes (3, F, H, W) in 0..1 as video or images; latents that were not asked for have done their duty."""
+        """Writes (3, F, H, W) in 0..1 as a video or as images, then deletes latents that were not asked for."""
         if self.output_type == "images":
             save_images(pixels, self.result_path(job), job.settings)
         else:
             save_video(pixels, self.result_path(job), job.request.fps, job.settings)
-        if not self.keeps_latents:
+        self.remove_unwanted_latents(job)
+
+    def remove_unwanted_latents(self, job: Job) -> None:
+        """Deletes a job's latents unless --output_type asks for them."""
+        if self.output_type not in ("latent", "both"):
             self.latent_path(job).unlink(missing_ok=True)
 
     def by_key(self) -> defaultdict[str, list[Path]]:
-        """What is there of each line of a prompt file, from one listing: on a network disk that takes long."""
+        """The files and folders that exist for each line of a prompt file, by the key of the line.
+
+        The folder is listed once for all lines, because a listing of a network disk takes long.
+        """
         found = defaultdict(list)
         for path in sorted(self.folder.iterdir()) if self.folder.is_dir() else []:
             for part in set(re.findall(r"_([^_.]+)", path.name)):
@@ -82,21 +91,21 @@ class OutputFolder:
         return found
 
     def is_finished(self, key: str, paths: Sequence[Path]) -> bool:
-        """Whether of a line everything that --output_type asks for is among its paths."""
+        """Whether `paths`, the files of one line, include everything that --output_type asks for."""
         names = [path.name for path in paths]
         wanted = {"video": [".mp4"], "images": [""], "latent": [LATENT_SUFFIX], "both": [".mp4", LATENT_SUFFIX]}
         return all(any(name.endswith(key + suffix) for name in names) for suffix in wanted[self.output_type])
 
 
 def remove_leftovers(paths: Iterable[Path]) -> None:
-    """Deletes what a killed process had begun to write."""
+    """Deletes incomplete files, which a killed process leaves behind."""
     for path in paths:
         if path.name.endswith(TEMPORARY_SUFFIX):
             shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def sampled_stem(key: str, paths: Iterable[Path]) -> str | None:
-    """The stem of a line whose latents are among its paths although the line is not finished."""
+    """The stem of an unfinished line whose latents are already saved; None if they are not."""
     stems = [path.name.removesuffix(LATENT_SUFFIX) for path in paths if path.name.endswith(key + LATENT_SUFFIX)]
     return stems[0] if stems else None
 
@@ -120,36 +129,11 @@ def _latent_metadata(job: Job) -> dict[str, str]:
     return {name: str(value) for name, value in fields.items()}
 
 
-def time_stamp() -> str:
-    return time.strftime("%Y%m%d-%H%M%S")
-
-
-def stem(stamp: str, index: int, seed: int | None, key: str | None = None) -> str:
-    """`{time}_{i}_{seed}` and, for a line of a prompt file, its key."""
-    return "_".join(str(part) for part in (stamp, index, seed, key) if part is not None)
-
-
-def run_keys(requests: Sequence[Request], surroundings: object) -> list[str]:
-    """A name for each line of a prompt file that is the same in every run.
-
-    Lines that say the same are told apart by their order; a line keeps its key when others are added or removed.
-
-    Args:
-        surroundings: whatever else decides how the videos look, such as model files; anything with a stable repr.
-    """
-    keys, seen = [], {}
-    for request in requests:
-        seen[request] = seen.get(request, 0) + 1
-        identity = repr((request, seen[request], surroundings))
-        keys.append(hashlib.sha256(identity.encode()).hexdigest()[:KEY_LENGTH])
-    return keys
-
-
 def load_latents(path: str | Path) -> tuple[Tensor, dict[str, object]]:
-    """Saved latents (1, C, f, h, w) and the settings that came with them; reads our files and the seed tool's .pt.
+    """Saved latents (1, C, f, h, w) and the settings in their file: a .safetensors of ours or the reference tool's .pt.
 
     Raises:
-        UserError: the file holds no latents of one video.
+        UserError: the file does not hold the latents of one video.
     """
     path = Path(path)
     settings: dict[str, object] = {}
@@ -173,10 +157,10 @@ def load_latents(path: str | Path) -> tuple[Tensor, dict[str, object]]:
 
 
 def read_settings(path: Path) -> dict[str, object]:
-    """The settings inside a video, an image or latents that generation wrote.
+    """The settings inside a video, an image or a latent file that hv_generate_video.py made.
 
     Raises:
-        UserError: the file carries none.
+        UserError: the file has none.
     """
     if path.suffix.lower() == ".safetensors":
         settings = _json_object(read_header(path)[1].get("settings", ""))
@@ -200,22 +184,3 @@ def _saved_settings(path: Path, metadata: Mapping[str, str]) -> dict[str, object
     if settings is None:
         raise UserError(f"{path}: its metadata 'settings' is no JSON object; decode a copy without metadata")
     return ({"seed": metadata["seeds"]} if "seeds" in metadata else {}) | settings
-
-
-def decoding_job(path: Path, settings: Mapping[str, object], index: int, fps: int | None, metadata: bool) -> Job:
-    """The job that makes a video of saved latents.
-
-    Args:
-        settings: what the latents carry.
-        index: of the file among all.
-        fps: of the video; None for what the settings say.
-        metadata: whether the video carries the settings.
-
-    Raises:
-        UserError: the settings' frames per second are no whole number.
-    """
-    saved, seed = str(settings.get("fps", Request.fps)), str(settings.get("seed"))
-    if fps is None and (not saved.isdecimal() or int(saved) == 0):
-        raise UserError(f"{path}: its settings say fps {saved}, a whole number is expected; give --fps")
-    name = f"{stem(time_stamp(), index, int(seed) if seed.isdecimal() else None)}_{path.stem.removesuffix('_latent')}"
-    return Job(Request(fps=fps or int(saved)), name, settings if metadata and settings else None)

@@ -1,14 +1,15 @@
-"""Many videos with one load per model: all texts, then all latents, then all videos.
+"""From jobs to files with one load per model: all texts are encoded, all latents sampled, then all videos decoded.
 
-Latents are on disk before the VAE is loaded, and what fails for one video does not stop the others.
+Latents are saved before the VAE is loaded. A job that fails does not stop the others.
 """
 
+import contextlib
+import functools
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -16,78 +17,115 @@ from tqdm import tqdm
 
 from hunyuan_model.vae import SCALING_FACTOR
 from modules.blocks.step_cache import StepCache
-from modules.generation.decoding import Decoder
-from modules.generation.lazy_model import LazyModel
+from modules.generation.decoding import Decoder, lazy_vae
+from modules.generation.models import lazy_dit, verify_attention
+from modules.generation.options import GenerationOptions, decode_command
 from modules.generation.outputs import Job, OutputFolder, load_latents
 from modules.generation.requests import Request
 from modules.generation.sampler import Conditioning, NonFiniteError, sample_latents
-from modules.generation.text_encoding import encode_texts
+from modules.generation.source_pixels import source_pixels
+from modules.generation.text_encoding import encode_texts, lazy_text_encoders
 from modules.memory.plan import out_of_memory_in_one_line
+from networks.hooks import LoraHooks
 from utils.device_utils import is_out_of_memory, release_memory
 from utils.errors import UserError, one_line
+from utils.processes import own_device
+from utils.video_io import to_uint8
 
-# What to do where memory runs out.
-ENCODE_LESS = "use --vae_chunk_size, --vae_tiling or a smaller size"
-SAMPLE_LESS = "use --blocks_to_swap, --fp8, --split_uncond, a smaller size or fewer frames"
+# What a user can do when memory runs out.
+ENCODING_ADVICE = "use --vae_chunk_size, --vae_tiling or a smaller size"
+SAMPLING_ADVICE = "use --blocks_to_swap, --fp8, --split_uncond, a smaller size or fewer frames"
 
 
-@dataclass
-class Generator:
-    """The models and settings with which jobs become files.
+class Pipeline:
+    """The models and settings that make files of jobs. Models are loaded when they are needed.
+
+    Args:
+        when_released: "keep" leaves every model loaded, for jobs that come one by one.
 
     Attributes:
-        text_encoder_1, text_encoder_2: see `encode_texts`.
-        dit: see `modules.generation.sampler.sample_latents`.
-        source_pixels: request -> pixels (3, F, H, W) in 0..1 of the video and (3, 1, H, W) of the image that it starts
-            from, each None without one.
-        later_command: latent file -> the command that decodes it later.
-        step_cache: already around the DiT's blocks.
-        before_job: called before a job is sampled, with the DiT loaded.
+        failures: what went wrong with each job that failed, by stem.
+        seconds: the time that each job took so far, by stem.
+
+    Raises:
+        UserError: --attn_mode does not run on this device.
     """
 
-    text_encoder_1: LazyModel
-    text_encoder_2: LazyModel
-    dit: LazyModel
-    decoder: Decoder
-    device: torch.device
-    outputs: OutputFolder
-    source_pixels: Callable[[Request], tuple[Tensor | None, Tensor | None]]
-    later_command: Callable[[Path], str]
-    split_uncond: bool = False
-    step_cache: StepCache | None = None
-    before_job: Callable[[Job], None] | None = None
-    failures: dict[str, str] = field(default_factory=dict)
-    seconds: dict[str, float] = field(default_factory=dict)
+    def __init__(self, options: GenerationOptions, when_released: Literal["free", "keep"] = "free") -> None:
+        self.options, speed, vae = options, options.speed, options.vae
+        self.device = own_device(options.device.device)
+        if not options.output.latent_path:
+            verify_attention(options, self.device)
+        self.outputs = OutputFolder(options.output.save_path, options.output.output_type)
+        self.step_cache = None if speed.step_cache is None else StepCache(speed.step_cache)
+        self.text_encoders = lazy_text_encoders(options.text, self.device, when_released)
+        self.dit = lazy_dit(options, self.device, self.step_cache, when_released)
+        self.vae = lazy_vae(vae, self.device, when_released)
+        self.decoder = Decoder(self.vae, self.device, vae.vae_chunk_size, vae.tile_size)
+        self.failures: dict[str, str] = {}
+        self.seconds: dict[str, float] = {}
 
-    def run(self, jobs: Sequence[Job]) -> None:
-        """Makes every job's files; `failures` has a line for each job that failed, by stem."""
-        self._sample_all([job for job in jobs if not self.outputs.latent_path(job).exists()])
-        if self.outputs.decodes:
-            for job in tqdm(self._unfailed(jobs), desc="decoding", unit="video", disable=len(jobs) < 2):
-                self.attempt(job, self._decode)
-            self.decoder.vae.release()
-
-    def _sample_all(self, jobs: Sequence[Job]) -> None:
+    def sample(self, jobs: Sequence[Job]) -> None:
+        """Samples and saves the latents of every job that has none yet."""
+        jobs = [job for job in jobs if job.latents is None and not self.outputs.latent_path(job).exists()]
         if not jobs:
             return
-        texts = [job.request.prompt for job in jobs]
-        texts += [job.request.negative_prompt for job in jobs if job.request.cfg_scale != 1.0]
-        prompts = encode_texts(texts, self.text_encoder_1, self.text_encoder_2)
+        prompts = self._encode_prompts(jobs)
         sources = self._encode_sources(jobs)
         self.dit.load()
+        lora_hooks = LoraHooks(self.dit.model)
         for number, job in enumerate(self._unfailed(jobs), start=1):
-            label = f"video {number}/{len(jobs)}"
-            self.attempt(job, lambda job, label=label: self._sample(job, prompts, sources, label))
+            with self._noting_failure(job):
+                if job.loras is not None:
+                    lora_hooks.use(job.loras, self.options.lora.exclude_single_blocks)
+                bar = tqdm(total=job.request.steps, desc=f"video {number}/{len(jobs)}", unit="step")
+                with bar, out_of_memory_in_one_line("in sampling", SAMPLING_ADVICE):
+                    latents = sample_latents(
+                        self.dit.model,
+                        job.request,
+                        prompts[job.request.prompt],
+                        prompts.get(job.request.negative_prompt),
+                        device=self.device,
+                        split_uncond=self.options.speed.split_uncond or self.options.speed.split_attn,
+                        before_step=functools.partial(self._before_step, bar),
+                        **sources.get(job.stem, {}),
+                    )
+                    bar.update(bar.total - bar.n)
+                if self.step_cache is not None:
+                    self.step_cache.forget()
+                self.outputs.save_latents(job, latents)
         self.dit.release()
+
+    def decode(self, jobs: Sequence[Job]) -> None:
+        """Writes the video or the images of every job, unless only latents are asked for."""
+        if not self.outputs.decodes:
+            return
+        for job in self._decoding(jobs):
+            with self._noting_failure(job):
+                self.outputs.save_pixels(job, self._pixels(job))
+        self.vae.release()
+
+    def decode_to_frames(self, jobs: Sequence[Job]) -> dict[str, Tensor]:
+        """The frames of every job that does not fail, (F, H, W, 3) uint8 by stem; nothing is written."""
+        frames = {}
+        for job in self._decoding(jobs):
+            with self._noting_failure(job):
+                frames[job.stem] = to_uint8(self._pixels(job))
+        self.vae.release()
+        return frames
 
     def _unfailed(self, jobs: Iterable[Job]) -> list[Job]:
         return [job for job in jobs if job.stem not in self.failures]
 
-    def attempt(self, job: Job, action: Callable[[Job], None]) -> None:
-        """One phase of one job; a failure is noted and the next job goes on."""
+    def _decoding(self, jobs: Sequence[Job]) -> Iterable[Job]:
+        return tqdm(self._unfailed(jobs), desc="decoding", unit="video", disable=len(jobs) < 2)
+
+    @contextlib.contextmanager
+    def _noting_failure(self, job: Job) -> Iterator[None]:
+        """For one phase of one job: measures its time, and turns an exception into a note in `failures`."""
         start = time.monotonic()
         try:
-            action(job)
+            yield
         except Exception as error:
             if is_out_of_memory(error):
                 error = UserError("out of memory; use a smaller size, fewer frames or smaller tiles of the VAE")
@@ -98,18 +136,25 @@ class Generator:
             release_memory(self.device)
         self.seconds[job.stem] = self.seconds.get(job.stem, 0.0) + time.monotonic() - start
 
-    def _encode_sources(self, jobs: Iterable[Job]) -> dict[str, dict[str, Tensor]]:
-        """Scaled latents of the video (`source`) and the image (`image`) that a job starts from, by stem."""
-        sources: dict[str, dict[str, Tensor]] = {}
+    def _encode_prompts(self, jobs: Iterable[Job]) -> dict[str, Conditioning]:
+        texts = [job.request.prompt for job in jobs]
+        texts += [job.request.negative_prompt for job in jobs if job.request.cfg_scale != 1.0]
+        return encode_texts(texts, *self.text_encoders)
+
+    def _encode_sources(self, jobs: Iterable[Job]) -> dict[str, Mapping[str, Tensor]]:
+        """By stem: the latents that a job starts from, as arguments of `sample_latents`."""
+        sources = {}
         for job in jobs:
             if job.request.video_path or job.request.image_path:
-                self.attempt(job, lambda job: sources.update({job.stem: self._encode_source(job.request)}))
-        self.decoder.vae.release()
+                with self._noting_failure(job):
+                    sources[job.stem] = self._encode_source(job.request)
+        self.vae.release()
         return sources
 
     @torch.no_grad()
     def _encode_source(self, request: Request) -> dict[str, Tensor]:
-        video, image = self.source_pixels(request)
+        """Scaled latents of the video (`source`) and of the image (`image`) that a request starts from."""
+        video, image = source_pixels(request)
         encoded = {}
         if video is not None:
             encoded["source"] = self._encode(video)
@@ -126,56 +171,34 @@ class Generator:
             UserError: out of memory.
             NonFiniteError: the VAE makes NaN.
         """
-        vae = self.decoder.vae.model
+        vae = self.vae.model
         vae.configure_memory(self.decoder.chunk_size, self.decoder.tile_size)
-        with out_of_memory_in_one_line("while the source is encoded", lambda: ENCODE_LESS):
+        with out_of_memory_in_one_line("while the source is encoded", ENCODING_ADVICE):
             posterior = vae.encode((pixels * 2 - 1)[None].to(self.device, next(vae.parameters()).dtype))
         latents = posterior.mean.float().cpu() * SCALING_FACTOR
         if not torch.isfinite(latents).all():
             raise NonFiniteError("NaN or infinity in the VAE's encoder: use --vae_dtype float32, or check the VAE file")
         return latents
 
-    def _sample(
-        self,
-        job: Job,
-        prompts: Mapping[str, Conditioning],
-        sources: Mapping[str, Mapping[str, Tensor]],
-        label: str,
-    ) -> None:
-        if self.before_job is not None:
-            self.before_job(job)
-        bar = tqdm(total=job.request.steps, desc=label, unit="step")
-        with bar, out_of_memory_in_one_line("in sampling", lambda: SAMPLE_LESS):
-
-            def before_step(step: int, steps: int) -> None:
-                bar.total = steps
-                bar.update(step - bar.n)
-                if self.step_cache is not None:
-                    self.step_cache.begin_step(step, steps)
-
-            latents = sample_latents(
-                self.dit.model,
-                job.request,
-                prompts[job.request.prompt],
-                prompts.get(job.request.negative_prompt),
-                device=self.device,
-                split_uncond=self.split_uncond,
-                before_step=before_step,
-                **sources.get(job.stem, {}),
-            )
-            bar.update(bar.total - bar.n)
+    def _before_step(self, bar: tqdm, step: int, steps: int) -> None:
+        bar.total = steps  # fewer than the request's with a video to start from
+        bar.update(step - bar.n)
         if self.step_cache is not None:
-            self.step_cache.forget()
-        self.outputs.save_latents(job, latents)
+            self.step_cache.begin_step(step, steps)
 
-    def _decode(self, job: Job) -> None:
+    def _pixels(self, job: Job) -> Tensor:
+        """Pixels (3, F, H, W) in 0..1 of a job whose latents are there.
+
+        Raises:
+            UserError: latents that were sampled cannot be decoded; names the command that decodes them later.
+        """
+        if job.latents is not None:
+            return self.decoder.decode(job.latents)
         path = self.outputs.latent_path(job)
         latents, _ = load_latents(path)
         try:
-            pixels = self.decoder.decode(latents)
+            return self.decoder.decode(latents)
         except Exception as error:
             reason = "out of memory" if is_out_of_memory(error) else one_line(error)
-            raise UserError(
-                f"decoding: {reason}; the latents are safe, decode later: {self.later_command(path)}"
-            ) from error
-        self.outputs.save_pixels(job, pixels)
+            command = decode_command(self.options, path)
+            raise UserError(f"decoding: {reason}; the latents are safe, decode later: {command}") from error

@@ -10,10 +10,11 @@ from hunyuan_model.checkpoints import read_dit_config, read_vae_config
 from hunyuan_model.tokenizers import LLM_TOKENS
 from modules.blocks.step_cache import with_step_cache
 from modules.generation.options import GenerationOptions
+from modules.generation.outputs import Job
 from modules.generation.requests import Request
 from modules.generation.sampler import latent_shape
-from modules.memory import measure as memory
-from modules.memory import plan as planner
+from modules.memory import plan
+from modules.memory.measure import estimate_vae, measure_dit
 from modules.memory.meter import ModelUsage
 from modules.memory.text_encoder import PlanRows, plan_text_encoder_1
 from utils.cli import print_table
@@ -22,7 +23,9 @@ from utils.processes import own_device
 
 
 def plan_memory(options: GenerationOptions, requests: Sequence[Request]) -> GenerationOptions:
-    """Prints what the largest request needs in each stage; --vram_gb chooses what the user has not.
+    """Prints what each stage needs for the largest request, and returns the options with what --vram_gb chooses.
+
+    Options that the user has given are not changed.
 
     Raises:
         UserError: nothing fits.
@@ -32,38 +35,53 @@ def plan_memory(options: GenerationOptions, requests: Sequence[Request]) -> Gene
     text, rows = plan_text_encoder_1(options.text, own_device(options.device.device), options.speed.vram_gb)
     options = dataclasses.replace(options, text=text)
     guided = any(request.cfg_scale != 1 for request in requests)
-    for plan in (functools.partial(plan_sampling, guided=guided), plan_decoding):
-        options, further = plan(options, shape)
-        rows += further
-    print_plan(shape, rows)
+    options, sampling = _plan_sampling(options, shape, guided)
+    options, decoding = _plan_decoding(options, shape)
+    _print_plan(shape, rows + sampling + decoding)
     return options
 
 
-def print_plan(shape: Sequence[int], rows: PlanRows) -> None:
-    """For latents (1, C, f, h, w)."""
+def plan_memory_of_decoding(options: GenerationOptions, jobs: Sequence[Job]) -> GenerationOptions:
+    """Like `plan_memory`, for jobs whose latents are there."""
+    shape = max((job.latents.shape for job in jobs), key=math.prod)
+    options, rows = _plan_decoding(options, shape)
+    _print_plan(shape, rows)
+    return options
+
+
+def _print_plan(shape: Sequence[int], rows: PlanRows) -> None:
     print_table("memory plan, latents " + "x".join(map(str, shape[2:])), rows)
 
 
-def plan_sampling(options: GenerationOptions, shape: Sequence[int], guided: bool) -> tuple[GenerationOptions, PlanRows]:
+def _plan_sampling(
+    options: GenerationOptions, shape: Sequence[int], guided: bool
+) -> tuple[GenerationOptions, PlanRows]:
+    """The options with --fp8 and --blocks_to_swap chosen, and the rows of the table.
+
+    Args:
+        shape: (1, C, f, h, w) of the latents.
+        guided: a step needs two predictions.
+    """
     config, device = read_dit_config(options.dit.dit), own_device(options.device.device)
     depths, swap, speed = (config.depth_double, config.depth_single), options.swap.blocks_to_swap, options.speed
+    predictions = 1 + guided
     split = speed.split_uncond or speed.split_attn
-    batch, calls = (1, 1 + guided) if split else (1 + guided, 1)
+    batch, calls = (1, predictions) if split else (predictions, 1)
     dtype = default_dtype(options.dit.dit_dtype, device, on_gpu="bfloat16")
 
     @functools.cache
     def measured(fp8: bool) -> ModelUsage:
-        usage = memory.measure_dit(config, (batch, config.in_channels, *shape[2:]), LLM_TOKENS, dtype, fp8)
+        usage = measure_dit(config, (batch, config.in_channels, *shape[2:]), LLM_TOKENS, dtype, fp8)
         return usage if speed.step_cache is None else with_step_cache(usage, calls)
 
-    def predicted(settings: planner.Settings) -> planner.Prediction:
-        return planner.predict(measured(settings.fp8), swapped_blocks(settings.blocks_to_swap, *depths))
+    def predicted(settings: plan.Settings) -> plan.Prediction:
+        return plan.predict(measured(settings.fp8), swapped_blocks(settings.blocks_to_swap, *depths))
 
-    settings = planner.Settings(speed.fp8, "none", swap or 0)
-    limit = planner.memory_limit(speed.vram_gb, planner.free_memory(device))
+    settings = plan.Settings(speed.fp8, "none", swap or 0)
+    limit = plan.memory_limit(speed.vram_gb, plan.free_memory(device))
     if limit is not None:
-        ordered = planner.candidates(max_blocks_to_swap(*depths, training=False), settings.fp8, "none", swap)
-        settings = planner.cheapest(ordered, limit, predicted, False, planner.free_main_memory())
+        ordered = plan.candidates(max_blocks_to_swap(*depths, training=False), settings.fp8, "none", swap)
+        settings = plan.cheapest(ordered, limit, predicted, False, plan.free_main_memory())
     options = dataclasses.replace(
         options,
         speed=dataclasses.replace(speed, fp8=settings.fp8),
@@ -72,8 +90,8 @@ def plan_sampling(options: GenerationOptions, shape: Sequence[int], guided: bool
     return options, [("settings", settings.flags(training=False)), *predicted(settings).rows(training=False)]
 
 
-def plan_decoding(options: GenerationOptions, shape: Sequence[int]) -> tuple[GenerationOptions, PlanRows]:
-    """For latents (1, C, f, h, w)."""
+def _plan_decoding(options: GenerationOptions, shape: Sequence[int]) -> tuple[GenerationOptions, PlanRows]:
+    """The options with the VAE's tile size chosen, and the rows of the table; `shape` (1, C, f, h, w)."""
     vae, device = options.vae, own_device(options.device.device)
     if vae.vae is None:
         return options, []
@@ -81,10 +99,10 @@ def plan_decoding(options: GenerationOptions, shape: Sequence[int]) -> tuple[Gen
 
     @functools.cache
     def needed(tile: int | None) -> int:
-        return planner.with_overhead(memory.estimate_vae(config, tuple(shape), dtype, vae.vae_chunk_size, tile))
+        return plan.with_overhead(estimate_vae(config, tuple(shape), dtype, vae.vae_chunk_size, tile))
 
-    tiles = [vae.tile_size] if vae.tile_size else planner.TILE_SIZES
-    limit = planner.memory_limit(options.speed.vram_gb, planner.free_memory(device))
-    tile = planner.first_fitting("decoding", tiles, needed, limit)
-    rows = [("VAE tiles", tile or "none"), ("GPU memory of decoding", planner.in_words(needed(tile)))]
+    tiles = [vae.tile_size] if vae.tile_size else plan.TILE_SIZES
+    limit = plan.memory_limit(options.speed.vram_gb, plan.free_memory(device))
+    tile = plan.first_fitting("decoding", tiles, needed, limit)
+    rows = [("VAE tiles", tile or "none"), ("GPU memory of decoding", plan.in_words(needed(tile)))]
     return dataclasses.replace(options, vae=dataclasses.replace(vae, vae_spatial_tile_sample_min_size=tile)), rows

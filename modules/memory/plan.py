@@ -268,8 +268,12 @@ class MemoryPlan:
 
 
 @contextlib.contextmanager
-def out_of_memory_in_one_line(during: str, work_and_advice: Callable[[], str]) -> Iterator[None]:
+def out_of_memory_in_one_line(during: str, work_and_advice: str | Callable[[], str]) -> Iterator[None]:
     """Turns running out of memory into one line.
+
+    Args:
+        during: what was going on.
+        work_and_advice: how much work it was and what to do; a function where that is costly to say.
 
     Raises:
         UserError: out of memory inside.
@@ -280,7 +284,8 @@ def out_of_memory_in_one_line(during: str, work_and_advice: Callable[[], str]) -
         if not is_out_of_memory(error):
             raise
         peak = f" (peak {in_words(torch.cuda.max_memory_allocated())})" if torch.cuda.is_available() else ""
-        raise UserError(f"out of GPU memory {during}: {work_and_advice()}{peak}") from None
+        advice = work_and_advice if isinstance(work_and_advice, str) else work_and_advice()
+        raise UserError(f"out of GPU memory {during}: {advice}{peak}") from None
 
 
 def memory_limit(vram_gb: float | None, free: int | None) -> int | None:

@@ -70,12 +70,12 @@ def test_no_metadata(generate):
 
 
 def test_a_drawn_seed_is_in_the_name_and_the_metadata_and_the_file_repeats_itself(generate):
-    from utils.video_io import read_metadata
+    from modules.generation.outputs import read_settings
 
     first = generate("--prompt=a --w cat", "--guidance_scale=2", "--fps=12", "--output_type=both")
     video = only(first, "*.mp4")
     seed = video.stem.split("_")[2]
-    assert read_metadata(video)["seed"] == int(seed)
+    assert read_settings(video)["seed"] == int(seed)
     sources = [video, only(first, "*_latent.safetensors")]
     for name, source in zip(("mp4", "latent"), sources, strict=True):
         again = generate("--from_file", source, "--output_type=both", folder=name, size=["--device=cpu"])

@@ -9,15 +9,15 @@ from tests.saved_files import frames, only, saved_latents
 
 
 @pytest.fixture
-def load_sampling_dit(tiny_models):
+def sampling_dit(tiny_models):
     """The DiT as the script would sample with it, for these options."""
-    import hv_generate_video
+    from modules.generation.models import load_sampling_dit
     from modules.generation.options import parse_generation_options
 
     def load(*words: object):
         models = [f"--{name}={path}" for name, path in vars(tiny_models).items()]
         options = parse_generation_options("", [*models, "--save_path=x", "--prompt=x", *map(str, words)])
-        return hv_generate_video.load_ready_dit(options, torch.device("cpu"), cache=None)
+        return load_sampling_dit(options, torch.device("cpu"))
 
     return load
 
@@ -33,22 +33,22 @@ def dit_inputs(tiny_models):
     return x, torch.tensor([500.0]), text, torch.ones(1, 5), pooled, torch.tensor([6000.0])
 
 
-def test_multiplier_zero_is_the_base_model(load_sampling_dit, dit_inputs, loras):
-    base, zero = load_sampling_dit(), load_sampling_dit("--lora_weight", loras[0], "--lora_multiplier", 0)
+def test_multiplier_zero_is_the_base_model(sampling_dit, dit_inputs, loras):
+    base, zero = sampling_dit(), sampling_dit("--lora_weight", loras[0], "--lora_multiplier", 0)
     assert torch.equal(zero(*dit_inputs), base(*dit_inputs))
 
 
-def test_two_loras_are_the_sum_of_their_deltas(load_sampling_dit, loras):
+def test_two_loras_are_the_sum_of_their_deltas(sampling_dit, loras):
     name = "double_blocks.1.img_mlp.fc1"
-    both = load_sampling_dit("--lora_weight", *loras, "--lora_multiplier", 0.7, -0.5)
-    models = [load_sampling_dit(), *(load_sampling_dit("--lora_weight", lora) for lora in loras), both]
+    both = sampling_dit("--lora_weight", *loras, "--lora_multiplier", 0.7, -0.5)
+    models = [sampling_dit(), *(sampling_dit("--lora_weight", lora) for lora in loras), both]
     base, first, second, both = (model.get_submodule(name).weight for model in models)
     assert (first - base).norm() > 0.1 * base.norm()
     torch.testing.assert_close(both, base + 0.7 * (first - base) - 0.5 * (second - base), rtol=1e-5, atol=1e-6)
 
 
 def test_a_lora_that_fits_in_part_is_a_warning_with_numbers_and_one_that_does_not_an_error(
-    load_sampling_dit, loras, tmp_path, capfd
+    sampling_dit, loras, tmp_path, capfd
 ):
     from utils.errors import UserError
     from utils.safetensors_utils import load_file, save_file
@@ -57,13 +57,13 @@ def test_a_lora_that_fits_in_part_is_a_warning_with_numbers_and_one_that_does_no
     unknown = {name.replace("blocks_1_", "blocks_70_"): tensor for name, tensor in tensors.items()}
     unknown |= {f"{name}.lora_down.weight": torch.zeros(4, 8) for name in ("lora_unet_something", "lora_te1_mlp_fc1")}
     save_file(unknown, tmp_path / "partly.safetensors")
-    load_sampling_dit("--lora_weight", tmp_path / "partly.safetensors")
+    sampling_dit("--lora_weight", tmp_path / "partly.safetensors")
     assert "warning: " in (said := capfd.readouterr().err)
     assert "26 of 36 modules merged, 2 keys belong to no module" in said
     far = {re.sub(r"blocks_(\d)_", r"blocks_7\1_", name): tensor for name, tensor in tensors.items()}
     save_file(far, tmp_path / "far.safetensors")
     with pytest.raises(UserError, match="none of its 36 modules is in this DiT"):
-        load_sampling_dit("--lora_weight", tmp_path / "far.safetensors")
+        sampling_dit("--lora_weight", tmp_path / "far.safetensors")
 
 
 WRONG_LORAS = {
@@ -93,11 +93,11 @@ def test_a_wrong_lora_is_found_before_a_model_is_loaded(generate, loras, tmp_pat
         generate("--prompt=cat", "--lora_weight", loras[1], tmp_path / "wrong.safetensors")
 
 
-def test_merged_is_applied(load_sampling_dit, dit_inputs, loras):
+def test_merged_is_applied(sampling_dit, dit_inputs, loras):
     from networks.hooks import LoraHooks
 
-    merged = load_sampling_dit("--lora_weight", *loras, "--lora_multiplier", 0.7, -0.5)
-    model = load_sampling_dit()
+    merged = sampling_dit("--lora_weight", *loras, "--lora_multiplier", 0.7, -0.5)
+    model = sampling_dit()
     plain = model(*dit_inputs)
     live = LoraHooks(model)
     live.use([(loras[0], 0.7), (loras[1], -0.5)])
@@ -108,7 +108,7 @@ def test_merged_is_applied(load_sampling_dit, dit_inputs, loras):
     assert torch.equal(model(*dit_inputs), plain)
 
 
-def test_a_live_lora_of_another_width_changes_nothing(load_sampling_dit, dit_inputs, loras, tmp_path):
+def test_a_live_lora_of_another_width_changes_nothing(sampling_dit, dit_inputs, loras, tmp_path):
     from networks.hooks import LoraHooks
     from utils.errors import UserError
     from utils.safetensors_utils import save_file
@@ -116,7 +116,7 @@ def test_a_live_lora_of_another_width_changes_nothing(load_sampling_dit, dit_inp
     wide = {"lora_down.weight": torch.ones(2, 96), "lora_up.weight": torch.ones(96, 2)}
     name = "lora_unet_double_blocks_0_img_attn_proj"
     save_file({f"{name}.{suffix}": tensor for suffix, tensor in wide.items()}, tmp_path / "wide.safetensors")
-    model = load_sampling_dit()
+    model = sampling_dit()
     live = LoraHooks(model)
     live.use([(loras[0], 1.0)])
     before = model(*dit_inputs)
@@ -125,11 +125,11 @@ def test_a_live_lora_of_another_width_changes_nothing(load_sampling_dit, dit_inp
     assert torch.equal(model(*dit_inputs), before)
 
 
-def test_loras_are_merged_before_the_weights_become_fp8(load_sampling_dit, loras):
+def test_loras_are_merged_before_the_weights_become_fp8(sampling_dit, loras):
     from hunyuan_model.quantization import Fp8Linear
 
-    merged = load_sampling_dit("--lora_weight", loras[0])
-    quantized = load_sampling_dit("--lora_weight", loras[0], "--fp8")
+    merged = sampling_dit("--lora_weight", loras[0])
+    quantized = sampling_dit("--lora_weight", loras[0], "--fp8")
     layers = {name: module for name, module in quantized.named_modules() if isinstance(module, Fp8Linear)}
     assert len(layers) == 3 * 8 + 6 * 2
     for name, layer in layers.items():
@@ -139,7 +139,7 @@ def test_loras_are_merged_before_the_weights_become_fp8(load_sampling_dit, loras
 
 
 def test_a_lora_on_a_file_that_is_fp8_already_is_not_lost_in_rounding(
-    load_sampling_dit, dit_inputs, loras, tiny_models, tmp_path
+    sampling_dit, dit_inputs, loras, tiny_models, tmp_path
 ):
     from utils.safetensors_utils import save_file
 
@@ -149,7 +149,7 @@ def test_a_lora_on_a_file_that_is_fp8_already_is_not_lost_in_rounding(
     options = ["--dit", tmp_path / "fp8.safetensors", "--fp8"]
     weak = ["--lora_weight", loras[0], "--lora_multiplier", 0.02]
     change = [
-        load_sampling_dit(*words, *weak)(*dit_inputs) - load_sampling_dit(*words)(*dit_inputs)
+        sampling_dit(*words, *weak)(*dit_inputs) - sampling_dit(*words)(*dit_inputs)
         for words in (options, ["--dit", tmp_path / "fp8.safetensors"])
     ]
     assert (change[0] - change[1]).norm() <= 0.02 * change[1].norm()

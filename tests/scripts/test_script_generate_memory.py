@@ -74,7 +74,7 @@ def test_dry_run_of_saved_latents_plans_their_decoding(tiny_models, tmp_path, mo
 
 
 def test_what_vram_gb_chooses_is_said_once_and_finished_lines_stay_finished(generate, tmp_path, capfd, monkeypatch):
-    from utils.video_io import read_metadata
+    from modules.generation.outputs import read_settings
 
     monkeypatch.setattr("modules.memory.plan.DEVICE_OVERHEAD", 0)
     (tmp_path / "prompts.txt").write_text("cat --w 50 --d 1\n")
@@ -86,8 +86,8 @@ def test_what_vram_gb_chooses_is_said_once_and_finished_lines_stay_finished(gene
     assert re.search(r"settings +--fp8", said.out)
     assert said.err.count("width 50") == 1
     (path,) = out.iterdir()
-    assert read_metadata(path)["fp8"] is True
-    assert not {"vram_gb", "dry_run"} & set(read_metadata(path))
+    assert read_settings(path)["fp8"] is True
+    assert not {"vram_gb", "dry_run"} & set(read_settings(path))
     generate(*words)
     assert "1 of 1 prompts are finished" in capfd.readouterr().out
 
@@ -127,15 +127,15 @@ def test_only_swapped_blocks_pass_through_main_memory(tiny_models, monkeypatch):
     from hunyuan_model import checkpoints
     from hunyuan_model.block_swap import swapped_blocks
     from hunyuan_model.checkpoints.load import _Weights
-    from hv_generate_video import load_merged_dit
+    from modules.generation.models import load_merged_dit
     from modules.generation.options import parse_generation_options
 
     monkeypatch.setattr(_Weights, "_finite", lambda self, name, tensor: tensor)
     monkeypatch.setattr(checkpoints, "load_dit", lambda *words, load=checkpoints.load_dit, **_: load(*words))
     models = [f"--{name}={path}" for name, path in vars(tiny_models).items()]
-    words = [*models, "--prompt=a cat", "--save_path=out", "--blocks_to_swap=4"]
+    words = [*models, "--prompt=a cat", "--save_path=out", "--blocks_to_swap=4", "--fp8"]
     options = parse_generation_options("", words)
-    dit = load_merged_dit(options, torch.device("meta"), fp8=True)
+    dit = load_merged_dit(options, torch.device("meta"))
     swapped = swapped_blocks(4, len(dit.double_blocks), len(dit.single_blocks))
     for index, block in enumerate(dit.blocks):
         assert {weight.device.type for weight in block.parameters()} == {"cpu" if index in swapped else "meta"}
@@ -143,16 +143,16 @@ def test_only_swapped_blocks_pass_through_main_memory(tiny_models, monkeypatch):
 
 
 def test_a_merge_before_fp8_never_holds_the_wide_weights(tiny_models, loras, tmp_path):
-    from hv_generate_video import load_merged_dit
+    from modules.generation.models import load_merged_dit
     from modules.generation.options import parse_generation_options
     from modules.memory.meter import MemoryMeter, nbytes
     from utils.safetensors_utils import save_file
 
     save_file(torch.load(tiny_models.dit, weights_only=True)["module"], tmp_path / "dit.safetensors")  # .pt is mapped
     models = [f"--{name}={path}" for name, path in (vars(tiny_models) | {"dit": tmp_path / "dit.safetensors"}).items()]
-    words = [*models, "--prompt=a cat", "--save_path=out", f"--lora_weight={loras[0]}"]
+    words = [*models, "--prompt=a cat", "--save_path=out", "--fp8", f"--lora_weight={loras[0]}"]
     with MemoryMeter() as meter:
-        dit = load_merged_dit(parse_generation_options("", words), torch.device("cpu"), fp8=True)
+        dit = load_merged_dit(parse_generation_options("", words), torch.device("cpu"))
     weights = list(dit.parameters())
     held, wide = sum(map(nbytes, weights)) + loras[0].stat().st_size, sum(weight.numel() for weight in weights) * 4
     assert held < 0.7 * wide

@@ -1,0 +1,152 @@
+"""From requests to jobs: seeds are drawn, files are named, and what an earlier run has finished is left out.
+
+The files of a video begin with `{time}_{i}_{seed}`. A line of a prompt file adds `_{key}`, a hash of everything that
+decides how the video looks. By its key a later run with the same prompt file finds what is finished.
+"""
+
+import dataclasses
+import hashlib
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+from hunyuan_model.checkpoints import read_vae_config
+from modules.generation.options import GenerationOptions, drawn_seed, video_settings
+from modules.generation.outputs import Job, OutputFolder, load_latents, remove_leftovers, sampled_stem
+from modules.generation.requests import Request, parse_line
+from modules.generation.variants import conditioned
+from utils.errors import UserError
+from utils.processes import process_share
+
+KEY_LENGTH = 10
+
+
+def new_job(
+    options: GenerationOptions, request: Request, index: int, key: str | None = None, sampled: str | None = None
+) -> Job:
+    """The job that makes a request.
+
+    Args:
+        index: position of the request among all of this run, for the name.
+        key: of a line of a prompt file.
+        sampled: stem of latents that an earlier run has saved for this line; the job takes it with its seed.
+    """
+    if sampled is not None:
+        request = dataclasses.replace(request, seed=int(sampled.split("_")[-2]))
+    elif request.seed is None:
+        request = dataclasses.replace(request, seed=drawn_seed())
+    request = conditioned(request, options.dit)
+    name = sampled or stem(time_stamp(), index, request.seed, key)
+    return Job(request, name, None if options.output.no_metadata else video_settings(options, request))
+
+
+def unfinished_jobs(options: GenerationOptions, requests: Sequence[Request], typed: GenerationOptions) -> list[Job]:
+    """The lines of a prompt file that are not finished; under `accelerate launch` the share of this process.
+
+    Args:
+        typed: the options before --vram_gb changed them. They decide the keys, so that another --vram_gb does not make
+            finished lines again.
+    """
+    outputs = OutputFolder(options.output.save_path, options.output.output_type)
+    rank, world = process_share()
+    keyed = list(enumerate(zip(requests, run_keys(requests, video_identity(typed)), strict=True)))[rank::world]
+    found = outputs.by_key()
+    pending = [(index, request, key) for index, (request, key) in keyed if not outputs.is_finished(key, found[key])]
+    if len(pending) < len(keyed):
+        print(f"{len(keyed) - len(pending)} of {len(keyed)} prompts are finished and skipped")
+    for _, _, key in pending:
+        remove_leftovers(found[key])
+    return [new_job(options, request, index, key, sampled_stem(key, found[key])) for index, request, key in pending]
+
+
+def interactive_jobs(options: GenerationOptions) -> Iterator[Job]:
+    """Reads a prompt from the terminal whenever the next job is asked for; an empty line or the end of input ends."""
+    print("prompt with options (A cat --w 960 --h 544 --d 42), an empty line ends")
+    for index, line in enumerate(iter(_next_line, "")):
+        try:
+            job = new_job(options, options.prompt.valid(parse_line(line, options.prompt.request())), index)
+        except UserError as error:
+            print(f"error: {error}", file=sys.stderr)
+            continue
+        yield job
+
+
+def _next_line() -> str:
+    try:
+        return input("> ").strip()
+    except EOFError:
+        return ""
+
+
+def saved_latent_jobs(options: GenerationOptions) -> list[Job]:
+    """The files of --latent_path, read and checked, as jobs that only decode.
+
+    Raises:
+        UserError: a file holds no latents, or latents of another VAE.
+    """
+    channels, output, jobs = read_vae_config(options.vae.vae).latent_channels, options.output, []
+    for index, path in enumerate(output.latent_path):
+        latents, settings = load_latents(path)
+        if latents.shape[1] != channels:
+            raise UserError(f"{path}: latents with {latents.shape[1]} channels, this VAE has {channels}")
+        job = decoding_job(path, settings, index, options.prompt.fps, not output.no_metadata)
+        jobs.append(dataclasses.replace(job, latents=latents))
+    return jobs
+
+
+def decoding_job(path: Path, settings: Mapping[str, object], index: int, fps: int | None, metadata: bool) -> Job:
+    """The job that makes a video of saved latents, without the latents.
+
+    Args:
+        settings: those inside the file.
+        index: position of the file among all of this run, for the name.
+        fps: frames per second of the video; None for those of the settings.
+        metadata: whether the video gets the settings.
+
+    Raises:
+        UserError: the frames per second of the settings are not a whole number.
+    """
+    saved, seed = str(settings.get("fps", Request.fps)), str(settings.get("seed"))
+    if fps is None and (not saved.isdecimal() or int(saved) == 0):
+        raise UserError(f"{path}: its settings say fps {saved}, a whole number is expected; give --fps")
+    name = f"{stem(time_stamp(), index, int(seed) if seed.isdecimal() else None)}_{path.stem.removesuffix('_latent')}"
+    return Job(Request(fps=fps or int(saved)), name, settings if metadata and settings else None)
+
+
+def time_stamp() -> str:
+    """The time of day as file names have it."""
+    return time.strftime("%Y%m%d-%H%M%S")
+
+
+def stem(stamp: str, index: int, seed: int | None, key: str | None = None) -> str:
+    """`{time}_{i}_{seed}`, and `_{key}` for a line of a prompt file."""
+    return "_".join(str(part) for part in (stamp, index, seed, key) if part is not None)
+
+
+def run_keys(requests: Sequence[Request], identity: object) -> list[str]:
+    """A key for each line of a prompt file, the same in every run.
+
+    Equal lines get different keys by their order. A line keeps its key when other lines are added or removed.
+
+    Args:
+        identity: what else decides how the videos look, such as model files; anything with a stable repr.
+    """
+    keys, seen = [], {}
+    for request in requests:
+        seen[request] = seen.get(request, 0) + 1
+        line = repr((request, seen[request], identity))
+        keys.append(hashlib.sha256(line.encode()).hexdigest()[:KEY_LENGTH])
+    return keys
+
+
+def video_identity(options: GenerationOptions) -> list[object]:
+    """What decides how a video looks apart from its request: some options, and size and date of the model files.
+
+    Options that only trade memory for time are not in it.
+    """
+    dit, text, vae, lora, speed = options.dit, options.text, options.vae, options.lora, options.speed
+    files = [dit.dit, vae.vae, text.text_encoder1, text.text_encoder2, *lora.lora_weight]
+    states = [(str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns) for path in files if path]
+    dtypes = [dit.dit_dtype, vae.vae_dtype, text.text_encoder_dtype, text.fp8_llm, speed.fp8, speed.fp8_fast]
+    return [states, dtypes, lora.merged(), lora.exclude_single_blocks, speed.step_cache]
