@@ -138,7 +138,7 @@ def test_adafactor_sets_its_own_rate_unless_told_otherwise() -> None:
         ({"optimizer_args": ["weight_decay"]}, "key=value"),
         ({"optimizer_args": ["weight_decay=0.1", "weight_decay=0.2"]}, "given twice"),
         ({"optimizer_args": ["amsgrad=true"]}, "'true' is not a Python value"),
-        ({"optimizer_args": ["weight_decay=__import__('os')"]}, "no Python value"),
+        ({"optimizer_args": ["weight_decay=__import__('os')"]}, "not a Python value"),
         ({"optimizer_args": ["lr=0.1"]}, "set by --learning_rate"),
     ],
 )
