@@ -26,8 +26,15 @@ import torch
 
 from benchmarks.comparison import Comparison, print_comparisons
 from dataset.config_utils import load_dataset_config
-from dataset.intake import take_in
-from dataset.latent_caching import LatentWriter, Outcome, begin, encode, load_members, tasks_of
+from dataset.latent_caching import (
+    LatentWriter,
+    Outcome,
+    decode_task,
+    encode_clips,
+    members_of_process,
+    plan_tasks,
+)
+from dataset.scan import scan_datasets
 from examples.tiny_models import write_tiny_models
 from tests.media_samples import write_caption, write_video
 
@@ -66,8 +73,8 @@ def write_clips(folder: Path, count: int, frames: int, size: tuple[int, int]) ->
 
 def tasks_from(config: Path):
     with contextlib.redirect_stderr(io.StringIO()):
-        (dataset,) = take_in(load_dataset_config(config))
-    return dataset, tasks_of(dataset, begin(dataset, 0, 1), 1)
+        (dataset,) = scan_datasets(load_dataset_config(config))
+    return dataset, plan_tasks(dataset, members_of_process(dataset, 0, 1), 1)
 
 
 def run_writer(config: Path, vae: AveragingVae) -> float:
@@ -95,11 +102,11 @@ def overlap(folder: Path) -> Iterator[Comparison]:
     vae = AveragingVae(passes=6)
     _, tasks = tasks_from(config)
     start = time.perf_counter()
-    loaded = [load_members(task).pixels for task in tasks[:4]]
+    loaded = [decode_task(task).pixels for task in tasks[:4]]
     decoding = (time.perf_counter() - start) * len(tasks) / 4
     start = time.perf_counter()
     for pixels in loaded:
-        encode(vae, pixels, ["clip"], torch.device("cpu"), torch.float32)
+        encode_clips(vae, pixels, ["clip"], torch.device("cpu"), torch.float32)
     encoding = (time.perf_counter() - start) * len(tasks) / 4
     both, longer = run_writer(config, vae), max(decoding, encoding)
     yield Comparison("caching 12 clips: time", both, longer, "s", "the longer of decoding and encoding alone", None)
@@ -109,7 +116,7 @@ def again(folder: Path) -> Iterator[Comparison]:
     config = write_clips(folder, 300, 9, (64, 32))
     vae = write_tiny_models(folder / "models").vae
     command = [sys.executable, "cache_latents.py", "--dataset_config", config, "--vae", vae, "--device", "cpu"]
-    modules = "cache_latents, dataset.intake, dataset.latent_caching, dataset.report, hunyuan_model.checkpoints"
+    modules = "cache_latents, modules.caching.latents"
     imports = f"import {modules}"
     seconds = {}
     for name, words in (("first", command), ("second", command), ("imports", [sys.executable, "-c", imports])):

@@ -1,7 +1,7 @@
-"""The arithmetic of a dataset: sizes of buckets, resize and crop, clips of a video, resampling in time.
+"""The arithmetic of a dataset: bucket sizes, resize and crop, the clips of a video, resampling in time.
 
-Pure functions of numbers; the rules are those of the reference tool (dataset_config.md shows them with pictures).
-Sizes are (width, height) in pixels.
+Pure functions of numbers. The rules are those of the reference tool; dataset_config.md shows them with drawings.
+A size is (width, height) in pixels.
 """
 
 import bisect
@@ -23,7 +23,11 @@ def _floor_to_step(pixels: int) -> int:
 
 @functools.cache
 def bucket_sizes(resolution: Size) -> tuple[Size, ...]:
-    """All sizes of about the area of `resolution`, sorted: widths in steps of 16, heights fill the area, and turned."""
+    """All bucket sizes with about the area of `resolution`, sorted.
+
+    Widths grow in steps of 16 from half the side of the square of that area up to its side. Each height is the largest
+    multiple of 16 that does not exceed the area. Every size is also listed with width and height exchanged.
+    """
     area = resolution[0] * resolution[1]
     side = math.isqrt(area)
     sizes = set()
@@ -34,10 +38,10 @@ def bucket_sizes(resolution: Size) -> tuple[Size, ...]:
 
 
 def choose_bucket(size: Size, settings: DatasetSettings) -> Size:
-    """The bucket of an item: the one of nearest aspect ratio, or what the settings prescribe.
+    """The bucket of an image or video of this size: the one with the nearest aspect ratio, unless the settings fix it.
 
     Raises:
-        ValueError: `bucket_no_upscale` leaves less than one step of the item.
+        ValueError: with `bucket_no_upscale`, a side is shorter than 16 pixels.
     """
     width, height = size
     if not settings.enable_bucket:
@@ -50,71 +54,75 @@ def choose_bucket(size: Size, settings: DatasetSettings) -> Size:
 
 
 @dataclass(frozen=True)
-class Fit:
-    """How pixels of one size fill a bucket: scaled to `scaled`, then cropped from (left, top)."""
+class ResizeCrop:
+    """How a picture is brought to the size of its bucket: resized to `resized`, then cropped at (left, top)."""
 
     scale: float
-    scaled: Size
+    resized: Size
     left: int
     top: int
 
 
-def fit_to_bucket(size: Size, bucket: Size) -> Fit:
-    """Scale so that the bucket is covered, then a centre crop."""
+def resize_crop(size: Size, bucket: Size) -> ResizeCrop:
+    """The smallest scale at which a picture of `size` covers the bucket, and the centre crop."""
     scale = max(bucket[0] / size[0], bucket[1] / size[1])
-    scaled = (int(size[0] * scale + 0.5), int(size[1] * scale + 0.5))
-    return Fit(scale, scaled, (scaled[0] - bucket[0]) // 2, (scaled[1] - bucket[1]) // 2)
+    resized = (int(size[0] * scale + 0.5), int(size[1] * scale + 0.5))
+    return ResizeCrop(scale, resized, (resized[0] - bucket[0]) // 2, (resized[1] - bucket[1]) // 2)
 
 
 @dataclass(frozen=True, order=True)
-class Clip:
-    """Frames start .. start + length - 1 of a video (after any resampling)."""
+class FrameSpan:
+    """The frames of a clip: `length` consecutive frames of a video from `start` on, counted after resampling."""
 
     start: int
     length: int
 
 
-def clips_of_target(target: int, frames: int, settings: DatasetSettings) -> list[Clip]:
-    """The clips of `target` frames that `settings.frame_extraction` takes from a video of `frames` frames."""
-    if target > frames:
+def spans_of_length(length: int, frames: int, settings: DatasetSettings) -> list[FrameSpan]:
+    """The spans of `length` frames that `settings.frame_extraction` takes from a video of `frames` frames."""
+    if length > frames:
         return []
-    last = frames - target
+    last = frames - length
     match settings.frame_extraction:
         case "chunk":
-            starts = range(0, last + 1, target)
+            starts = range(0, last + 1, length)
         case "slide":
             starts = range(0, last + 1, settings.frame_stride)
         case "uniform":
-            # Truncated positions of an even spacing; equal ones would be the same clip twice. numpy rounds the spacing
-            # as the reference tool does, so that caches of that tool are found.
+            # Evenly spaced starts, truncated to whole frames; duplicates are dropped. np.linspace rounds the spacing as
+            # the reference tool does, so caches of that tool get the same names.
             starts = np.unique(np.linspace(0, last, settings.frame_sample, dtype=int)).tolist()
         case _:
             starts = range(1)
-    return [Clip(start, target) for start in starts]
+    return [FrameSpan(start, length) for start in starts]
 
 
-def clips_of_video(frames: int, settings: DatasetSettings) -> dict[int, list[Clip]]:
-    """Clips per target of a video of `frames` frames; an empty list says that the video is too short for a target."""
+def spans_of_video(frames: int, settings: DatasetSettings) -> dict[int, list[FrameSpan]]:
+    """All spans taken from a video of `frames` frames, by length; the list is empty where the video is too short."""
     if settings.frame_extraction == "full":
-        target = valid_frames(min(frames, settings.max_frames))
-        return {target: [Clip(0, target)]}
-    return {target: clips_of_target(target, frames, settings) for target in settings.target_frames}
+        length = valid_frames(min(frames, settings.max_frames))
+        return {length: [FrameSpan(0, length)]}
+    return {length: spans_of_length(length, frames, settings) for length in settings.target_frames}
 
 
 def resampled_count(last_time: float, fps: float) -> int:
-    """Frames at `fps` of a video whose last frame is shown `last_time` seconds after its first.
+    """Number of frames at `fps` of a video whose last frame is shown `last_time` seconds after its first.
 
-    A quarter of a frame of tolerance keeps the last one where a container rounds its times to milliseconds.
+    A quarter of a frame of tolerance keeps the last frame where a container rounds its timestamps to milliseconds.
     """
     return int(last_time * fps + 0.25) + 1
 
 
 def resampled_indices(times: Sequence[float], fps: float) -> list[int]:
-    """For each k the frame that is nearest to k / fps, the earlier of two; `times` ascend from 0, in seconds."""
+    """For each k, the index of the frame nearest in time to k / fps; of two equally near ones, the earlier.
+
+    Args:
+        times: when each frame is shown, in seconds; ascending from 0.
+    """
     indices = []
     for k in range(resampled_count(times[-1], fps)):
         after = min(bisect.bisect_left(times, k / fps), len(times) - 1)
         before = max(after - 1, 0)
-        # A microsecond decides ties alike, whatever the rounding of the times.
+        # A tolerance of one microsecond, so that rounding errors of the times do not decide a tie.
         indices.append(before if k / fps - times[before] <= times[after] - k / fps + 1e-6 else after)
     return indices

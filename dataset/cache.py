@@ -1,17 +1,14 @@
-"""Cache files: names, tensors, what made them, and whether they can still be used.
+"""Cache files: their names and tensors, the provenance stored in them, and whether a file can still be used.
 
-Layout and names are those of musubi-tuner (FORMATS: latent cache 1.0.1, text cache 1.0.1), so both tools read each
-other's files. One more metadata key, `made_from`, holds as JSON what a file was made from; a run compares it with what
-it would make now, without opening any media. Latents are stored unscaled.
+Names and layout are those of musubi-tuner (docs/formats.md: latent cache 1.0.1, text cache 1.0.1), so both tools read
+each other's files. Ours add one metadata key, `made_from`: the file's provenance as JSON, which is everything that its
+tensors depend on. A caching run compares it with the provenance of the file that it would write now, and need not open
+any media for that. Latents are stored unscaled.
 """
 
-import hashlib
 import json
-import os
-import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,17 +16,16 @@ import torch
 
 from utils.device_utils import dtype_word
 from utils.errors import UserError
-from utils.files import TEMPORARY_SUFFIX, write_text
+from utils.files import TEMPORARY_SUFFIX
 from utils.safetensors_utils import TensorInfo, load_file, read_header, save_file
 
 ARCHITECTURE = "hunyuan_video"
 FORMAT_VERSION = "1.0.1"
-# Raised when this program would make different tensors from the same inputs.
+# Part of every provenance; raised when this program would make different tensors from the same inputs.
 CACHE_VERSION = 1
+PROVENANCE_KEY = "made_from"
 LATENT_SUFFIX = "_hv.safetensors"
 TEXT_SUFFIX = "_hv_te.safetensors"
-# Kind of the manifests in which each caching process lists the items that it could not make.
-FAILURES = "failures-"
 LATENT_CHANNELS = 16
 # Unscaled latents have a standard deviation of about 2.1, scaled ones (x 0.476986) of about 1.
 SCALED_STD_LIMIT = 1.45
@@ -45,25 +41,8 @@ def text_cache_path(directory: Path, name: str) -> Path:
     return directory / f"{name}{TEXT_SUFFIX}"
 
 
-def file_identity(path: str | os.PathLike, whole: bool = False) -> str:
-    """Identity of a file or folder: sizes and a hash of the ends of each file, or of all that is in it when `whole`.
-
-    Neither path nor modification time count, so models and media may be moved or copied.
-    """
-    path, ends = Path(path), 1 << 20
-    digest, total = hashlib.blake2b(digest_size=16), 0
-    for file in sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]:
-        size = file.stat().st_size
-        total += size
-        with open(file, "rb") as stream:
-            name = os.fsencode(file.name if path.is_dir() else "")
-            digest.update(name + f":{size}:".encode() + stream.read(-1 if whole else ends))
-            stream.seek(max(size - ends, 0))
-            digest.update(stream.read(ends))
-    return f"{total}-{digest.hexdigest()}"
-
-
-def _require_finite(tensors: Mapping[str, torch.Tensor]) -> None:
+def require_finite(tensors: Mapping[str, torch.Tensor]) -> None:
+    """Raises ValueError, naming the tensor, if any value is infinite or NaN."""
     for name, tensor in tensors.items():
         if not torch.isfinite(tensor).all():
             raise ValueError(f"{name} holds values that are not finite")
@@ -74,19 +53,19 @@ def write_latent_cache(
     latents: torch.Tensor,
     size: tuple[int, int],
     frame_count: int | None,
-    made_from: Mapping[str, Any],
+    provenance: Mapping[str, Any],
 ) -> None:
     """Writes unscaled latents (16, f, h, w) in the tensor's own dtype.
 
     Args:
         size: (width, height) of the original media.
         frame_count: frames of a clip, None for an image.
-        made_from: what the latents depend on, see `check_latents`.
+        provenance: what the latents depend on, see `check_latents`.
 
     Raises:
         ValueError: the latents are not finite; nothing is written.
     """
-    _require_finite({"the latents": latents})
+    require_finite({"the latents": latents})
     _, f, h, w = latents.shape
     metadata = {
         "architecture": ARCHITECTURE,
@@ -94,7 +73,7 @@ def write_latent_cache(
         "height": str(size[1]),
         "format_version": FORMAT_VERSION,
         **({} if frame_count is None else {"frame_count": str(frame_count)}),
-        "made_from": json.dumps({"version": CACHE_VERSION, **made_from}),
+        PROVENANCE_KEY: json.dumps({"version": CACHE_VERSION, **provenance}),
     }
     save_file({f"latents_{f}x{h}x{w}_{dtype_word(latents.dtype)}": latents}, path, metadata)
 
@@ -106,11 +85,16 @@ def write_text_cache(
     clip: torch.Tensor,
     clip_mask: torch.Tensor,
     caption: str,
-    made_from: Mapping[str, Any],
+    provenance: Mapping[str, Any],
 ) -> None:
-    """Writes the embeddings of one caption: llm (256, D), llm_mask (256,), clip (D2,), clip_mask (77,).
+    """Writes the embeddings of one caption.
 
-    `made_from` is what they depend on besides the caption, see `check_text`.
+    Args:
+        llm: hidden states (256, D) of the LLM.
+        llm_mask: (256,), 1 for valid tokens.
+        clip: pooled output (D2,) of CLIP.
+        clip_mask: (77,), 1 for valid tokens.
+        provenance: what the embeddings depend on besides the caption, see `check_text`.
 
     Raises:
         ValueError: an embedding is not finite; nothing is written.
@@ -121,17 +105,17 @@ def write_text_cache(
         f"clipL_{dtype_word(clip.dtype)}": clip,
         "clipL_mask": clip_mask.to(torch.int64),
     }
-    _require_finite(tensors)
+    require_finite(tensors)
     metadata = {
         "architecture": ARCHITECTURE,
         "caption1": caption,
         "format_version": FORMAT_VERSION,
-        "made_from": json.dumps({"version": CACHE_VERSION, **made_from}),
+        PROVENANCE_KEY: json.dumps({"version": CACHE_VERSION, **provenance}),
     }
     save_file(tensors, path, metadata)
 
 
-def _tensor_called(path: Path, tensors: Mapping[str, torch.Tensor], prefix: str) -> torch.Tensor:
+def _tensor_with_prefix(path: Path, tensors: Mapping[str, torch.Tensor], prefix: str) -> torch.Tensor:
     for name, tensor in tensors.items():
         if name.startswith(prefix) and not name.endswith("_mask"):
             return tensor
@@ -140,75 +124,83 @@ def _tensor_called(path: Path, tensors: Mapping[str, torch.Tensor], prefix: str)
 
 def read_latent_cache(path: Path) -> torch.Tensor:
     """Unscaled latents (16, f, h, w) in float32."""
-    return _tensor_called(path, load_file(path), "latents_").float()
+    return _tensor_with_prefix(path, load_file(path), "latents_").float()
 
 
 def read_text_cache(path: Path) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """LLM states (256, D) float32, their mask (256,) int64, pooled CLIP (D2,) float32."""
+    """LLM states (256, D) float32, their mask (256,) int64, pooled CLIP output (D2,) float32."""
     tensors = load_file(path)
     if "llm_mask" not in tensors:
         raise UserError(f"{path}: no tensor 'llm_mask' in this cache; run cache_text_encoder_outputs.py again")
-    llm, clip = _tensor_called(path, tensors, "llm_"), _tensor_called(path, tensors, "clipL_")
+    llm, clip = _tensor_with_prefix(path, tensors, "llm_"), _tensor_with_prefix(path, tensors, "clipL_")
     return llm.float(), tensors["llm_mask"].long(), clip.float()
 
 
 @dataclass(frozen=True)
-class Verdict:
-    """Whether a cache file can be used: `word` is new, changed or kept, `reason` says what changed."""
+class CacheStatus:
+    """Whether a cache file can be used.
 
-    word: str
+    Attributes:
+        state: "new" (there is no file yet), "changed" (the file must be made again) or "kept" (it can be used).
+        reason: why the state is "new" or "changed".
+        by_musubi: the file was made by musubi-tuner.
+    """
+
+    state: str
     reason: str = ""
     by_musubi: bool = False
 
     @property
     def kept(self) -> bool:
-        return self.word == "kept"
+        return self.state == "kept"
 
 
-def _header(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str]] | Verdict:
+def _header(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str]] | CacheStatus:
+    """Tensor infos and metadata of a cache file, or the status of a file that cannot be used at all."""
     if not path.exists():
-        return Verdict("new", "not cached")
+        return CacheStatus("new", "not cached")
     try:
         infos, metadata = read_header(path)
     except UserError:
-        return Verdict("changed", "the cache file is damaged")
+        return CacheStatus("changed", "the cache file is damaged")
     if metadata.get("architecture") != ARCHITECTURE:
-        return Verdict("changed", "the cache file is of another program or model")
+        return CacheStatus("changed", "the cache file was made by another program or for another model")
     return infos, metadata
 
 
 def _changes(metadata: Mapping[str, str], expected: Mapping[str, Any]) -> str:
-    """Names of the things that differ from what the file was made from, empty if none."""
+    """The keys of `expected` whose values differ from the file's provenance, separated by commas."""
     try:
-        found = json.loads(metadata["made_from"])
+        found = json.loads(metadata[PROVENANCE_KEY])
     except json.JSONDecodeError:
-        return "its metadata are damaged"
+        return "its metadata is damaged"
     expected = {"version": CACHE_VERSION, **expected}
     return ", ".join(key for key, value in expected.items() if found.get(key) != value)
 
 
 def check_latents(
-    path: Path, shape: tuple[int, int, int], made_from: Mapping[str, Any], trust_name: bool = False
-) -> Verdict:
-    """Compares a latent cache with what would be written now; reads the header alone.
+    path: Path, shape: tuple[int, int, int], provenance: Mapping[str, Any], trust_name: bool = False
+) -> CacheStatus:
+    """Compares a latent cache with the one that would be written now; reads only its header.
 
     Args:
         shape: (f, h, w) of the latents.
-        made_from: only these keys are compared, so a trainer that does not know the VAE leaves it out.
-        trust_name: the shape must fit, but what it was made from is not compared.
+        provenance: what is expected; keys that it lacks are not compared. The trainer, which has no VAE, leaves the
+            VAE's keys out.
+        trust_name: compare the shape only, not the provenance.
     """
     header = _header(path)
-    if isinstance(header, Verdict):
+    if isinstance(header, CacheStatus):
         return header
     infos, metadata = header
     if not any(name.startswith("latents_") and info.shape == (LATENT_CHANNELS, *shape) for name, info in infos.items()):
-        return Verdict("changed", "bucket or frames")
-    if "made_from" not in metadata:
+        return CacheStatus("changed", "bucket or frames")
+    if PROVENANCE_KEY not in metadata:
         if metadata.get("format_version") == "1.0.0" and _is_scaled(path):
-            return Verdict("changed", "scaled latents of musubi-tuner before 2025-01-08")
-        return Verdict("kept", by_musubi=True)
-    changes = "" if trust_name else _changes(metadata, made_from)
-    return Verdict("changed", changes) if changes else Verdict("kept")
+            return CacheStatus("changed", "scaled latents of musubi-tuner before 2025-01-08")
+        return CacheStatus("kept", by_musubi=True)
+    changes = "" if trust_name else _changes(metadata, provenance)
+    return CacheStatus("changed", changes) if changes else CacheStatus("kept")
 
 
 def _is_scaled(path: Path) -> bool:
@@ -216,153 +208,42 @@ def _is_scaled(path: Path) -> bool:
     return read_latent_cache(path).std().item() < SCALED_STD_LIMIT
 
 
-def check_text(path: Path, caption: str | None, made_from: Mapping[str, Any], trust_name: bool = False) -> Verdict:
-    """Compares a text cache with what would be written now, by its header; a caption of None is not compared."""
-    header = _header(path)
-    if isinstance(header, Verdict):
-        return header
-    infos, metadata = header
-    missing = [p for p in ("llm_mask", "llm_", "clipL_") if not any(name.startswith(p) for name in infos)]
-    if missing:
-        return Verdict("changed", "the cache file is not complete")
-    if trust_name:
-        return Verdict("kept", by_musubi="made_from" not in metadata)
-    if caption is not None and metadata.get("caption1") != caption:
-        return Verdict("changed", "caption")
-    if "made_from" not in metadata:
-        return Verdict("kept", by_musubi=True)
-    changes = _changes(metadata, made_from)
-    return Verdict("changed", changes) if changes else Verdict("kept")
-
-
-@dataclass
-class Manifest:
-    """What the last run of a caching script knew of one dataset; `kind` is "latents" or "text".
-
-    Attributes:
-        sources: per source name what the script wants to remember.
-        sound: per cache file its size and modification time when it was last read whole and found finite.
-        trusted: per cache file what the last run took it for by its name alone, because the user said so.
-    """
-
-    directory: Path
-    kind: str
-    sources: dict[str, dict[str, Any]] = field(default_factory=dict)
-    sound: dict[str, list[int]] = field(default_factory=dict)
-    trusted: dict[str, dict[str, Any]] = field(default_factory=dict)
-
-    @property
-    def path(self) -> Path:
-        return self.directory / f"hv_{self.kind}.manifest.json"
-
-    @classmethod
-    def load(cls, directory: Path, kind: str) -> "Manifest":
-        """The manifest of a directory with what all processes found sound; empty where none is or it is damaged."""
-        manifest = cls._read(directory, kind)
-        for share in manifest._shares().values():
-            manifest.sound |= share.sound
-        return manifest
-
-    @classmethod
-    def _read(cls, directory: Path, kind: str) -> "Manifest":
-        manifest = cls(directory, kind)
-        try:
-            values = json.loads(manifest.path.read_text(encoding="utf-8"))
-            if values["version"] == CACHE_VERSION:
-                manifest.sources, manifest.sound = dict(values["sources"]), dict(values["sound"])
-                manifest.trusted = dict(values.get("trusted", {}))
-        except (OSError, ValueError, KeyError, TypeError):
-            pass
-        return manifest
-
-    def save(self) -> None:
-        """Writes the manifest atomically."""
-        values = {"version": CACHE_VERSION, "sources": self.sources, "sound": self.sound, "trusted": self.trusted}
-        write_text(self.path, json.dumps(values, ensure_ascii=False, indent=1) + "\n")
-
-    def share(self, rank: int) -> "Manifest":
-        """The list, still empty, of what one process found sound: each has its own, so none writes another's file."""
-        return Manifest(self.directory, f"{self.kind}-sound-{rank}")
-
-    def save_share(self, rank: int, mine: Iterable[Path]) -> None:
-        """Saves what a process knows to be sound of the cache files that are its part."""
-        share = self.share(rank)
-        share.sound = {path.name: self.sound[path.name] for path in mine if path.name in self.sound}
-        if share.sound:
-            share.save()
-        else:
-            share.path.unlink(missing_ok=True)
-
-    def save_all(self, world_size: int) -> None:
-        """Saves the manifest when process 0 is done; deletes the lists that no process renews, for it holds these."""
-        self.save()
-        for rank, share in self._shares().items():
-            if rank == 0 or rank >= world_size:
-                share.path.unlink(missing_ok=True)
-
-    def _shares(self) -> dict[int, "Manifest"]:
-        return _by_rank(self.directory, f"{self.kind}-sound-")
-
-    def is_sound(self, path: Path) -> bool:
-        """Whether a cache file is readable and finite throughout; read whole only if it changed since the last time."""
-        stat = path.stat()
-        stamp = [stat.st_size, stat.st_mtime_ns]
-        if self.sound.get(path.name) == stamp:
-            return True
-        try:
-            _require_finite(load_file(path))
-        except (UserError, ValueError):
-            return False
-        self.sound[path.name] = stamp
-        return True
-
-    def mark_sound(self, path: Path) -> None:
-        """Notes that a file was just written, which the writers do with finite tensors only."""
-        stat = path.stat()
-        self.sound[path.name] = [stat.st_size, stat.st_mtime_ns]
-
-
-def failed_items(directory: Path) -> dict[str, list[int]]:
-    """Items that the last caching run could not make, with the stamp of the source they were to be made from."""
-    manifests = failure_manifests(directory).values()
-    return {name: entry["stamp"] for manifest in manifests for name, entry in manifest.sources.items()}
-
-
-def failure_manifests(directory: Path) -> dict[int, Manifest]:
-    """The lists of failed items by the rank of the process that wrote them."""
-    return _by_rank(directory, FAILURES)
-
-
-def _by_rank(directory: Path, stem: str) -> dict[int, Manifest]:
-    found = [re.fullmatch(rf"hv_({stem}(\d+))\.manifest\.json", path.name) for path in directory.glob("hv_*.json")]
-    return {int(match[2]): Manifest._read(directory, match[1]) for match in found if match}
-
-
-@contextmanager
-def kept_when_stopped(shares: Sequence[tuple[Manifest, Sequence[Path]]], rank: int) -> Iterator[None]:
-    """Saves what is known to be sound when the run ends early, so that the next does not read it whole again.
+def check_text(path: Path, caption: str | None, provenance: Mapping[str, Any], trust_name: bool = False) -> CacheStatus:
+    """Compares a text cache with the one that would be written now; reads only its header.
 
     Args:
-        shares: manifests with the cache files that are this process's part; the list may grow meanwhile.
+        caption: the caption that is expected; None: any.
+        provenance: what else is expected; keys that it lacks are not compared.
+        trust_name: check only that the file is complete.
     """
-    try:
-        yield
-    except BaseException:
-        for manifest, mine in shares:
-            with suppress(OSError):  # a full disk must not hide why the run ended
-                manifest.save_share(rank, mine)
-        raise
+    header = _header(path)
+    if isinstance(header, CacheStatus):
+        return header
+    infos, metadata = header
+    if not all(any(name.startswith(prefix) for name in infos) for prefix in ("llm_mask", "llm_", "clipL_")):
+        return CacheStatus("changed", "the cache file is not complete")
+    if trust_name:
+        return CacheStatus("kept", by_musubi=PROVENANCE_KEY not in metadata)
+    if caption is not None and metadata.get("caption1") != caption:
+        return CacheStatus("changed", "caption")
+    if PROVENANCE_KEY not in metadata:
+        return CacheStatus("kept", by_musubi=True)
+    changes = _changes(metadata, provenance)
+    return CacheStatus("changed", changes) if changes else CacheStatus("kept")
 
 
 def orphans(directory: Path, suffix: str, wanted: Iterable[Path]) -> list[Path]:
-    """Cache files with this suffix that belong to no item; they are never used, and never deleted unasked."""
+    """Cache files with this suffix that belong to no item: not in `wanted`. They are deleted only with --prune."""
     names = {path.name for path in wanted}
     return sorted(path for path in directory.glob(f"*{suffix}") if path.name not in names)
 
 
-def remove_leftovers(directory: Path, wanted: Iterable[Path]) -> None:
-    """Removes what killed runs left beside the files `wanted`; no other process may be writing these."""
-    targets = {path.name.encode()[:200].decode(errors="ignore") for path in wanted}
+def remove_partial_files(directory: Path, targets: Iterable[Path]) -> None:
+    """Removes the temporary files that killed runs left when they wrote `targets`.
+
+    No other process may be writing these files at the same time.
+    """
+    names = {path.name.encode()[:200].decode(errors="ignore") for path in targets}
     for path in directory.glob(f"*{TEMPORARY_SUFFIX}"):
-        if path.name.removesuffix(TEMPORARY_SUFFIX).rpartition(".")[0] in targets:
+        if path.name.removesuffix(TEMPORARY_SUFFIX).rpartition(".")[0] in names:
             path.unlink(missing_ok=True)

@@ -1,7 +1,7 @@
-"""Batches for training, read from caches alone.
+"""Batches for training, read from cache files only.
 
-Which items there are is decided by the config: the media folder where it exists, else the manifest that
-cache_latents.py left in the cache directory. Files that lie there besides are not looked at.
+The items of a dataset are those of its media folder or JSONL file; where that does not exist on this machine, those of
+the manifest that cache_latents.py wrote into the cache directory. Other files in the cache directory are ignored.
 """
 
 import hashlib
@@ -14,18 +14,10 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from dataset.cache import (
-    Manifest,
-    Verdict,
-    check_latents,
-    check_text,
-    failed_items,
-    read_latent_cache,
-    read_text_cache,
-    text_cache_path,
-)
+from dataset.cache import CacheStatus, check_latents, check_text, read_latent_cache, read_text_cache, text_cache_path
 from dataset.config_utils import DatasetConfig, DatasetSettings
-from dataset.items import Item, Probe, made_from, plan_items
+from dataset.items import Item, MediaInfo, item_provenance, plan_items
+from dataset.manifest import Manifest, failed_items
 from dataset.sources import list_sources
 from utils.errors import UserError
 
@@ -44,19 +36,25 @@ class Batch:
 
 @dataclass(frozen=True)
 class TrainingItem:
-    """Where one item's tensors lie."""
+    """The cache files of one item."""
 
     name: str
     source: str
     latents: Path
     text: Path
     bucket: str
-    tokens: int  # size of the latents, to find the largest batch
+    positions: int  # f * h * w of the latents, to find the largest batch
 
 
 @dataclass
 class CachedItems:
-    """The items of a dataset whose caches can be used, why others cannot, and what is worth a note."""
+    """What a look at the caches of a dataset found.
+
+    Attributes:
+        items: those whose caches can be used.
+        problems: why training cannot start, one line for each caching script that must run.
+        notes: what the user should know, such as files that are left out.
+    """
 
     items: list[TrainingItem] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
@@ -68,7 +66,7 @@ class _Bucket:
     dataset: int
     name: str
     batch_size: int
-    items: tuple[TrainingItem, ...]  # each as often as it is seen in an epoch
+    items: tuple[TrainingItem, ...]  # each item num_repeats times
 
 
 def _generator(*parts: object) -> torch.Generator:
@@ -81,20 +79,21 @@ def _shuffled(things: Sequence[Any], generator: torch.Generator) -> list[Any]:
 
 
 class TrainingDataset(torch.utils.data.Dataset):
-    """Map-style dataset whose item i is the i-th batch of the epoch; use it with `DataLoader(batch_size=None)`.
+    """Map-style dataset whose element i is the i-th batch of the epoch; use it with `DataLoader(batch_size=None)`.
 
-    The order is a function of (seed, epoch) alone, so any number of workers sees the same batches and a run can begin
-    in the middle of an epoch. Batches never mix buckets or datasets, and incomplete ones are kept.
+    The order of the batches depends on seed and epoch only, so it is the same for any number of workers, and a run can
+    start in the middle of an epoch. A batch never mixes buckets or datasets. Incomplete batches are kept.
 
     Args:
         config: the dataset config.
-        seed: of the order.
+        seed: for the order.
         subset: "train" or "validation".
-        validation_split: share of the sources (not clips) of each dataset that belong to "validation".
-        items_of: looks at the caches of a dataset; one that remembers serves both subsets with one look.
+        validation_split: fraction of the sources (not clips) of each dataset that belongs to "validation".
+        items_of: used instead of `cached_items`. A function that remembers its results saves reading the caches once
+            for each subset.
 
     Raises:
-        UserError: items without a cache, or whose cache is out of date; says how many, why, and which script to run.
+        UserError: an item has no cache or its cache is out of date; says how many, why, and which script to run.
     """
 
     def __init__(
@@ -108,7 +107,7 @@ class TrainingDataset(torch.utils.data.Dataset):
     ) -> None:
         self.seed = seed
         self.subset = subset
-        # Shared memory, so that workers that live through several epochs see the change.
+        # In shared memory, so that workers that persist over several epochs see the change.
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
         self._order: tuple[int, list[tuple[int, list[TrainingItem]]]] | None = None
         self.notes: list[str] = []
@@ -141,19 +140,19 @@ class TrainingDataset(torch.utils.data.Dataset):
 
     @property
     def num_items(self) -> int:
-        """Items of an epoch, repeats counted."""
+        """Items per epoch, repeats included."""
         return sum(len(bucket.items) for bucket in self._buckets)
 
     def __len__(self) -> int:
-        """Batches of an epoch."""
+        """Batches per epoch."""
         return sum(-(-len(bucket.items) // bucket.batch_size) for bucket in self._buckets)
 
     def set_epoch(self, epoch: int) -> None:
-        """Chooses the order of the batches; takes effect in running workers when they begin their next pass."""
+        """Sets the epoch, which decides the order; running workers use it from their next iteration on."""
         self._epoch.fill_(epoch)
 
     def _batches(self, epoch: int) -> list[tuple[int, list[TrainingItem]]]:
-        """(bucket number, items) of each batch of an epoch, in order."""
+        """(number of the bucket, items) of each batch of an epoch, in order."""
         if self._order is None or self._order[0] != epoch:
             batches = []
             for number, bucket in enumerate(self._buckets):
@@ -168,20 +167,20 @@ class TrainingDataset(torch.utils.data.Dataset):
         return self.batch_of(int(self._epoch), index)
 
     def batch_of(self, epoch: int, index: int) -> Batch:
-        """A batch of any epoch, whatever `set_epoch` says: for loaders that read ahead into the next epoch."""
+        """A batch of any epoch, regardless of `set_epoch`: for loaders that read ahead into the next epoch."""
         number, items = self._batches(epoch)[index]
         return _load(items, self._buckets[number].name)
 
     def names_of(self, index: int) -> list[str]:
-        """Names of the items of a batch, without reading them."""
+        """Names of the items of a batch, without reading their caches."""
         return [item.name for item in self._batches(int(self._epoch))[index][1]]
 
     def largest_batch(self) -> Batch:
-        """The batch that needs the most memory: the most latents at once, with captions as long as any may be."""
-        bucket = max(self._buckets, key=lambda b: b.items[0].tokens * min(b.batch_size, len(b.items)))
+        """The batch that needs the most memory: with the most latents, and with captions of the maximum length."""
+        bucket = max(self._buckets, key=lambda b: b.items[0].positions * min(b.batch_size, len(b.items)))
         batch = _load(bucket.items[: bucket.batch_size], bucket.name)
         batch.text_mask.fill_(1)
-        batch.text_mask[1:, -1] = 0  # captions of several lengths need a mask, and attention with a mask more memory
+        batch.text_mask[1:, -1] = 0  # captions of unequal length need an attention mask, which takes more memory
         return batch
 
     def description(self) -> dict[str, Any]:
@@ -206,15 +205,15 @@ def _load(items: Sequence[TrainingItem], bucket: str) -> Batch:
 
 
 def _subset(items: list[TrainingItem], subset: str, validation_split: float) -> list[TrainingItem]:
-    """The items of one side of the split; whole sources are held out, chosen by their names alone."""
+    """The items of one side of the split. Whole sources are held out; hashes of their names decide which."""
     sources = sorted({item.source for item in items}, key=lambda name: hashlib.blake2b(name.encode()).digest())
     count = min(round(len(sources) * validation_split) or 1, len(sources) - 1) if validation_split > 0 else 0
     held_out = set(sources[: max(count, 0)])
     return [item for item in items if (item.source in held_out) == (subset == "validation")]
 
 
-class _Faults:
-    """Why caches of a dataset cannot be used, gathered for one line per script."""
+class _CacheProblems:
+    """Collects why caches of a dataset cannot be used, for one line that names the script to run."""
 
     def __init__(self, script: str) -> None:
         self.script = script
@@ -232,22 +231,23 @@ class _Faults:
 
 
 def cached_items(settings: DatasetSettings, show_progress: bool = False) -> CachedItems:
-    """Checks every cache of a dataset by its header."""
+    """Finds the items of a dataset and checks the header of each of their cache files."""
     directory, cached = settings.cache_directory, CachedItems()
     manifest = Manifest.load(directory, "latents")
     if not manifest.sources:
         cached.problems.append(
-            f"{directory}: hv_latents.manifest.json is missing, so nothing is known to be cached here; "
-            "run cache_latents.py, which also takes over caches of musubi-tuner"
+            f"{directory}: hv_latents.manifest.json is missing, so no caches are known here; "
+            "run cache_latents.py, which also accepts existing caches of musubi-tuner"
         )
         return cached
     listed = {source.name: source for source in list_sources(settings)}
     failed, trusted_texts = failed_items(directory), Manifest.load(directory, "text").trusted
-    latent_faults, text_faults = _Faults("cache_latents.py"), _Faults("cache_text_encoder_outputs.py")
+    latent_problems = _CacheProblems("cache_latents.py")
+    text_problems = _CacheProblems("cache_text_encoder_outputs.py")
     by_musubi, left_out = 0, []
     progress = tqdm(
         listed or manifest.sources,
-        desc=f"{directory}: looking at the caches",
+        desc=f"{directory}: checking caches",
         unit="file",
         leave=False,
         delay=2,
@@ -260,26 +260,26 @@ def cached_items(settings: DatasetSettings, show_progress: bool = False) -> Cach
             left_out.append(source.problem)
             continue
         if entry is None or not (source is None or source.absent or source.is_described_by(entry)):
-            latent_faults.add("not cached" if entry is None else "the media file changed", name)
+            latent_problems.add("not cached" if entry is None else "the media file changed", name)
             continue
         if "probe" not in entry:
             left_out.append(entry["problem"])
             continue
         text = text_cache_path(directory, name)
         caption = source.caption if source else None
-        verdict = check_text(text, caption, {}, trust_name=trusted_texts.get(text.name) == {"caption": caption})
-        if not verdict.kept:
-            text_faults.add(verdict.reason, name)
-        for item, item_verdict in _checked_items(settings, name, manifest, latent_faults):
-            by_musubi += item_verdict.by_musubi
-            if item_verdict.kept:
+        status = check_text(text, caption, {}, trust_name=trusted_texts.get(text.name) == {"caption": caption})
+        if not status.kept:
+            text_problems.add(status.reason, name)
+        for item, item_status in _checked_items(settings, name, manifest, latent_problems):
+            by_musubi += item_status.by_musubi
+            if item_status.kept:
                 cached.items.append(_training_item(item, text))
             elif failed.get(item.name) != entry["stamp"]:
-                latent_faults.add(item_verdict.reason, item.name)
-    cached.problems += latent_faults.lines(directory) + text_faults.lines(directory)
+                latent_problems.add(item_status.reason, item.name)
+    cached.problems += latent_problems.lines(directory) + text_problems.lines(directory)
     if left_out:
         cached.notes.append(
-            f"{directory}: {len(left_out)} listed files are left out, the first because of {left_out[0]}"
+            f"{directory}: {len(left_out)} listed files cannot be used and are left out; the first: {left_out[0]}"
         )
     if by_musubi:
         cached.notes.append(f"{directory}: {by_musubi} latent caches were made by musubi-tuner and are used")
@@ -287,16 +287,16 @@ def cached_items(settings: DatasetSettings, show_progress: bool = False) -> Cach
 
 
 def _checked_items(
-    settings: DatasetSettings, name: str, manifest: Manifest, faults: _Faults
-) -> Iterator[tuple[Item, Verdict]]:
+    settings: DatasetSettings, name: str, manifest: Manifest, problems: _CacheProblems
+) -> Iterator[tuple[Item, CacheStatus]]:
     entry = manifest.sources[name]
     try:
-        plan = plan_items(settings, name, Probe.from_json(entry["probe"]))
+        plan = plan_items(settings, name, MediaInfo.from_json(entry["probe"]))
     except ValueError as error:
-        faults.add(str(error), name)
+        problems.add(str(error), name)
         return
     for item in plan.items:
-        expected = made_from(item, settings, entry["stamp"])
+        expected = item_provenance(item, settings, entry["stamp"])
         is_trusted = manifest.trusted.get(item.path.name) == expected
         yield item, check_latents(item.path, item.latent_shape, expected, trust_name=is_trusted)
 

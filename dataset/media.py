@@ -1,7 +1,7 @@
 """Pixels of images and videos: uint8 RGB, upright, resized and cropped to a bucket.
 
-Arrays are (H, W, 3) for a frame and (F, H, W, 3) for a clip. Whatever a decoder says of a broken file becomes a
-`MediaError`, so that the caller can list the file and go on.
+A frame is an array (H, W, 3), a clip (F, H, W, 3). Every error of a decoder becomes a `MediaError`, so that the caller
+can report the file and continue with the next one.
 """
 
 import contextlib
@@ -17,13 +17,13 @@ import numpy as np
 from PIL import ExifTags, Image, ImageOps
 
 from dataset import video
-from dataset.buckets import Size, fit_to_bucket, resampled_indices
+from dataset.buckets import Size, resampled_indices, resize_crop
 from dataset.config_utils import DatasetSettings
-from dataset.items import Item, Probe
+from dataset.items import Item, MediaInfo
 from dataset.sources import Source, frame_files
 from utils.errors import one_line
 
-# Packages that teach Pillow a format when they are installed.
+# Optional packages that add image formats to Pillow.
 IMAGE_PLUGINS = ("pillow_jxl", "pillow_avif", "pillow_heif")
 
 
@@ -33,7 +33,7 @@ class MediaError(Exception):
 
 @contextlib.contextmanager
 def _as_media_error(path: Path) -> Iterator[None]:
-    # Decoders fed with damaged bytes raise anything from SyntaxError (Pillow) to OverflowError.
+    # On damaged files decoders raise errors of many types, such as SyntaxError (Pillow) or OverflowError.
     try:
         yield
     except MediaError:
@@ -54,10 +54,10 @@ _load_image_plugins()
 
 
 def to_rgb(image: Image.Image) -> np.ndarray:
-    """Any Pillow image as (H, W, 3) uint8: alpha laid over white, 16 bits per channel scaled to 8."""
+    """Any Pillow image as (H, W, 3) uint8: transparency is blended with white, 16-bit values are scaled to 8 bits."""
     if image.mode.startswith("I") or image.mode == "F":
         values = np.asarray(image, dtype=np.float64)
-        # Pillow opens 16-bit grey as I or I;16; floating-point images are 0..1 by convention.
+        # Pillow opens 16-bit greyscale images in mode I or I;16; floating-point images hold 0..1 by convention.
         values = values * 255 if image.mode == "F" else values / 257 if values.max() > 255 else values
         grey = np.clip(values + 0.5, 0, 255).astype(np.uint8)
         return np.repeat(grey[..., None], 3, axis=2)
@@ -68,7 +68,7 @@ def to_rgb(image: Image.Image) -> np.ndarray:
 
 
 def load_image(path: Path) -> np.ndarray:
-    """An image as it is meant to be seen, (H, W, 3) uint8."""
+    """An image with its EXIF rotation applied, (H, W, 3) uint8 RGB."""
     with _as_media_error(path), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         with Image.open(path) as image:
@@ -76,81 +76,91 @@ def load_image(path: Path) -> np.ndarray:
 
 
 def resize_to_bucket(pixels: np.ndarray, bucket: Size) -> np.ndarray:
-    """(H, W, 3) -> (bucket height, bucket width, 3): scaled to cover, area average down, Lanczos up, centre crop."""
+    """Resizes a frame until it covers the bucket, then crops the centre.
+
+    Shrinking averages areas, enlarging uses a Lanczos filter.
+
+    Args:
+        pixels: (H, W, 3) uint8.
+        bucket: (width, height).
+
+    Returns:
+        (bucket height, bucket width, 3) uint8.
+    """
     size = (pixels.shape[1], pixels.shape[0])
     if size != bucket:
-        fit = fit_to_bucket(size, bucket)
-        if fit.scale > 1:
-            pixels = np.asarray(Image.fromarray(pixels).resize(fit.scaled, Image.Resampling.LANCZOS))
+        crop = resize_crop(size, bucket)
+        if crop.scale > 1:
+            pixels = np.asarray(Image.fromarray(pixels).resize(crop.resized, Image.Resampling.LANCZOS))
         else:
-            pixels = cv2.resize(pixels, fit.scaled, interpolation=cv2.INTER_AREA)
-        pixels = pixels[fit.top : fit.top + bucket[1], fit.left : fit.left + bucket[0]]
-    # What Pillow hands out is read-only, of which torch complains.
+            pixels = cv2.resize(pixels, crop.resized, interpolation=cv2.INTER_AREA)
+        pixels = pixels[crop.top : crop.top + bucket[1], crop.left : crop.left + bucket[0]]
+    # Arrays from Pillow are read-only, and torch warns about those.
     return np.require(pixels, requirements=("C", "W"))
 
 
-def _probe_image(path: Path) -> Probe:
+def _image_info(path: Path) -> MediaInfo:
     with _as_media_error(path), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         with Image.open(path) as image:
             is_turned = image.getexif().get(ExifTags.Base.Orientation) in range(2, 9)
             notes = ("turned by EXIF",) if is_turned else ()
             notes += (f"first of {image.n_frames} frames",) if getattr(image, "n_frames", 1) > 1 else ()
-            # Some of Pillow's readers state the size before turning, some the size after it.
+            # Depending on the format, Pillow reports the size before or after the rotation.
             width, height = (ImageOps.exif_transpose(image) if is_turned else image).size
-    return Probe(width, height, notes=notes)
+    return MediaInfo(width, height, notes=notes)
 
 
-def _probe_frame_folder(path: Path) -> Probe:
+def _frame_folder_info(path: Path) -> MediaInfo:
     frames = frame_files(path)
     if not frames:
         raise MediaError(f"{path}: no images in this folder")
-    first = _probe_image(frames[0])
-    return Probe(first.width, first.height, frames=len(frames))
+    first = _image_info(frames[0])
+    return MediaInfo(first.width, first.height, frames=len(frames))
 
 
-def _probe_video(path: Path) -> Probe:
+def _video_info(path: Path) -> MediaInfo:
     with _as_media_error(path):
         frames, first = video.timeline(path), video.first_frame(path)
         if not frames.pts:
             raise ValueError("no frame can be decoded")
     count, last_time = len(frames.pts), frames.seconds[-1]
     fps = (count - 1) / last_time if last_time > 0 else 0.0
-    return Probe(*first.size, count, last_time, fps, notes=first.notes)
+    return MediaInfo(*first.size, count, last_time, fps, notes=first.notes)
 
 
-def probe(source: Source) -> Probe:
-    """Size, frames and times of a source, without decoding more than a first frame where that is possible.
+def read_media_info(source: Source) -> MediaInfo:
+    """Size, number of frames and times of a source. Decodes no more than the first frame where the format allows.
 
     Raises:
-        MediaError: the file cannot be opened or holds nothing usable.
+        MediaError: the file cannot be opened or holds no picture.
     """
-    probers = {"image": _probe_image, "frames": _probe_frame_folder, "video": _probe_video}
-    found = probers[source.kind](source.path)
+    readers = {"image": _image_info, "frames": _frame_folder_info, "video": _video_info}
+    info = readers[source.kind](source.path)
     with _as_media_error(source.path):
-        return replace(found, digest=source.identity)
+        return replace(info, digest=source.identity)
 
 
 def _chosen_frames(item: Item, settings: DatasetSettings, seconds: Sequence[float]) -> list[int]:
-    """Indices into the file's frames, one for each frame of the clip; `seconds` says when each is shown."""
-    window = range(item.clip.start, item.clip.start + item.clip.length)
+    """For each frame of the clip the index of the file's frame; `seconds` says when each of the latter is shown."""
+    positions = range(item.span.start, item.span.start + item.span.length)
     if settings.source_fps is None or (settings.source_fps == "auto" and seconds[-1] == 0):
-        return list(window)
+        return list(positions)
     if settings.source_fps != "auto":
         seconds = [index / settings.source_fps for index in range(len(seconds))]
     resampled = resampled_indices(seconds, settings.target_fps)
-    return [resampled[k] for k in window]
+    return [resampled[k] for k in positions]
 
 
 def _clips_of_video(source: Source, items: Sequence[Item], settings: DatasetSettings) -> list[np.ndarray | MediaError]:
-    """Each frame is decoded once, however many clips hold it."""
+    """The clips of a video file. Each frame is decoded once, also where several clips share it."""
     frames = video.timeline(source.path)
     chosen = [_chosen_frames(item, settings, frames.seconds) for item in items]
     places = defaultdict(list)  # by index of the frame: (number of the item, position in its clip)
     for number, indices in enumerate(chosen):
         for position, index in enumerate(indices):
             places[index].append((number, position))
-    clips = [np.empty((item.clip.length, item.bucket[1], item.bucket[0], 3), np.uint8) for item in items]
+    clips = [np.empty((item.span.length, item.bucket[1], item.bucket[0], 3), np.uint8) for item in items]
     for index, pixels in video.frames_at(source.path, frames, sorted(i for i in places if i < len(frames.pts))):
         for number, position in places.pop(index):
             clips[number][position] = resize_to_bucket(pixels, items[number].bucket)
@@ -168,7 +178,7 @@ def _clip_of_folder(source: Source, item: Item, settings: DatasetSettings) -> np
 
 
 def load_items(source: Source, items: Sequence[Item], settings: DatasetSettings) -> list[np.ndarray | MediaError]:
-    """The exact pixels that are encoded for items of one source, each (F, H, W, 3) uint8, or why there are none."""
+    """The pixels that the VAE encodes for items of one source: (F, H, W, 3) uint8 each, or the error of that item."""
     try:
         with _as_media_error(source.path):
             if source.kind == "image":
@@ -181,10 +191,10 @@ def load_items(source: Source, items: Sequence[Item], settings: DatasetSettings)
 
 
 def load_pixels(source: Source, item: Item, settings: DatasetSettings) -> np.ndarray:
-    """The exact pixels that are encoded for one item, (F, H, W, 3) uint8.
+    """The pixels that the VAE encodes for one item, (F, H, W, 3) uint8.
 
     Raises:
-        MediaError: a frame that is needed cannot be decoded.
+        MediaError: a frame of the item cannot be decoded.
     """
     (pixels,) = load_items(source, [item], settings)
     if isinstance(pixels, MediaError):

@@ -1,21 +1,20 @@
-"""Showing what would be encoded: in windows, as letters on the console, or as an HTML page."""
+"""Shows the pixels that would be encoded: in windows, as characters on the console, or as an HTML page."""
 
 import os
 import sys
 from collections.abc import Iterator, Sequence
 from itertools import islice
-from pathlib import Path
-from typing import Protocol
 
 import cv2
 import numpy as np
 from PIL import Image
 
-from dataset.intake import TakenDataset
 from dataset.items import Item
 from dataset.media import MediaError, load_pixels
+from dataset.options import PreviewOptions
 from dataset.preview_page import write_page
 from dataset.report import NATIVE_FPS
+from dataset.scan import ScannedDataset
 from dataset.sources import Source
 from utils.errors import UserError
 
@@ -23,18 +22,8 @@ WINDOW = "dataset"
 ESCAPE = 27
 
 
-class PreviewOptions(Protocol):
-    """The options of the script that concern the preview."""
-
-    debug_mode: str | None
-    debug_output: Path
-    console_width: int
-    console_back: str | None
-    console_num_images: int | None
-
-
-def _clips(dataset: TakenDataset, limit: int | None) -> Iterator[tuple[Source, Item, np.ndarray]]:
-    """Items with their pixels (F, H, W, 3); media that cannot be decoded are named and passed over."""
+def _clips(dataset: ScannedDataset, limit: int | None) -> Iterator[tuple[Source, Item, np.ndarray]]:
+    """Items with their pixels (F, H, W, 3); items that cannot be decoded are reported and skipped."""
     for source, item in islice(dataset.items, limit):
         try:
             pixels = load_pixels(source, item, dataset.settings)
@@ -50,18 +39,18 @@ def _require_display() -> None:
         raise UserError("--debug_mode image and video open a window, but there is no display; use --debug_mode html")
 
 
-def _show_windows(datasets: Sequence[TakenDataset], options: PreviewOptions) -> None:
-    """Any key goes on, Esc ends; with --console_num_images nothing waits for a key."""
+def _show_windows(datasets: Sequence[ScannedDataset], options: PreviewOptions) -> None:
+    """Any key shows the next item, Esc stops; with --console_num_images nothing waits for a key."""
     _require_display()
     pause = round(1000 / NATIVE_FPS)
-    last = 1 if options.console_num_images else 0  # 0 waits for a key
+    last_pause = 1 if options.console_num_images else 0  # milliseconds; OpenCV takes 0 as "wait for a key"
     try:
         for dataset in datasets:
             for _, _, clip in _clips(dataset, options.console_num_images):
                 frames = clip if options.debug_mode == "video" else clip[:1]
                 for number, frame in enumerate(frames):
                     cv2.imshow(WINDOW, frame[..., ::-1])
-                    if cv2.waitKey(pause if number < len(frames) - 1 else last) == ESCAPE:
+                    if cv2.waitKey(pause if number < len(frames) - 1 else last_pause) == ESCAPE:
                         return
     except cv2.error as error:
         raise UserError(f"OpenCV cannot open a window ({error.err}); use --debug_mode html") from None
@@ -69,7 +58,7 @@ def _show_windows(datasets: Sequence[TakenDataset], options: PreviewOptions) -> 
         cv2.destroyAllWindows()
 
 
-def _show_letters(datasets: Sequence[TakenDataset], options: PreviewOptions) -> None:
+def _show_characters(datasets: Sequence[ScannedDataset], options: PreviewOptions) -> None:
     try:
         from ascii_magic import AsciiArt, Back
     except ImportError:
@@ -81,19 +70,19 @@ def _show_letters(datasets: Sequence[TakenDataset], options: PreviewOptions) -> 
         for _, _, clip in _clips(dataset, options.console_num_images):
             art = AsciiArt.from_pillow_image(Image.fromarray(clip[0]))
             art.to_terminal(columns=options.console_width, back=Back[name] if name else None)
-            if options.console_num_images is None and _wants_to_end():
+            if options.console_num_images is None and _user_quits():
                 return
 
 
-def _wants_to_end() -> bool:
+def _user_quits() -> bool:
     try:
-        return input("Enter: next, q: end ").strip() == "q"
+        return input("Enter: next, q: quit ").strip() == "q"
     except EOFError:
         return True
 
 
-def show(datasets: Sequence[TakenDataset], options: PreviewOptions) -> None:
-    """Shows the items in the way that `options.debug_mode` names.
+def show(datasets: Sequence[ScannedDataset], options: PreviewOptions) -> None:
+    """Shows all items, in the way that `options.debug_mode` names.
 
     Raises:
         UserError: there is no display, or a package is missing.
@@ -102,6 +91,6 @@ def show(datasets: Sequence[TakenDataset], options: PreviewOptions) -> None:
         write_page(datasets, options.debug_output, options.console_num_images)
         print(f"wrote {options.debug_output}; open it in a browser")
     elif options.debug_mode == "console":
-        _show_letters(datasets, options)
+        _show_characters(datasets, options)
     else:
         _show_windows(datasets, options)

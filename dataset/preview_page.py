@@ -1,4 +1,4 @@
-"""One self-contained HTML page that shows what would be encoded: exact pixels, captions, buckets, warnings."""
+"""One self-contained HTML page that shows what would be encoded: pixels, captions, buckets and warnings."""
 
 import base64
 import html
@@ -11,11 +11,11 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from dataset.buckets import fit_to_bucket
-from dataset.intake import TakenDataset, TakenSource
+from dataset.buckets import resize_crop
 from dataset.items import Item
 from dataset.media import MediaError, load_pixels
 from dataset.report import warnings_of
+from dataset.scan import ScannedDataset, ScannedSource
 from utils.files import write_text
 
 THUMBNAIL_HEIGHT = 144
@@ -46,7 +46,7 @@ details { margin: 8px 0 } pre { overflow-x: auto; padding: 12px; background: var
 
 
 def _image_tag(pixels: np.ndarray) -> str:
-    """A thumbnail of (H, W, 3) pixels as an <img> that carries its data."""
+    """A thumbnail of (H, W, 3) pixels as an <img> tag with the data inside."""
     height, width = pixels.shape[:2]
     scale = min(1.0, THUMBNAIL_HEIGHT * 2 / height)
     small = cv2.resize(
@@ -57,45 +57,45 @@ def _image_tag(pixels: np.ndarray) -> str:
     return f'<img alt="" src="data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}">'
 
 
-def _item_figure(taken: TakenSource, item: Item, dataset: TakenDataset) -> str:
+def _item_figure(scanned: ScannedSource, item: Item, dataset: ScannedDataset) -> str:
     try:
-        clip = load_pixels(taken.source, item, dataset.settings)  # F H W 3
+        clip = load_pixels(scanned.source, item, dataset.settings)  # F H W 3
     except MediaError as error:
         return f"<ul><li class=bad>{html.escape(str(error))}</li></ul>"
     shown = np.linspace(0, len(clip) - 1, min(len(clip), STRIP_FRAMES)).round().astype(int)
     strip = "".join(_image_tag(clip[frame]) for frame in shown)
     text = f"{item.bucket[0]}×{item.bucket[1]}"
-    if item.clip and item.clip.length == 1:
-        text += f", frame {item.clip.start}"
-    elif item.clip:
-        text += f", frames {item.clip.start}–{item.clip.start + item.clip.length - 1} ({item.clip.length})"
+    if item.span and item.span.length == 1:
+        text += f", frame {item.span.start}"
+    elif item.span:
+        text += f", frames {item.span.start}–{item.span.start + item.span.length - 1} ({item.span.length})"
     return f"<figure><div class=strip>{strip}</div><figcaption>{text}</figcaption></figure>"
 
 
-def _crop_text(taken: TakenSource) -> str:
-    """What resizing and cropping do to a source, in words."""
-    size, bucket = taken.probe.size, taken.plan.items[0].bucket
-    fit = fit_to_bucket(size, bucket)
+def _crop_text(scanned: ScannedSource) -> str:
+    """Size, scale, crop and frame rate of a source in words."""
+    size, bucket = scanned.info.size, scanned.plan.items[0].bucket
+    crop = resize_crop(size, bucket)
     text = f"{size[0]}×{size[1]}"
     if size != bucket:
-        lost = 1 - bucket[0] * bucket[1] / (fit.scaled[0] * fit.scaled[1])
-        text += f" × {fit.scale:.2f} → {bucket[0]}×{bucket[1]}, {lost:.0%} of the picture cropped"
-    if taken.probe.fps:
-        text += f"; {taken.probe.frames} frames at {taken.probe.fps:.2f} fps"
-    return "; ".join([text, *taken.probe.notes])
+        lost = 1 - bucket[0] * bucket[1] / (crop.resized[0] * crop.resized[1])
+        text += f" × {crop.scale:.2f} → {bucket[0]}×{bucket[1]}, {lost:.0%} of the picture cropped"
+    if scanned.info.fps:
+        text += f"; {scanned.info.frames} frames at {scanned.info.fps:.2f} fps"
+    return "; ".join([text, *scanned.info.notes])
 
 
-def _source_block(taken: TakenSource, dataset: TakenDataset) -> str:
-    figures = "".join(_item_figure(taken, item, dataset) for item in taken.plan.items)
-    caption = html.escape(taken.source.caption) or "<i class=quiet>empty caption</i>"
+def _source_block(scanned: ScannedSource, dataset: ScannedDataset) -> str:
+    figures = "".join(_item_figure(scanned, item, dataset) for item in scanned.plan.items)
+    caption = html.escape(scanned.source.caption) or "<i class=quiet>empty caption</i>"
     return (
-        f"<div class=source><b>{html.escape(taken.source.path.name)}</b> "
-        f"<span class=quiet>{html.escape(_crop_text(taken))}</span>"
+        f"<div class=source><b>{html.escape(scanned.source.path.name)}</b> "
+        f"<span class=quiet>{html.escape(_crop_text(scanned))}</span>"
         f"<div class=caption>{caption}</div><div class=items>{figures}</div></div>"
     )
 
 
-def _bucket_chart(dataset: TakenDataset) -> str:
+def _bucket_chart(dataset: ScannedDataset) -> str:
     buckets = sorted(dataset.buckets().items())
     most = max(count for _, count in buckets)
     rows = "".join(
@@ -106,11 +106,11 @@ def _bucket_chart(dataset: TakenDataset) -> str:
     return f"<table><tr><th>bucket<th>items<th>{rows}</table>"
 
 
-def _dataset_section(dataset: TakenDataset, limit: int | None) -> str:
-    usable = [taken for taken in dataset.sources if taken.plan.items]
+def _dataset_section(dataset: ScannedDataset, limit: int | None) -> str:
+    usable = [scanned for scanned in dataset.sources if scanned.plan.items]
     shown = usable[:limit]
     bar = tqdm(shown, desc=f"{dataset.heading}: thumbnails", unit="file", leave=False)
-    sources = "".join(_source_block(taken, dataset) for taken in bar)
+    sources = "".join(_source_block(scanned, dataset) for scanned in bar)
     notes = "".join(f"<li class=warn>{html.escape(line)}</li>" for line in warnings_of(dataset))
     notes += "".join(f"<li class=bad>skipped: {html.escape(problem)}</li>" for problem in dataset.problems)
     settings = "\n".join(f"{key} = {value}" for key, value in dataset.settings.effective().items())
@@ -127,8 +127,8 @@ def _dataset_section(dataset: TakenDataset, limit: int | None) -> str:
     )
 
 
-def write_page(datasets: Sequence[TakenDataset], path: Path, limit: int | None) -> None:
-    """Writes the page; `limit` files of each dataset are shown, all when None."""
+def write_page(datasets: Sequence[ScannedDataset], path: Path, limit: int | None) -> None:
+    """Writes the page. It shows at most `limit` files of each dataset, all if None."""
     body = "".join(_dataset_section(dataset, limit) for dataset in datasets)
     write_text(
         path,

@@ -1,7 +1,7 @@
-"""What a dataset consists of: media files with captions, from a folder or a JSONL file.
+"""The sources of a dataset: media files with captions, from a folder or a JSONL file.
 
-Listing reads captions and file sizes, never media. The list is the truth: caches are looked up by the names given
-here, and what lies in the cache directory besides is an orphan.
+Listing them reads captions and file sizes, but no media. The list decides what belongs to the dataset: a cache file
+that matches no listed source is an orphan.
 """
 
 import hashlib
@@ -9,12 +9,11 @@ import json
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePath, PurePosixPath
 from typing import Any
 
-from dataset.cache import file_identity
 from dataset.config_utils import DatasetSettings
 from utils.errors import UserError
 from utils.files import clean_path, read_text, user_path
@@ -25,24 +24,31 @@ IMAGE_EXTENSIONS = frozenset(
 VIDEO_EXTENSIONS = frozenset(
     [".mp4", ".webm", ".avi", ".mkv", ".mov", ".flv", ".wmv", ".m4v", ".mpg", ".mpeg", ".ts", ".m2ts"]
 )
-# File systems take names of 255 bytes, of which a clip's cache adds 36 (`_00000-129_0960x0544_hv.safetensors`).
+# File systems allow names of 255 bytes; a clip's cache appends 36 of them (`_00000-129_0960x0544_hv.safetensors`).
 LONGEST_NAME = 210
-# Halves of characters, which stand for bytes that are not UTF-8: they can neither be written nor printed.
+# Surrogates: Python decodes bytes of file names that are not UTF-8 to these; they can be neither encoded nor printed.
 NOT_UTF8 = re.compile("[\ud800-\udfff]")
+END_BYTES = 1 << 20  # of each end of a file that `file_identity` reads
 
 
 @dataclass(frozen=True)
 class Source:
-    """One image, video file or folder of frames.
+    """One image, video file or folder of frames, with its caption.
 
-    `name` begins the names of its caches and is unique in its dataset; it follows from `listed` alone, the path as the
-    folder or the JSONL file has it, so it is the same on every machine. `problem` says why the source cannot be used;
-    a file that is `absent` may still have caches, made on another machine.
+    Attributes:
+        name: the beginning of the names of its caches, unique in its dataset. It is derived from `listed` alone, so
+            that it is the same on every machine.
+        kind: "image", "video" or "frames" (a folder of images that is one video).
+        listed: the path as the folder or the JSONL file lists it.
+        size: bytes of the file, or of all frames together.
+        mtime_ns: modification time, of the newest frame in a folder.
+        problem: why the source cannot be used.
+        absent: the file does not exist here; it may still have caches that were made on another machine.
     """
 
     path: Path
     name: str
-    kind: str  # "image", "video" or "frames"
+    kind: str
     listed: str = ""
     caption: str = ""
     size: int = 0
@@ -52,23 +58,43 @@ class Source:
 
     @property
     def stamp(self) -> list[int]:
-        """Size and modification time, by which a changed file is known without reading it."""
+        """Size and modification time, which tell without reading the file that it changed."""
         return [self.size, self.mtime_ns]
 
     @property
     def identity(self) -> str:
-        """Hash of the content; of a video, which may be large and is always compressed, of its ends."""
+        """Hash of the content; for a video, which may be large, of both its ends."""
         return file_identity(self.path, whole=self.kind != "video")
 
     def is_described_by(self, entry: dict[str, Any]) -> bool:
-        """Whether this is the file of a manifest's entry; one with another modification time is told by its content."""
+        """Whether a manifest's entry is about this very file.
+
+        If only the modification time differs (the file was copied, for example), the hash of the content decides.
+        """
         if self.stamp in (entry["stamp"], entry.get("seen")):
             return True
         return self.size == entry["stamp"][0] and ("probe" not in entry or entry["probe"]["digest"] == self.identity)
 
 
+def file_identity(path: Path, whole: bool = False) -> str:
+    """Hash of a file, or of all files of a folder: sizes and the first and last MiB of each, or all bytes if `whole`.
+
+    Neither path nor modification time count, so media may be moved or copied.
+    """
+    digest, total = hashlib.blake2b(digest_size=16), 0
+    for file in sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]:
+        size = file.stat().st_size
+        total += size
+        with open(file, "rb") as stream:
+            name = os.fsencode(file.name if path.is_dir() else "")
+            digest.update(name + f":{size}:".encode() + stream.read(-1 if whole else END_BYTES))
+            stream.seek(max(size - END_BYTES, 0))
+            digest.update(stream.read(END_BYTES))
+    return f"{total}-{digest.hexdigest()}"
+
+
 def _encoded(text: str) -> bytes:
-    """UTF-8; names that are none, which are never used, still need to be told apart."""
+    """UTF-8. Surrogates pass: a name with surrogates is never used, but must stay different from others."""
     return text.encode(errors="surrogatepass")
 
 
@@ -82,21 +108,23 @@ def _shortened(name: str) -> str:
     return f"{_encoded(name)[: LONGEST_NAME - 9].decode(errors='ignore')}-{_short_hash(name)}"
 
 
-def cache_names(paths: Sequence[PurePath]) -> list[str]:
-    """Names for the caches of these media: the file's stem, and where two share it, more of the path.
+def _name_forms(path: PurePath) -> tuple[str, str, str]:
+    """Possible names for the caches of a path, the shortest first."""
+    with_suffix = f"{path.stem}-{path.suffix[1:]}"
+    return path.stem, with_suffix if path.suffix else path.stem, f"{with_suffix}-{_short_hash(path.as_posix())}"
 
-    a.png and a.jpg become a-png and a-jpg; two a.png from different folders get a hash of their folder. Case does not
-    distinguish, because it does not on Windows. A name depends on the listed files alone, not on their order.
+
+def cache_names(paths: Sequence[PurePath]) -> list[str]:
+    """Names for the caches of these media: the stem of the file, or more where several files have the same stem.
+
+    a.png and a.jpg become a-png and a-jpg; two a.png in different folders also get a hash of their paths. Names that
+    differ only in case count as the same, as they do on Windows. A name depends on the set of listed files, not on
+    their order.
     """
-    forms: tuple[Callable[[PurePath], str], ...] = (
-        lambda path: path.stem,
-        lambda path: f"{path.stem}-{path.suffix[1:]}" if path.suffix else path.stem,
-        lambda path: f"{path.stem}-{path.suffix[1:]}-{_short_hash(path.as_posix())}",
-    )
     names: dict[PurePath, str] = {}
     remaining = list(dict.fromkeys(paths))
-    for form in forms:
-        proposed = {path: _shortened(form(path)) for path in remaining}
+    for level in range(3):
+        proposed = {path: _shortened(_name_forms(path)[level]) for path in remaining}
         taken = {name.casefold() for name in names.values()}
         count = Counter(name.casefold() for name in proposed.values())
         names |= {
@@ -109,7 +137,7 @@ def cache_names(paths: Sequence[PurePath]) -> list[str]:
 
 
 def _stamp(path: Path) -> tuple[int, int]:
-    """Size and modification time of a file, or of all frames of a folder together."""
+    """Size and modification time of a file; of a folder, the total size and the newest time of its frames."""
     if path.is_dir():
         stats = [frame.stat() for frame in frame_files(path)]
         return sum(stat.st_size for stat in stats), max((stat.st_mtime_ns for stat in stats), default=0)
@@ -118,7 +146,7 @@ def _stamp(path: Path) -> tuple[int, int]:
 
 
 def frame_files(folder: Path) -> list[Path]:
-    """The images of a folder that stands for a video, in the order of their names."""
+    """The frames of a folder that is one video: its images, sorted by name."""
     return sorted(path for path in folder.iterdir() if path.suffix.lower() in IMAGE_EXTENSIONS)
 
 
@@ -130,14 +158,8 @@ def _with_caption_file(source: Source, extension: str) -> Source:
         return replace(source, problem=source.problem or str(error))
 
 
-def _kind(path: Path, is_video: bool) -> str:
-    if not is_video:
-        return "image"
-    return "frames" if path.is_dir() else "video"
-
-
-def _checked(path: Path, listed: str, is_video: bool, caption: str = "") -> Source:
-    """The source at a path, without a name yet."""
+def _source_at(path: Path, listed: str, is_video: bool, caption: str = "") -> Source:
+    """The source at a path, with a problem where it cannot be used; its name is still empty."""
     size = mtime_ns = 0
     problem, absent = None, False
     try:
@@ -151,11 +173,12 @@ def _checked(path: Path, listed: str, is_video: bool, caption: str = "") -> Sour
     if NOT_UTF8.search(listed):
         printable = str(path).encode(errors="backslashreplace").decode()
         problem = f"{printable}: rename it: its name is not UTF-8"
-    return Source(path, "", _kind(path, is_video), listed, caption, size, mtime_ns, problem, absent)
+    kind = "image" if not is_video else "frames" if path.is_dir() else "video"
+    return Source(path, "", kind, listed, caption, size, mtime_ns, problem, absent)
 
 
 def _is_frame_folder(entry: os.DirEntry, caption_extension: str) -> bool:
-    """A folder stands for a video when a caption lies beside it and images lie in it."""
+    """Whether a folder is one video: it holds images, and a caption file lies beside it."""
     return entry.is_dir() and Path(f"{entry.path}{caption_extension}").is_file() and bool(frame_files(Path(entry.path)))
 
 
@@ -168,7 +191,7 @@ def _from_directory(settings: DatasetSettings) -> list[Source]:
             if (Path(entry.name).suffix.lower() in extensions and entry.is_file())
             or (settings.is_video and _is_frame_folder(entry, settings.caption_extension))
         )
-    sources = [_checked(path, path.name, settings.is_video) for path in paths]
+    sources = [_source_at(path, path.name, settings.is_video) for path in paths]
     return [_with_caption_file(source, settings.caption_extension) for source in sources]
 
 
@@ -179,7 +202,7 @@ def _is_text(value: Any) -> bool:
 def _from_jsonl(settings: DatasetSettings) -> Iterator[Source]:
     file = settings.location
     key = "video_path" if settings.is_video else "image_path"
-    # Only line feeds end a line: str.splitlines would also cut captions at U+2028 and its like.
+    # Lines end at line feeds only; str.splitlines would also split captions at U+2028 and similar characters.
     for number, line in enumerate(read_text(file, "JSONL file").split("\n"), 1):
         if not line.strip():
             continue
@@ -196,9 +219,9 @@ def _from_jsonl(settings: DatasetSettings) -> Iterator[Source]:
             continue
         path = user_path(entry[key])
         beside = file.parent / path
-        # Lists that were written on Windows name the same caches everywhere.
+        # A list that was written on Windows must give the same cache names on every system.
         listed = clean_path(entry[key]).replace("\\", "/")
-        yield _checked(
+        yield _source_at(
             beside if not path.exists() and beside.exists() else path,
             listed,
             settings.is_video,
@@ -206,8 +229,8 @@ def _from_jsonl(settings: DatasetSettings) -> Iterator[Source]:
         )
 
 
-def _once(found: Sequence[Source]) -> Iterator[Source]:
-    """The sources, where one path stands several times only its first mention as usable."""
+def _with_repeats_marked(found: Sequence[Source]) -> Iterator[Source]:
+    """The same sources; where a path is listed several times, all but the first get a problem."""
     paths: set[Path] = set()
     listed: set[PurePath] = set()
     for number, source in enumerate(found, 1):
@@ -221,15 +244,13 @@ def _once(found: Sequence[Source]) -> Iterator[Source]:
 
 
 def list_sources(settings: DatasetSettings) -> list[Source]:
-    """All media of a dataset with captions, unusable ones with their `problem`; empty where the location is absent.
+    """All sources of a dataset, also those with a `problem`; an empty list if the folder or JSONL file does not exist.
 
     Raises:
-        UserError: a folder where a JSONL file is expected, or the other way round.
+        UserError: the location cannot be read, or is a file instead of a folder or the other way round.
     """
-    location, is_directory = (
-        settings.location,
-        settings.location in (settings.image_directory, settings.video_directory),
-    )
+    location = settings.location
+    is_directory = location in (settings.image_directory, settings.video_directory)
     if not location.exists():
         return []
     if not os.access(location, os.R_OK):
@@ -237,13 +258,13 @@ def list_sources(settings: DatasetSettings) -> list[Source]:
     if location.is_dir() != is_directory:
         expected = "a folder is expected" if is_directory else "a JSONL file is expected"
         raise UserError(f"{location}: {expected}")
-    found = list(_once(_from_directory(settings) if is_directory else list(_from_jsonl(settings))))
+    found = list(_with_repeats_marked(_from_directory(settings) if is_directory else list(_from_jsonl(settings))))
     names = cache_names([PurePosixPath(source.listed) for source in found])
     return [replace(source, name=name) for source, name in zip(found, names, strict=True)]
 
 
 def explain_empty(settings: DatasetSettings) -> str:
-    """Why a dataset has no media: what was looked for and what lies there instead."""
+    """Why a dataset has no media: what was expected at its location and what is there instead."""
     location = settings.location
     if not location.exists():
         return f"{location}: no such file or folder"
@@ -256,10 +277,7 @@ def explain_empty(settings: DatasetSettings) -> str:
     given, other = (
         ("video_directory", "image_directory") if settings.is_video else ("image_directory", "video_directory")
     )
-    count_of_other = images if settings.is_video else videos
-    advice = (
-        f"; write {other}"
-        if count_of_other
-        else (f"; it has {folders} folders, which are not searched" if folders else "")
-    )
+    advice = f"; it has {folders} folders, which are not searched" if folders else ""
+    if images if settings.is_video else videos:
+        advice = f"; write {other}"
     return f"{location}: {images} images and {videos} videos, but the config says {given}{advice}"

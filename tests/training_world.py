@@ -9,9 +9,10 @@ from pathlib import Path
 import torch
 from accelerate.state import AcceleratorState, GradientState
 
-from dataset.cache import Manifest, text_cache_path, write_latent_cache, write_text_cache
+from dataset.cache import text_cache_path, write_latent_cache, write_text_cache
 from dataset.config_utils import load_dataset_config
-from dataset.items import Probe, made_from, plan_items
+from dataset.items import MediaInfo, item_provenance, plan_items
+from dataset.manifest import Manifest
 from examples.tiny_models import TINY_DIT, dit_shapes, random_weights
 from utils.safetensors_utils import load_file
 
@@ -48,12 +49,12 @@ def write_world(
     for index in range(items):
         name = f"item{index}"
         generator = torch.Generator().manual_seed(index)
-        probe = Probe(*size, frames=frames)
-        manifest.sources[name] = {"stamp": STAMP, "probe": probe.to_json()}
-        for item in plan_items(settings, name, probe).items:
+        info = MediaInfo(*size, frames=frames)
+        manifest.sources[name] = {"stamp": STAMP, "probe": info.to_json()}
+        for item in plan_items(settings, name, info).items:
             latents = 2.1 * torch.randn(16, *item.latent_shape, generator=generator)
             write_latent_cache(
-                item.path, latents, item.size, frames if frames > 1 else None, made_from(item, settings, STAMP)
+                item.path, latents, item.size, frames if frames > 1 else None, item_provenance(item, settings, STAMP)
             )
         mask = (torch.arange(256) < 5 + 3 * index).long()
         write_text_cache(

@@ -3,21 +3,25 @@
 Pixels are tensors (3, F, H, W), float32 in 0..1.
 """
 
+import contextlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from fractions import Fraction
 from pathlib import Path
 
 import av
 import numpy as np
 import torch
+from av.container import InputContainer
+from av.filter import Graph
+from av.stream import Disposition
+from av.video.stream import VideoStream
 from einops import rearrange
 from PIL import Image, PngImagePlugin, UnidentifiedImageError
 from torch import Tensor
 
 from utils.errors import UserError, one_line
 from utils.files import atomic_folder, atomic_path
-from utils.video_decoding import opened_video, upright_rgb
 
 ENCODER_OPTIONS = {
     # Visually lossless for H.264; the default of 23 loses fine grain.
@@ -75,6 +79,40 @@ def _h264_stream(container: av.container.OutputContainer, rate: Fraction, width:
     context.colorspace = context.color_primaries = context.color_trc = COLOR_MATRIX_BT709
     context.color_range = RANGE_LIMITED
     return stream
+
+
+@contextlib.contextmanager
+def opened_video(path: str | Path) -> Iterator[tuple[InputContainer, VideoStream]]:
+    """Opens a file; yields the container and its largest video stream, cover pictures aside.
+
+    Raises:
+        ValueError: the file has no video stream.
+    """
+    with av.open(str(path)) as container:
+        streams = [s for s in container.streams.video if not s.disposition & Disposition.attached_pic]
+        if not streams:
+            raise ValueError("no video stream")
+        stream = max(streams, key=lambda s: s.codec_context.width * s.codec_context.height)
+        stream.thread_type = "AUTO"
+        yield container, stream
+
+
+def upright_rgb(frame: av.VideoFrame) -> np.ndarray:
+    """The frame as (H, W, 3) uint8 RGB: deinterlaced, and rotated as the file asks for."""
+    pixels = (_progressive(frame) if frame.interlaced_frame else frame).to_ndarray(format="rgb24")
+    return np.rot90(pixels, frame.rotation // 90) if frame.rotation else pixels
+
+
+def _progressive(frame: av.VideoFrame) -> av.VideoFrame:
+    """Deinterlaces one frame by itself: the lines of its second field are interpolated from the first."""
+    graph = Graph()
+    buffer = graph.add_buffer(
+        width=frame.width, height=frame.height, format=frame.format, time_base=frame.time_base or Fraction(1, 24)
+    )
+    graph.link_nodes(buffer, graph.add("estdif", "mode=frame"), graph.add("buffersink")).configure()
+    graph.push(frame)
+    graph.push(None)
+    return graph.pull()
 
 
 def read_video(path: str | Path, frames: int | None = None) -> tuple[Tensor, float]:

@@ -5,13 +5,13 @@ import math
 import pytest
 
 from dataset.buckets import (
-    Clip,
+    FrameSpan,
     bucket_sizes,
     choose_bucket,
-    clips_of_video,
-    fit_to_bucket,
     resampled_count,
     resampled_indices,
+    resize_crop,
+    spans_of_video,
 )
 from dataset.config_utils import DatasetSettings
 
@@ -21,7 +21,7 @@ def settings(**keys) -> DatasetSettings:
 
 
 def pairs(frames: int, **keys) -> list[tuple[int, int]]:
-    clips = clips_of_video(frames, settings(**keys))
+    clips = spans_of_video(frames, settings(**keys))
     return [(clip.start, clip.length) for of_target in clips.values() for clip in of_target]
 
 
@@ -55,8 +55,8 @@ def test_targets_are_rounded_sorted_and_distinct() -> None:
 
 
 def test_targets_longer_than_the_video_yield_nothing_but_are_reported() -> None:
-    clips = clips_of_video(20, settings(target_frames=[13, 25]))
-    assert clips == {13: [Clip(0, 13)], 25: []}
+    clips = spans_of_video(20, settings(target_frames=[13, 25]))
+    assert clips == {13: [FrameSpan(0, 13)], 25: []}
 
 
 def test_uniform_one_sample_is_head_and_full_respects_max_frames() -> None:
@@ -99,11 +99,11 @@ def test_buckets_and_crops_follow_the_reference_rule(resolution: tuple[int, int]
         expected = buckets[errors.index(min(errors))]
         assert choose_bucket((width, height), chosen) == expected
 
-        fit = fit_to_bucket((width, height), expected)
+        crop = resize_crop((width, height), expected)
         scale = max(expected[0] / width, expected[1] / height)
-        assert fit.scaled == (math.floor(width * scale + 0.5), math.floor(height * scale + 0.5))
-        assert fit.left == (fit.scaled[0] - expected[0]) // 2 >= 0
-        assert fit.top == (fit.scaled[1] - expected[1]) // 2 >= 0
+        assert crop.resized == (math.floor(width * scale + 0.5), math.floor(height * scale + 0.5))
+        assert crop.left == (crop.resized[0] - expected[0]) // 2 >= 0
+        assert crop.top == (crop.resized[1] - expected[1]) // 2 >= 0
 
 
 def test_no_upscale_keeps_small_items_at_their_own_size() -> None:

@@ -9,27 +9,27 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from dataset.cache import (
-    Manifest,
     check_latents,
     check_text,
-    file_identity,
     latent_cache_path,
     orphans,
     read_latent_cache,
     read_text_cache,
-    remove_leftovers,
+    remove_partial_files,
     text_cache_path,
     write_latent_cache,
     write_text_cache,
 )
+from dataset.manifest import Manifest
+from dataset.sources import file_identity
 
-MADE_FROM = {"source": [10, 20], "bucket": [960, 544], "vae": "x"}
+PROVENANCE = {"source": [10, 20], "bucket": [960, 544], "vae": "x"}
 SHAPE = (7, 68, 120)
 
 
 def write(path: Path, scale: float = 2.0, **changes) -> Path:
     latents = (scale * torch.randn(16, *SHAPE, generator=torch.Generator().manual_seed(0))).half()
-    write_latent_cache(path, latents, (1920, 1080), 25, MADE_FROM | changes)
+    write_latent_cache(path, latents, (1920, 1080), 25, PROVENANCE | changes)
     return path
 
 
@@ -52,7 +52,7 @@ def test_latent_cache_has_the_layout_of_format_1_0_1(tmp_path: Path) -> None:
     with safe_open(path, "pt") as file:
         assert list(file.keys()) == ["latents_7x68x120_float16"]
         metadata = file.metadata()
-    assert json.loads(metadata.pop("made_from")) == MADE_FROM | {"version": 1}
+    assert json.loads(metadata.pop("made_from")) == PROVENANCE | {"version": 1}
     assert metadata == {
         "architecture": "hunyuan_video",
         "width": "1920",
@@ -94,38 +94,38 @@ def test_text_cache_has_the_layout_of_format_1_0_1(tmp_path: Path) -> None:
     ],
 )
 def test_latents_are_kept_unless_what_made_them_changed(tmp_path: Path, changes: dict, reason: str) -> None:
-    verdict = check_latents(write(tmp_path / "a"), SHAPE, MADE_FROM | changes)
-    assert (verdict.word, verdict.reason) == ("changed" if reason else "kept", reason)
-    assert check_latents(tmp_path / "a", SHAPE, MADE_FROM | changes, trust_name=True).kept
+    status = check_latents(write(tmp_path / "a"), SHAPE, PROVENANCE | changes)
+    assert (status.state, status.reason) == ("changed" if reason else "kept", reason)
+    assert check_latents(tmp_path / "a", SHAPE, PROVENANCE | changes, trust_name=True).kept
 
 
 def test_keys_that_a_trainer_does_not_know_are_not_compared(tmp_path: Path) -> None:
-    known = {key: value for key, value in MADE_FROM.items() if key != "vae"}
+    known = {key: value for key, value in PROVENANCE.items() if key != "vae"}
     assert check_latents(write(tmp_path / "a"), SHAPE, known).kept
 
 
 def test_another_shape_is_never_kept(tmp_path: Path) -> None:
     for trust in (False, True):
-        assert not check_latents(write(tmp_path / "a"), (7, 68, 112), MADE_FROM, trust).kept
+        assert not check_latents(write(tmp_path / "a"), (7, 68, 112), PROVENANCE, trust).kept
 
 
 def test_musubi_caches_are_kept_and_scaled_ones_are_not(tmp_path: Path) -> None:
-    current = check_latents(write_like_musubi(tmp_path / "a", "1.0.1", 2.1), SHAPE, MADE_FROM)
+    current = check_latents(write_like_musubi(tmp_path / "a", "1.0.1", 2.1), SHAPE, PROVENANCE)
     assert current.kept and current.by_musubi
     # 1.0.0 was written with both meanings; the spread of the values tells them apart.
-    assert check_latents(write_like_musubi(tmp_path / "b", "1.0.0", 2.1), SHAPE, MADE_FROM).kept
-    scaled = check_latents(write_like_musubi(tmp_path / "c", "1.0.0", 2.1 * 0.476986), SHAPE, MADE_FROM)
-    assert scaled.word == "changed" and "scaled" in scaled.reason
-    other = check_latents(write_like_musubi(tmp_path / "d", "1.0.1", 2.1, "wan"), SHAPE, MADE_FROM)
-    assert other.word == "changed" and "another program or model" in other.reason
+    assert check_latents(write_like_musubi(tmp_path / "b", "1.0.0", 2.1), SHAPE, PROVENANCE).kept
+    scaled = check_latents(write_like_musubi(tmp_path / "c", "1.0.0", 2.1 * 0.476986), SHAPE, PROVENANCE)
+    assert scaled.state == "changed" and "scaled" in scaled.reason
+    other = check_latents(write_like_musubi(tmp_path / "d", "1.0.1", 2.1, "wan"), SHAPE, PROVENANCE)
+    assert other.state == "changed" and "another program or for another model" in other.reason
 
 
 def test_damaged_files_are_found(tmp_path: Path) -> None:
     whole = write(tmp_path / "a").read_bytes()
     for name, data in {"empty": b"", "cut": whole[:-5], "head": whole[:20], "text": b"x" * 100}.items():
         (tmp_path / name).write_bytes(data)
-        assert check_latents(tmp_path / name, SHAPE, MADE_FROM).word == "changed"
-    assert check_latents(tmp_path / "gone", SHAPE, MADE_FROM).word == "new"
+        assert check_latents(tmp_path / name, SHAPE, PROVENANCE).state == "changed"
+    assert check_latents(tmp_path / "gone", SHAPE, PROVENANCE).state == "new"
 
 
 def test_text_follows_caption_and_encoders(tmp_path: Path) -> None:
@@ -151,16 +151,16 @@ def test_writers_refuse_values_that_are_not_finite(tmp_path: Path) -> None:
 def test_soundness_is_read_once_and_again_after_a_change(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = write(tmp_path / "a")
     manifest = Manifest(tmp_path, "latents")
-    assert manifest.is_sound(path)
+    assert manifest.is_intact(path)
     manifest.save()
     reloaded = Manifest.load(tmp_path, "latents")
     with monkeypatch.context() as patch:
-        patch.setattr("dataset.cache.load_file", lambda path: pytest.fail("read again"))
-        assert reloaded.is_sound(path)
+        patch.setattr("dataset.manifest.load_file", lambda path: pytest.fail("read again"))
+        assert reloaded.is_intact(path)
     latents = torch.zeros(16, *SHAPE)
     latents[3, 2, 1, 0] = float("inf")
     save_file({"latents_7x68x120_float32": latents}, path)
-    assert not reloaded.is_sound(path)
+    assert not reloaded.is_intact(path)
 
 
 def test_a_damaged_manifest_is_an_empty_one(tmp_path: Path) -> None:
@@ -187,7 +187,7 @@ def test_orphans_are_caches_of_no_item(tmp_path: Path) -> None:
 def test_leftovers_of_own_files_go_and_others_stay(tmp_path: Path) -> None:
     for name in ("a_hv.safetensors.123.partial", "b_hv.safetensors.123.partial", "a_hv.safetensors"):
         (tmp_path / name).touch()
-    remove_leftovers(tmp_path, [tmp_path / "a_hv.safetensors"])
+    remove_partial_files(tmp_path, [tmp_path / "a_hv.safetensors"])
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a_hv.safetensors", "b_hv.safetensors.123.partial"]
 
 

@@ -11,10 +11,10 @@ import pytest
 import torch
 from PIL import Image
 
-from dataset.buckets import Clip
+from dataset.buckets import FrameSpan
 from dataset.config_utils import DatasetSettings
 from dataset.items import Item, frames_after_resampling, plan_items
-from dataset.media import MediaError, load_image, load_pixels, probe, resize_to_bucket, to_rgb
+from dataset.media import MediaError, load_image, load_pixels, read_media_info, resize_to_bucket, to_rgb
 from dataset.sources import Source
 from tests.media_samples import number_of, numbered_frame, turn_video, write_image, write_video
 
@@ -43,7 +43,7 @@ def source(path: Path) -> Source:
 
 
 def clip(path: Path, start: int, length: int, bucket: tuple[int, int] = (128, 64), **keys) -> np.ndarray:
-    item = Item(path.stem, path.stem, (128, 64), bucket, Clip(start, length), path)
+    item = Item(path.stem, path.stem, (128, 64), bucket, FrameSpan(start, length), path)
     return load_pixels(source(path), item, settings(**keys))
 
 
@@ -54,7 +54,7 @@ def numbers(frames: np.ndarray) -> list[int]:
 @pytest.mark.parametrize("name", CODECS)
 def test_each_frame_of_each_codec_is_the_one_asked_for(tmp_path: Path, name: str) -> None:
     path = write_video(tmp_path / name, frames=40, **CODECS[name])
-    found = probe(source(path))
+    found = read_media_info(source(path))
     assert (found.frames, found.size) == (40, (128, 64))
     assert math.isclose(found.fps, 24, rel_tol=1e-3)
     assert numbers(clip(path, 5, 33)) == list(range(5, 38))
@@ -65,11 +65,11 @@ def test_each_frame_of_each_codec_is_the_one_asked_for(tmp_path: Path, name: str
 def test_extraction_modes_on_a_real_file(tmp_path: Path, mode: str) -> None:
     path = write_video(tmp_path / "v.mp4", frames=40)
     keys = settings(target_frames=[13], frame_extraction=mode, frame_stride=10, frame_sample=4)
-    items = plan_items(keys, "v", probe(source(path))).items
+    items = plan_items(keys, "v", read_media_info(source(path))).items
     for item in items:
-        expected = list(range(item.clip.start, item.clip.start + item.clip.length))
+        expected = list(range(item.span.start, item.span.start + item.span.length))
         assert numbers(load_pixels(source(path), item, keys)) == expected
-        assert item.name == f"v_{item.clip.start:05d}-{item.clip.length:03d}"
+        assert item.name == f"v_{item.span.start:05d}-{item.span.length:03d}"
 
 
 def test_a_late_clip_is_found_by_seeking(tmp_path: Path) -> None:
@@ -79,14 +79,14 @@ def test_a_late_clip_is_found_by_seeking(tmp_path: Path) -> None:
 
 def test_a_file_is_gone_through_once_for_all_its_clips(tmp_path: Path, monkeypatch) -> None:
     path = write_video(tmp_path / "v.mpg", codec="mpeg2video")
-    probe(source(path))
+    read_media_info(source(path))
     opened, open_ = [], av.open
     monkeypatch.setattr(av, "open", lambda *a, **k: opened.append(a) or open_(*a, **k))
     for start in (0, 5, 10):
         assert numbers(clip(path, start, 5)) == list(range(start, start + 5))
     assert len(opened) == 3
     write_video(path, frames=7, codec="mpeg2video")
-    assert probe(source(path)).frames == 7
+    assert read_media_info(source(path)).frames == 7
 
 
 @pytest.mark.parametrize("fps", [12, 23.976, 25, 30, 60])
@@ -104,7 +104,7 @@ def test_auto_resamples_a_variable_rate(tmp_path: Path) -> None:
 
 def _check_times(path: Path, times: list[float], half: float) -> None:
     keys = settings(source_fps="auto")
-    count = frames_after_resampling(probe(source(path)), keys)
+    count = frames_after_resampling(read_media_info(source(path)), keys)
     assert abs(count - (times[-1] * 24 + 1)) <= 1
     for k, number in enumerate(numbers(clip(path, 0, count, source_fps="auto"))):
         assert abs(times[number] - k / 24) <= half + 1e-3
@@ -127,7 +127,7 @@ def test_rotated_videos_come_out_upright(tmp_path: Path) -> None:
         path = write_video(tmp_path / f"{turns}.mp4", frames=13)
         turn_video(path, matrix)
         size = (64, 128) if turns % 2 else (128, 64)
-        assert probe(source(path)).size == size
+        assert read_media_info(source(path)).size == size
         upright = clip(path, 0, 13, bucket=size)
         # What was stored was the upright picture turned the other way round.
         assert numbers(np.stack([np.rot90(frame, turns) for frame in upright])) == list(range(13))
@@ -138,7 +138,7 @@ def test_a_folder_of_frames_is_a_video(tmp_path: Path) -> None:
     folder.mkdir()
     for number in range(20):
         Image.fromarray(numbered_frame(number)).save(folder / f"{number:04d}.png")
-    assert probe(source(folder)).frames == 20
+    assert read_media_info(source(folder)).frames == 20
     assert numbers(clip(folder, 3, 13)) == list(range(3, 16))
     assert numbers(clip(folder, 0, 5, source_fps=12)) == [0, 0, 1, 1, 2]
 
@@ -155,14 +155,14 @@ def test_a_cover_picture_is_not_the_video(tmp_path: Path) -> None:
                 container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
         for stream in streams:
             container.mux(stream.encode())
-    assert probe(source(path)).size == (128, 64)
+    assert read_media_info(source(path)).size == (128, 64)
     assert numbers(clip(path, 2, 5)) == [2, 3, 4, 5, 6]
 
 
 def test_a_video_that_is_cut_off_is_used_up_to_the_cut_or_named(tmp_path: Path) -> None:
     path = write_video(tmp_path / "v.ts", frames=60)
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-    frames = probe(source(path)).frames
+    frames = read_media_info(source(path)).frames
     assert 0 < frames < 60
     with pytest.raises(MediaError, match=r"v\.ts"):
         clip(path, 40, 13)
@@ -177,7 +177,7 @@ def test_exif_rotation_is_applied(tmp_path: Path) -> None:
         exif[0x0112] = orientation
         path = tmp_path / f"{orientation}.jpg"
         Image.fromarray(np.ascontiguousarray(pixels)).save(path, exif=exif, quality=95, subsampling=0)
-        assert probe(source(path)).size == (60, 40)
+        assert read_media_info(source(path)).size == (60, 40)
         loaded = load_image(path)
         assert loaded.shape == (40, 60, 3)
         assert np.abs(loaded.astype(int) - upright).mean() < 3
@@ -192,7 +192,7 @@ def test_a_turned_image_is_measured_as_it_is_loaded(tmp_path: Path, name: str) -
             Image.new("RGB", (60, 40)).save(tmp_path / name, exif=exif)
         except (OSError, KeyError):
             pytest.skip("this Pillow does not write the format")
-        assert probe(source(tmp_path / name)).size == load_image(tmp_path / name).shape[1::-1], orientation
+        assert read_media_info(source(tmp_path / name)).size == load_image(tmp_path / name).shape[1::-1], orientation
 
 
 def test_every_kind_of_image_becomes_rgb(tmp_path: Path) -> None:

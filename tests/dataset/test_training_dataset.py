@@ -10,11 +10,12 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from dataset.cache import Manifest, text_cache_path, write_latent_cache, write_text_cache
+from dataset.cache import text_cache_path, write_latent_cache, write_text_cache
 from dataset.config_utils import DatasetConfig, load_dataset_config
 from dataset.image_video_dataset import TrainingDataset
-from dataset.intake import take_in
-from dataset.items import Probe, made_from, plan_items
+from dataset.items import MediaInfo, item_provenance, plan_items
+from dataset.manifest import Manifest
+from dataset.scan import scan_datasets
 from dataset.sources import list_sources
 from tests.media_samples import write_caption, write_image
 from utils.errors import UserError
@@ -26,12 +27,12 @@ def cache(config: DatasetConfig) -> None:
         manifest = Manifest(settings.cache_directory, "latents")
         for number, source in enumerate(list_sources(settings)):
             size = (64, 64) if number % 3 else (96, 48)
-            probe = Probe(*size, frames=30 if settings.is_video else 1, digest="d")
-            manifest.sources[source.name] = {"stamp": source.stamp, "probe": probe.to_json()}
-            for item in plan_items(settings, source.name, probe).items:
+            info = MediaInfo(*size, frames=30 if settings.is_video else 1, digest="d")
+            manifest.sources[source.name] = {"stamp": source.stamp, "probe": info.to_json()}
+            for item in plan_items(settings, source.name, info).items:
                 latents = torch.full((16, *item.latent_shape), float(number))
-                frame_count = item.clip.length if item.clip else None
-                write_latent_cache(item.path, latents, size, frame_count, made_from(item, settings, source.stamp))
+                frame_count = item.span.length if item.span else None
+                write_latent_cache(item.path, latents, size, frame_count, item_provenance(item, settings, source.stamp))
             text = torch.full((256, 8), float(number)), torch.ones(256), torch.full((4,), float(number)), torch.ones(77)
             write_text_cache(text_cache_path(settings.cache_directory, source.name), *text, source.caption, {})
         manifest.save()
@@ -201,7 +202,7 @@ def test_a_changed_medium_is_refused_and_a_mere_copy_is_not(config: DatasetConfi
 
     cache(config)
     manifest = Manifest.load(config.datasets[1].cache_directory, "latents")
-    from dataset.cache import file_identity
+    from dataset.sources import file_identity
 
     manifest.sources["videos2"]["probe"]["digest"] = file_identity(path)
     manifest.save()
@@ -267,7 +268,7 @@ def test_a_caption_that_came_after_the_latents_is_not_forgotten(tmp_path: Path) 
         f"[[datasets]]\nresolution = 64\nimage_directory = '{tmp_path.as_posix()}/images'\n"
         f"cache_directory = '{tmp_path.as_posix()}/cache'\n"
     )
-    for dataset in take_in(load_dataset_config(file)):
+    for dataset in scan_datasets(load_dataset_config(file)):
         dataset.manifest.save()
     write_caption(tmp_path / "images" / "2.png", "a caption")
     with pytest.raises(UserError, match=r"not cached: 0 and 2 more\); run cache_latents\.py"):

@@ -20,13 +20,15 @@ import torch
 from safetensors.torch import save_file
 
 import cache_latents as script
-from dataset.cache import Manifest, text_cache_path, write_text_cache
+from dataset.cache import text_cache_path, write_text_cache
 from dataset.config_utils import load_dataset_config
 from dataset.image_video_dataset import TrainingDataset
-from dataset.latent_caching import noise_for
+from dataset.latent_caching import posterior_noise
+from dataset.manifest import Manifest
 from dataset.media import load_image, resize_to_bucket
 from dataset.sources import list_sources
 from hunyuan_model.vae import AutoencoderKLCausal3D
+from modules.caching.latents import LatentCaching
 from modules.memory.meter import MemoryMeter, nbytes
 from tests.media_samples import number_of, write_caption, write_image, write_video
 from tests.platforms import needs_posix
@@ -122,7 +124,7 @@ def test_latents_are_unscaled_samples_of_the_posterior(world: World) -> None:
 
     pixels = torch.from_numpy(resize_to_bucket(load_image(world.images / "a.png"), (32, 32)).copy())
     posterior = load_vae(world.vae).encode(pixels.permute(2, 0, 1)[None, :, None] / 127.5 - 1)
-    noise = noise_for("a", posterior.mean.shape[1:])
+    noise = posterior_noise("a", posterior.mean.shape[1:])
     expected = posterior.mean[0] + (0.5 * posterior.logvar[0]).exp() * noise
     (latents,) = load_file(world.caches()["a_0100x0080_hv.safetensors"]).values()
     assert torch.allclose(latents.float(), expected, atol=2e-3, rtol=2e-3)
@@ -151,7 +153,7 @@ def test_a_second_run_opens_no_media_and_loads_no_model(world: World, monkeypatc
     world.run()
     before = world.stamps()
     with monkeypatch.context() as patch:
-        for name in ("av.open", "PIL.Image.open", "hunyuan_model.checkpoints.load_vae"):
+        for name in ("av.open", "PIL.Image.open", "modules.caching.latents.load_vae"):
             patch.setattr(name, lambda *a, **k: pytest.fail("opened"))
         assert counts(world.run()) == [[0, 0, 3, 0, 0], [0, 0, VIDEO_ITEMS, 0, 0]]
     assert world.stamps() == before
@@ -297,7 +299,7 @@ def test_a_full_disk_is_one_line_and_keeps_what_is_cached(world: World, monkeypa
         real(tensors, path, metadata)
 
     monkeypatch.setattr(cache, "save_file", save)
-    with pytest.raises(UserError, match=r"cannot be written: .*No space left.*what is cached stays"):
+    with pytest.raises(UserError, match=r"cannot be written: .*No space left.*caches written so far are kept"):
         world.run()
     monkeypatch.setattr(cache, "save_file", real)
     assert counts(world.run())[0] == [1, 0, 2, 0, 0]
@@ -310,7 +312,9 @@ def test_out_of_memory_is_one_line(world: World, monkeypatch) -> None:
         raise RuntimeError("CUDA error: out of memory")
 
     monkeypatch.setattr(AutoencoderKLCausal3D, "encode", encode)
-    with pytest.raises(UserError, match=r"out of memory while encoding .*lower --batch_size.*what is cached stays"):
+    with pytest.raises(
+        UserError, match=r"out of memory while encoding .*lower --batch_size.*so far are kept"
+    ):
         world.run()
 
 
@@ -339,7 +343,7 @@ def test_vram_gb_chooses_the_tiles_unless_the_user_has(world: World, monkeypatch
         return {None: 20, 256: 10, 128: 5, 64: 2}[tile] << 30
 
     chosen, configure = [], AutoencoderKLCausal3D.configure_memory
-    monkeypatch.setattr("modules.memory.measure.estimate_vae", estimate)
+    monkeypatch.setattr("modules.memory.vae_encoding.estimate_vae", estimate)
     monkeypatch.setattr(
         AutoencoderKLCausal3D, "configure_memory", lambda vae, *sizes: chosen.append(sizes) or configure(vae, *sizes)
     )
@@ -378,20 +382,20 @@ def test_what_was_known_to_be_sound_is_not_read_again_whoever_found_it_and_howev
     world: World, monkeypatch, ending: BaseException
 ) -> None:
     """Also where the last run was of fewer processes, of which none renews the list of the second."""
-    encode = script.encode
+    encode = LatentCaching.encode
 
     def encode_and_end(*arguments) -> None:
         encode(*arguments)
         raise ending
 
-    monkeypatch.setattr(script, "encode", encode_and_end)
+    monkeypatch.setattr(LatentCaching, "encode", encode_and_end)
     for run, (processes, rank) in enumerate([(2, 1), (2, 0), (2, 1), (1, 0), (2, 1), (1, 0)]):
         monkeypatch.setenv("WORLD_SIZE", str(processes))
         monkeypatch.setenv("RANK", str(rank))
         if run < 2:
             with pytest.raises(type(ending)):
                 world.run()
-            monkeypatch.setattr("dataset.cache.load_file", lambda path: pytest.fail(f"{path.name} was read whole"))
+            monkeypatch.setattr("dataset.manifest.load_file", lambda path: pytest.fail(f"{path.name} was read whole"))
         else:
             world.run()
     assert list(world.folder.glob("c*/*-sound-*")) == []

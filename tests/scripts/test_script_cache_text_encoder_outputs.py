@@ -15,8 +15,9 @@ from PIL import Image
 import cache_text_encoder_outputs as script
 from dataset.config_utils import load_dataset_config
 from dataset.image_video_dataset import TrainingDataset
-from dataset.intake import take_in
+from dataset.scan import scan_datasets
 from hunyuan_model import checkpoints
+from modules.caching import text
 from utils.errors import UserError
 from utils.safetensors_utils import load_file, read_header, save_file
 
@@ -86,7 +87,7 @@ def loads(monkeypatch) -> list[str]:
         return noted
 
     for name in ("load_text_encoder_1", "load_text_encoder_2"):
-        monkeypatch.setattr(checkpoints, name, noting(name, getattr(checkpoints, name)))
+        monkeypatch.setattr(text, name, noting(name, getattr(checkpoints, name)))
     return loaded
 
 
@@ -158,8 +159,8 @@ def test_one_text_encoder_is_in_memory_at_a_time(run, monkeypatch):
         assert alive[0]() is None
         return load_1(*arguments)
 
-    monkeypatch.setattr(checkpoints, "load_text_encoder_2", load_clip)
-    monkeypatch.setattr(checkpoints, "load_text_encoder_1", load_llm)
+    monkeypatch.setattr(text, "load_text_encoder_2", load_clip)
+    monkeypatch.setattr(text, "load_text_encoder_1", load_llm)
     run()
     assert alive
 
@@ -203,7 +204,7 @@ def test_only_prune_deletes(dataset, run):
 
 def refusal(dataset: Path) -> str:
     """Why the trainer refuses the dataset, whose latents are not cached."""
-    for taken in take_in(load_dataset_config(dataset)):
+    for taken in scan_datasets(load_dataset_config(dataset)):
         taken.manifest.save()
     with pytest.raises(UserError, match="not cached") as caught:
         TrainingDataset(load_dataset_config(dataset), seed=0)
@@ -265,20 +266,20 @@ def test_processes_share_the_captions(dataset, run, monkeypatch, tiny_models):
 
 
 def test_what_was_written_is_not_read_again_whoever_wrote_it_and_however_it_ended(dataset, run, monkeypatch):
-    write_batch = script.write_batch
+    write = text.encode_llm_and_write
 
     def write_and_end(*arguments):
-        write_batch(*arguments)
+        write(*arguments)
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(script, "write_batch", write_and_end)
+        patch.setattr(text, "encode_llm_and_write", write_and_end)
         patch.setenv("WORLD_SIZE", "2")
         for rank in ("1", "0"):
             patch.setenv("RANK", rank)
             with pytest.raises(KeyboardInterrupt):
                 run()
-    monkeypatch.setattr("dataset.cache.load_file", lambda path: pytest.fail(f"{path.name} was read whole"))
+    monkeypatch.setattr("dataset.manifest.load_file", lambda path: pytest.fail(f"{path.name} was read whole"))
     assert counts(run()) == (0, 0, 3, 0)
     assert list((dataset.parent / "cache").glob("*-sound-*")) == []
 
@@ -287,7 +288,7 @@ def test_a_process_reads_only_its_own_share_whole_but_the_first_whose_table_coun
     run()
     (dataset.parent / "cache" / "hv_text.manifest.json").unlink()
     read = []
-    monkeypatch.setattr("dataset.cache.load_file", lambda path: read.append(path.name) or load_file(path))
+    monkeypatch.setattr("dataset.manifest.load_file", lambda path: read.append(path.name) or load_file(path))
     monkeypatch.setattr(sys, "argv", [*sys.argv, "--skip_existing"])
     monkeypatch.setenv("WORLD_SIZE", "2")
     for rank, number in (("1", 1), ("0", 2), ("1", 0)):
@@ -310,7 +311,7 @@ def test_out_of_memory_is_one_line(run, monkeypatch, error):
     def fail(*arguments):
         raise error
 
-    monkeypatch.setattr(checkpoints, "load_text_encoder_1", fail)
+    monkeypatch.setattr(text, "load_text_encoder_1", fail)
     with pytest.raises(UserError, match="--fp8_llm"):
         run()
 
@@ -324,7 +325,7 @@ def test_values_beyond_the_dtype_are_one_line_and_write_nothing(dataset, run, mo
         monkeypatch.setattr(llm, "encode", lambda prompts: (encode(prompts)[0] * 1e6, encode(prompts)[1]))
         return llm
 
-    monkeypatch.setattr(checkpoints, "load_text_encoder_1", too_large)
+    monkeypatch.setattr(text, "load_text_encoder_1", too_large)
     with pytest.raises(UserError, match="--text_encoder_dtype bfloat16"):
         run()
     assert caches(dataset) == {}
