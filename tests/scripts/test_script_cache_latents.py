@@ -312,9 +312,7 @@ def test_out_of_memory_is_one_line(world: World, monkeypatch) -> None:
         raise RuntimeError("CUDA error: out of memory")
 
     monkeypatch.setattr(AutoencoderKLCausal3D, "encode", encode)
-    with pytest.raises(
-        UserError, match=r"out of memory while encoding .*lower --batch_size.*so far are kept"
-    ):
+    with pytest.raises(UserError, match=r"out of memory while encoding .*lower --batch_size.*so far are kept"):
         world.run()
 
 
