@@ -1,9 +1,11 @@
-"""Streams the frozen weights of some blocks from host memory, so that they need no place on the accelerator.
+"""Streams the frozen weights of some blocks from main memory to the accelerator when the blocks run.
 
-Each swapped block has one host copy, pinned where possible, that never changes and is never copied back. A ring of
-device buffers receives the weights of a block ahead of its use, on a stream of its own: in forward order during the
-forward pass, in reverse during the backward pass. Nothing in the model knows of it; `enable_block_swap` wraps the
-`forward` of the swapped blocks from outside. Apply it before activation checkpointing.
+Each swapped block has one copy in main memory, pinned where possible. It never changes and nothing is copied back. The
+accelerator holds a ring of buffers. The weights of a block are copied into one of them before the block runs, on a
+separate stream: in the order of the blocks during the forward pass, in reverse order during the backward pass.
+
+The model does not know of this: `enable_block_swap` wraps the `forward` of the swapped blocks from outside. Apply it
+after compilation and before activation checkpointing.
 """
 
 import contextlib
@@ -20,6 +22,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import _disable_current_modes
 
 from utils.errors import UserError
+from utils.wrap_forward import WrapperKind, is_wrapped, wrap_forward
 
 ALIGNMENT = 256  # bytes; every view of a buffer starts where a fresh allocation could start
 # The reference tool allows 36 in training and 38 in generation.
@@ -36,7 +39,7 @@ def swapped_blocks(blocks_to_swap: int, depth_double: int, depth_single: int, tr
     """Which blocks are streamed, as indices into all blocks (double blocks first, then single blocks).
 
     n counts as in the reference tool: n // 2 double blocks and 2 (n - n // 2) + 1 single blocks. They are spread
-    evenly, so that every copy has the computation of the blocks between to hide behind.
+    evenly, so that the weights of a swapped block can be copied while the blocks before it compute.
 
     Raises:
         UserError: n is more than the model can swap.
@@ -57,8 +60,8 @@ def _spread(count: int, total: int) -> list[int]:
 
 
 @dataclass
-class _Place:
-    """Where one parameter lies inside its block's bytes."""
+class _PackedParameter:
+    """Where one parameter lies inside the buffer of its block; `start` in bytes."""
 
     parameter: nn.Parameter
     start: int
@@ -74,51 +77,51 @@ class _HostBlock:
     """The frozen weight matrices of one block, packed into one host buffer; norms and biases stay on the device."""
 
     def __init__(self, block: nn.Module, device: torch.device, pin: bool) -> None:
-        self.places: list[_Place] = []
+        self.packed: list[_PackedParameter] = []
         self.nbytes = 0
         for parameter in block.parameters():
             if parameter.ndim < 2:
                 parameter.data = parameter.data.to(device)
                 continue
             if parameter.requires_grad:
-                raise ValueError("block swap streams frozen weights; this block has weights that are trained")
-            self.places.append(_Place(parameter, self.nbytes, parameter.shape, parameter.dtype))
+                raise ValueError("block swap streams frozen weights; this block has trained weights")
+            self.packed.append(_PackedParameter(parameter, self.nbytes, parameter.shape, parameter.dtype))
             size = parameter.numel() * parameter.dtype.itemsize
             self.nbytes += math.ceil(size / ALIGNMENT) * ALIGNMENT
         for name, buffer in block.named_buffers():
             owner, _, leaf = name.rpartition(".")
             setattr(block.get_submodule(owner), leaf, buffer.to(device))
         self.flat = torch.empty(self.nbytes, dtype=torch.uint8)
-        for place in self.places:
-            place.view(self.flat).copy_(place.parameter.data)
+        for packed in self.packed:
+            packed.view(self.flat).copy_(packed.parameter.data)
         self.pinned = pin and _pin(self.flat)
         if self.pinned:
             weakref.finalize(self, _unpin, self.flat, device)
-        self.point_at(self.flat)
+        self.use_buffer(self.flat)
 
-    def point_at(self, flat: Tensor) -> None:
-        """Makes the block's parameters views of `flat`."""
-        for place in self.places:
-            place.parameter.data = place.view(flat)
+    def use_buffer(self, flat: Tensor) -> None:
+        """Makes the block's parameters views of the bytes `flat`."""
+        for packed in self.packed:
+            packed.parameter.data = packed.view(flat)
 
 
 def _pin(flat: Tensor) -> bool:
     """Pins memory in place. torch's own pinning would round every block up to a power of two."""
     if int(torch.cuda.cudart().cudaHostRegister(flat.data_ptr(), flat.numel(), 0)) == 0:
         return True
-    with contextlib.suppress(RuntimeError):  # the failure waits in CUDA as an error that the next kernel would raise
+    with contextlib.suppress(RuntimeError):  # clears CUDA's error, which the next kernel would raise
         torch.zeros(1, device="cuda")
     return False
 
 
 def _unpin(flat: Tensor, device: torch.device) -> None:
-    with contextlib.suppress(RuntimeError):  # after an error in CUDA nothing is on its way
-        torch.cuda.synchronize(device)  # a block that was copied ahead may be, and nobody waits for it any more
+    with contextlib.suppress(RuntimeError):  # after a CUDA error no copy is running
+        torch.cuda.synchronize(device)  # a block that was prefetched but not used may still be copied
     torch.cuda.cudart().cudaHostUnregister(flat.data_ptr())
 
 
 class BlockSwap:
-    """The ring of device buffers and what lies in them."""
+    """The ring of device buffers, and which block's weights each of them holds."""
 
     def __init__(self, blocks: list[nn.Module], device: torch.device, ring_size: int, pin: bool) -> None:
         self.device = device
@@ -132,18 +135,19 @@ class BlockSwap:
         self.current: int | None = None
         self.wanted: list[int] = []  # the current block and those that follow, which stay in the ring
         on_gpu = device.type == "cuda"
-        self.copies = torch.cuda.Stream(device) if on_gpu else None
-        self.arrived = [torch.cuda.Event() for _ in self.ring] if on_gpu else None
-        self.begun = torch.cuda.Event() if on_gpu else None
+        self.copy_stream = torch.cuda.Stream(device) if on_gpu else None
+        self.copied = [torch.cuda.Event() for _ in self.ring] if on_gpu else None
+        self.started = torch.cuda.Event() if on_gpu else None
         for flat in self.ring if on_gpu else []:
-            flat.record_stream(self.copies)  # else its memory could be handed out again below a copy
+            flat.record_stream(self.copy_stream)  # else its memory could be reused while a copy is running
 
     @property
     def pinned(self) -> bool:
         return all(block.pinned for block in self.blocks)
 
     def begin(self, *_: object) -> None:
-        """Notes, before the model runs, whether a backward pass follows; inside a checkpoint no block can tell."""
+        """Before the model runs: notes whether a backward pass follows. A checkpointed block runs without gradients and
+        cannot tell."""
         self.backward_follows = torch.is_grad_enabled()
 
     def acquire(self, index: int) -> None:
@@ -152,21 +156,22 @@ class BlockSwap:
             return
         self.wanted = [index, *self._upcoming(index)]
         self.current = index
-        if self.begun:
-            self.begun.record(torch.cuda.current_stream(self.device))
-        self._bring([index])
-        if self.arrived:
-            torch.cuda.current_stream(self.device).wait_event(self.arrived[self.slot_of[index]])
+        if self.started:
+            self.started.record(torch.cuda.current_stream(self.device))
+        self._copy_missing([index])
+        if self.copied:
+            torch.cuda.current_stream(self.device).wait_event(self.copied[self.slot_of[index]])
 
     def prefetch(self) -> None:
         """Starts to copy what is needed after the current block.
 
-        Comes after the kernels of the block were queued: from memory that is not pinned, the CPU waits for its copies.
+        Called after the kernels of the current block are queued, because the CPU waits for copies from memory that is
+        not pinned.
         """
-        self._bring(self.wanted[1:])
+        self._copy_missing(self.wanted[1:])
 
-    def _bring(self, indices: list[int]) -> None:
-        # Selective checkpointing expects a block's second run to call what the first called; copies differ.
+    def _copy_missing(self, indices: list[int]) -> None:
+        # Selective checkpointing expects the same operations in both runs of a block, but the copies differ.
         with _disable_current_modes():
             for index in indices:
                 if index in self.slot_of:
@@ -175,7 +180,7 @@ class BlockSwap:
                     self._copy(index, keep=set(self.wanted))
 
     def _upcoming(self, index: int) -> list[int]:
-        """The blocks that follow, nearest first: downwards in a backward pass, which the order of calls reveals."""
+        """The blocks that will run next, nearest first; whether they run backward is seen from the order of calls."""
         last = len(self.blocks) - 1
         ahead = min(len(self.ring) - 1, last)
         starts_over = index == 0 or self.current is None or (index == last and not self.backward_follows)
@@ -192,23 +197,22 @@ class BlockSwap:
         else:
             evicted = next(block for block in self.slot_of if block not in keep)
             slot = self.slot_of.pop(evicted)
-            self.blocks[evicted].point_at(self.blocks[evicted].flat)
+            self.blocks[evicted].use_buffer(self.blocks[evicted].flat)
         block = self.blocks[index]
         target = self.ring[slot][: block.nbytes]
-        if self.copies is None:
+        if self.copy_stream is None:
             target.copy_(block.flat)
         else:
-            # The buffer may still be read by kernels that were queued before the current block, which is not in it.
-            self.copies.wait_event(self.begun)
-            with torch.cuda.stream(self.copies):
+            # Kernels that were queued before the current block may still read this buffer.
+            self.copy_stream.wait_event(self.started)
+            with torch.cuda.stream(self.copy_stream):
                 target.copy_(block.flat, non_blocking=True)
-                self.arrived[slot].record()
+                self.copied[slot].record()
         self.slot_of[index] = slot
-        block.point_at(target)
+        block.use_buffer(target)
 
     def wrap(self, index: int, block: nn.Module) -> None:
-        """Makes a block fetch its weights before it runs, and autograd remember places instead of weights."""
-        forward = block.forward
+        """Makes a block fetch its weights before it runs, and makes autograd save their positions, not the weights."""
 
         def pack(tensor: Tensor) -> Tensor | Callable[[], Tensor]:
             if tensor.untyped_storage().data_ptr() not in self.storages:
@@ -224,19 +228,19 @@ class BlockSwap:
 
             return fetch
 
-        def streamed(*args: object) -> object:
+        def stream(forward: Callable, *args: object) -> object:
             self.acquire(index)
             try:
-                # A checkpointed block runs again right before its backward pass, with its weights in place; hooks here
-                # would hide those of the checkpoint and keep every activation.
-                if getattr(block, "is_checkpointed", False) or not torch.is_grad_enabled():
+                # A checkpointed block runs again right before its backward pass, so its weights are in place. Hooks
+                # here would take the place of those of the checkpoint, and every activation would be kept.
+                if is_wrapped(block, WrapperKind.CHECKPOINTING) or not torch.is_grad_enabled():
                     return forward(*args)
                 with saved_tensors_hooks(pack, lambda packed: packed() if callable(packed) else packed):
                     return forward(*args)
             finally:  # selective checkpointing ends a second run by an exception, once it has what it needs
                 self.prefetch()
 
-        block.forward = streamed
+        wrap_forward(block, WrapperKind.WEIGHT_STREAMING, stream)
 
 
 def enable_block_swap(
@@ -247,14 +251,15 @@ def enable_block_swap(
     training: bool = False,
     pin: bool | None = None,
 ) -> BlockSwap | None:
-    """Moves a DiT to `device`, except for the swapped blocks, which are streamed in when they run.
+    """Moves a DiT to `device`, except for the swapped blocks, whose weights are copied there when they run.
 
     Args:
         model: a DiT with `double_blocks` and `single_blocks`, its swapped blocks frozen; it may still be on the CPU.
         blocks_to_swap: as `--blocks_to_swap`; 0 moves the whole model.
         device: where the model computes.
-        ring_size: device buffers; 2 copies ahead while one block computes, 1 needs the least memory.
-        training: which maximum of `blocks_to_swap` holds.
+        ring_size: number of device buffers. With 2, one block is copied while another computes; 1 needs the least
+            memory.
+        training: use the maximum of `blocks_to_swap` for training, not that for generation.
         pin: pin the host copy; by default on CUDA, but not on Windows, where pinned memory counts as shared GPU memory.
 
     Raises:
@@ -285,10 +290,10 @@ def offload_embedders(model: nn.Module, device: torch.device | str) -> None:
     for module in (model.img_in, model.txt_in):
         host = [(parameter, parameter.data) for parameter in module.to("cpu").parameters()]
         module.register_forward_pre_hook(lambda module, _: module.to(device) and None)
-        module.register_forward_hook(functools.partial(_put_back, host))
+        module.register_forward_hook(functools.partial(_use_host_weights, host))
 
 
-def _put_back(host: list[tuple[nn.Parameter, Tensor]], *_: object) -> None:
-    """The weights are frozen: their copies on the device can go."""
+def _use_host_weights(host: list[tuple[nn.Parameter, Tensor]], *_: object) -> None:
+    """Frees the copies on the device; nothing is copied back, because the weights are frozen."""
     for parameter, data in host:
         parameter.data = data

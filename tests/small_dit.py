@@ -6,7 +6,8 @@ import torch
 from torch import nn
 
 from hunyuan_model.models import HunyuanVideoConfig, HYVideoDiffusionTransformer
-from modules.blocks.activation_checkpointing import checkpoint_activations, recompute_cheap
+from modules.blocks.activation_checkpointing import checkpoint_activations
+from modules.blocks.rematerialization import rematerialize_pointwise
 from networks.lora import create_arch_network
 
 
@@ -42,7 +43,7 @@ def prepare(dit: HYVideoDiffusionTransformer, checkpointing: str, rank: int = 4)
     network = create_arch_network(1.0, rank, rank, None, None, dit)
     network.apply_to(None, dit, False, True)
     if checkpointing == "none":
-        recompute_cheap(dit.blocks)
+        rematerialize_pointwise(dit.blocks)
     else:
         checkpoint_activations(dit.blocks, checkpointing)
     return network

@@ -1,50 +1,35 @@
 """What autograd keeps between the forward and the backward pass, decided from outside the model.
 
-Four ways, from the fastest to the leanest; all give the gradients of plain autograd bit for bit, but for `full` and
-`offload` where all blocks share an input that needs a gradient: they add up its parts in another order.
+Four ways, from the fastest to the one that needs the least GPU memory:
 
-- `recompute_cheap`: keeps no copy that pointwise operations can make again from what is kept anyway;
-- `selective`: keeps the results of large matrix products and of attention only (PyTorch's selective checkpointing);
-- `full`: keeps the inputs of a block and runs it again (arXiv 1604.06174);
-- `offload`: the same, with the inputs parked in main memory.
+- `rematerialize_pointwise` keeps no result of pointwise operations that can be computed from kept tensors;
+- `selective` keeps only the results of large matrix products and of attention (PyTorch's selective checkpointing);
+- `full` keeps the inputs of a block and runs it again in the backward pass (arXiv 1604.06174);
+- `offload` does the same, with the inputs in main memory.
+
+All give the gradients of plain autograd bit for bit, with one exception: where all blocks share an input that needs a
+gradient, `full` and `offload` sum the parts of that gradient in another order.
 """
 
 import contextlib
 import functools
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import saved_tensors_hooks
-from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from hunyuan_model.models import HYVideoDiffusionTransformer
-from modules.blocks.activation_offload import Parking
+from modules.blocks.activation_offload import ActivationOffload
+from modules.blocks.rematerialization import rematerialize_pointwise
+from utils.wrap_forward import WrapperKind, wrap_forward
 
 aten = torch.ops.aten
-# A product over fewer channels than this is a LoRA's: its result is made again for less than its memory is worth.
+# A product over fewer channels than this belongs to a LoRA: it is cheap to compute again.
 SMALLEST_KEPT_INNER_SIZE = 256
 # Position of the first factor of a matrix product among the arguments.
 MATRIX_PRODUCTS = {aten.mm.default: 0, aten.addmm.default: 1, aten.bmm.default: 0}
-POINTWISE = {
-    aten._to_copy.default,
-    aten.addcmul.default,
-    aten.cat.default,
-    aten.clone.default,
-    aten.gelu.default,
-    aten.mean.dim,
-    aten.mul.Tensor,
-    aten.native_layer_norm.default,
-    aten.pow.Tensor_Scalar,
-    aten.rsqrt.default,
-    aten.silu.default,
-    aten.stack.default,
-    aten.sub.Tensor,
-}
 
 
 def apply_activation_checkpointing(
@@ -56,8 +41,9 @@ def apply_activation_checkpointing(
 ) -> None:
     """Decides what the blocks of the DiT keep for the backward pass.
 
-    Without checkpointing, autograd keeps no results of pointwise operations (`recompute_cheap`), with two exceptions:
-    compiled blocks, where the compiler decides this, and a CPU, which has more memory than time.
+    Without checkpointing, autograd keeps no results of pointwise operations (`rematerialize_pointwise`), with three
+    exceptions: compiled blocks, where the compiler decides this; block swap, which needs the saved-tensor hooks
+    itself; and a CPU, which has more memory than time.
 
     Args:
         checkpointing: a policy of `checkpoint_activations`, or "none".
@@ -67,29 +53,30 @@ def apply_activation_checkpointing(
     if checkpointing != "none":
         checkpoint_activations(dit.blocks, checkpointing, compiled)
     elif device.type != "cpu" and not compiled and not swapped:
-        recompute_cheap(dit.blocks)
+        rematerialize_pointwise(dit.blocks)
 
 
 def checkpoint_activations(blocks: Iterable[nn.Module], policy: str = "full", compiled: bool = False) -> None:
-    """Makes every block run again, or partly again, when gradients are needed.
-
-    Sets `is_checkpointed` on the blocks: what wraps them further (block swap) need not keep anything for backward.
+    """Makes every block run again, completely or partly, in the backward pass.
 
     Args:
         blocks: modules whose forward takes and returns tensors.
         policy: "full", "selective" or "offload".
         compiled: the blocks were compiled, so the compiler decides what the second run keeps.
     """
-    parking = Parking() if policy == "offload" else None
+    blocks = list(blocks)
+    if policy == "selective":
+        around = _run_selectively
+    else:
+        around = functools.partial(_run_checkpointed, ActivationOffload() if policy == "offload" else None)
+        if not compiled:
+            rematerialize_pointwise(blocks)  # for the second run
     for block in blocks:
-        block.is_checkpointed = True
-        if policy == "selective":
-            block.forward = functools.partial(
-                checkpoint, block.forward, use_reentrant=False, context_fn=_selective_contexts
-            )
-        else:
-            run = block.forward if compiled else functools.partial(_run_with_recipes, block.forward)
-            block.forward = functools.partial(_run_again, run, parking)
+        wrap_forward(block, WrapperKind.CHECKPOINTING, around)
+
+
+def _run_selectively(forward: Callable, *inputs: Any) -> Any:
+    return checkpoint(forward, *inputs, use_reentrant=False, context_fn=_selective_contexts)
 
 
 def _selective_contexts() -> tuple[Any, Any]:
@@ -104,15 +91,17 @@ def _selective_policy(ctx: object, op: Callable, *args: Any, **kwargs: Any) -> C
     return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE
 
 
-class _RunAgain(torch.autograd.Function):
-    """Runs a block without a graph and keeps its inputs; backward runs it again, with a graph, and goes through that.
+class _CheckpointedRun(torch.autograd.Function):
+    """Runs a block without a graph and keeps its inputs; backward runs it again with a graph, and then through that.
 
-    Unlike `torch.utils.checkpoint` it leaves saved-tensor hooks to the block, so that the second run keeps no more
-    than `recompute_cheap` does: the peak of memory is in there.
+    Unlike `torch.utils.checkpoint`, this lets the block use saved-tensor hooks of its own in the second run, where
+    memory peaks: so that run keeps no more than `rematerialize_pointwise` does.
     """
 
     @staticmethod
-    def forward(ctx: Any, run: Callable, parking: Parking | None, always: Tensor, *inputs: Any) -> Any:
+    def forward(
+        ctx: Any, run: Callable, offload: ActivationOffload | None, always_needs_grad: Tensor, *inputs: Any
+    ) -> Any:
         ctx.run = run
         ctx.device = next(value.device for value in inputs if isinstance(value, Tensor))
         ctx.random_state = _random_state(ctx.device)
@@ -123,10 +112,13 @@ class _RunAgain(torch.autograd.Function):
             "enabled": torch.is_autocast_enabled(kind),
         }
         ctx.needs_grad = ctx.needs_input_grad[3:]
-        # Only inputs in the path of gradients differ from block to block; the rest is shared and stays where it is.
+        # Inputs that need a gradient differ from block to block; the others are shared by all and stay on the device.
         own = [value for value, needed in zip(inputs, ctx.needs_grad, strict=True) if needed]
         ctx.shared = [None if needed else value for value, needed in zip(inputs, ctx.needs_grad, strict=True)]
-        ctx.own = parking.park(own, ctx.device).taken if parking else functools.partial(contextlib.nullcontext, own)
+        if offload:
+            ctx.own = offload.offload(own, ctx.device).restored
+        else:
+            ctx.own = functools.partial(contextlib.nullcontext, own)
         return run(*inputs)
 
     @staticmethod
@@ -140,11 +132,11 @@ class _RunAgain(torch.autograd.Function):
             with torch.enable_grad(), torch.autocast(**ctx.autocast), _with_random_state(ctx.random_state, ctx.device):
                 outputs = ctx.run(*inputs)
             pairs = zip(outputs if isinstance(outputs, tuple) else (outputs,), gradients, strict=True)
-            # Where nothing in the block is trained, an output may depend on nothing that needs a gradient.
+            # In a block without trained weights, an output may depend on nothing that needs a gradient.
             pairs = [(output, gradient) for output, gradient in pairs if output.requires_grad]
             if pairs:
                 torch.autograd.backward(*zip(*pairs, strict=True))
-        # Used once, as saved tensors are: whoever still holds the output shall not hold what the blocks were given.
+        # The output may be referenced after the backward pass, and with it this graph: it must not keep the inputs.
         ctx.own = ctx.shared = None
         return (
             None,
@@ -154,12 +146,12 @@ class _RunAgain(torch.autograd.Function):
         )
 
 
-def _run_again(run: Callable, parking: Parking | None, *inputs: Any) -> Any:
+def _run_checkpointed(offload: ActivationOffload | None, forward: Callable, *inputs: Any) -> Any:
     if not torch.is_grad_enabled():
-        return run(*inputs)
-    # The inputs of the first block need no gradient, but the LoRA inside does: this one always asks for it.
-    always = torch.empty(0, requires_grad=True)
-    return _RunAgain.apply(run, parking, always, *inputs)
+        return forward(*inputs)
+    # The inputs of the first block need no gradient, but its trained weights do. So one input always asks for it.
+    always_needs_grad = torch.empty(0, requires_grad=True)
+    return _CheckpointedRun.apply(forward, offload, always_needs_grad, *inputs)
 
 
 def _random_state(device: torch.device) -> tuple[Tensor, Tensor | None]:
@@ -168,99 +160,10 @@ def _random_state(device: torch.device) -> tuple[Tensor, Tensor | None]:
 
 @contextlib.contextmanager
 def _with_random_state(state: tuple[Tensor, Tensor | None], device: torch.device) -> Iterator[None]:
-    """Inside, dropout draws the masks of the first run again; outside, the random state is untouched."""
+    """Inside, dropout draws the same masks as in the first run; the random state outside does not change."""
     cpu_state, cuda_state = state
     with torch.random.fork_rng(devices=[device] if cuda_state is not None else []):
         torch.set_rng_state(cpu_state)
         if cuda_state is not None:
             torch.cuda.set_rng_state(cuda_state, device)
         yield
-
-
-def recompute_cheap(blocks: Iterable[nn.Module]) -> None:
-    """Makes autograd keep, instead of results of pointwise operations, how to make them again.
-
-    For training without checkpointing: costs a few pointwise operations, saves about two thirds of the memory.
-    """
-    for block in blocks:
-        block.forward = functools.partial(_run_with_recipes, block.forward)
-
-
-def _run_with_recipes(run: Callable, *inputs: Any) -> Any:
-    if not torch.is_grad_enabled():
-        return run(*inputs)
-    recorder = _Recorder()
-    with saved_tensors_hooks(recorder.pack, _unpack), recorder:
-        return run(*inputs)
-
-
-@dataclass(frozen=True)
-class _Recipe:
-    """A pointwise operation and its arguments: tensors, views of other recipes' results, plain values, lists of these.
-
-    Those with a keyword are plain.
-    """
-
-    op: Callable
-    args: tuple
-    kwargs: dict
-    output: int | None  # which one, for operations with several results
-
-    def make(self) -> Tensor:
-        result = self.op(*_each(_unpack, self.args), **self.kwargs)
-        return result if self.output is None else result[self.output]
-
-
-@dataclass(frozen=True)
-class _View:
-    """A view of a recipe's result."""
-
-    recipe: _Recipe
-    size: torch.Size
-    stride: tuple[int, ...]
-    offset: int
-
-    def make(self) -> Tensor:
-        return self.recipe.make().as_strided(self.size, self.stride, self.offset)
-
-
-def _unpack(value: Any) -> Any:
-    return value.make() if isinstance(value, _View) else value
-
-
-def _each(change: Callable[[Any], Any], args: tuple) -> tuple:
-    """Changes arguments, also those in lists; torch's `tree_map` takes longer than a small operation itself."""
-    return tuple([change(value) for value in arg] if isinstance(arg, list) else change(arg) for arg in args)
-
-
-class _Recorder(TorchDispatchMode):
-    """Watches the operations of one block and remembers a recipe for every result that is cheap to make again."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        # The weak reference keeps the key from being used again for another storage.
-        self.recipes: dict[int, tuple[StorageWeakRef, _Recipe]] = {}
-
-    def __torch_dispatch__(self, op: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        kwargs = kwargs or {}
-        results = op(*args, **kwargs)
-        if op in POINTWISE or (op is aten.add.Tensor and self._is_sum_of_recipes(args)):
-            args = _each(self.pack, args)
-            outputs = enumerate(results) if isinstance(results, tuple) else [(None, results)]
-            for index, result in outputs:
-                storage = result.untyped_storage()
-                self.recipes[storage._cdata] = (StorageWeakRef(storage), _Recipe(op, args, kwargs, index))
-        return results
-
-    def _is_sum_of_recipes(self, args: tuple) -> bool:
-        """A residual sum is kept: its parts would need more memory than itself."""
-        return all(isinstance(self.pack(value), _View) for value in args if isinstance(value, Tensor))
-
-    def pack(self, value: Any) -> Any:
-        """A tensor with a recipe becomes a view of it; everything else stays what it is."""
-        if not isinstance(value, Tensor):
-            return value
-        found = self.recipes.get(value.untyped_storage()._cdata)
-        if found is None:
-            return value
-        return _View(found[1], value.size(), value.stride(), value.storage_offset())

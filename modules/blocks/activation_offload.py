@@ -1,12 +1,14 @@
-"""Main memory for what a block keeps from its forward to its backward pass.
+"""Offloads what a block keeps from its forward to its backward pass into main memory.
 
-On CUDA all copies run on a stream of their own, beside the computation, and only streams wait, never the CPU:
+On CUDA, all copies run on one copy stream beside the computation. Only streams wait for each other, never the CPU:
 
-- out: while its block runs. The next block first waits for it, so that the memory on the GPU can be used again.
-- back: while the block after it runs backward, which then waits for it. One block's tensors are ahead, no more.
+- To main memory: a block's tensors are copied while the block runs. The next block waits for this copy before it
+  starts, so that the memory on the GPU can be used again.
+- Back to the GPU: a block's tensors are copied while the following block runs its backward pass. The block's own
+  backward pass waits for this copy. The tensors of at most one block are on the GPU ahead of their use.
 
-So all memory on the GPU is allocated, used and freed in the order of the computing stream. Elsewhere copies are made at
-once, at the same places.
+So the computing stream allocates, uses and frees all GPU memory in order. On other devices the copies are made at the
+same points, at once.
 """
 
 import contextlib
@@ -18,89 +20,91 @@ import torch
 from torch import Tensor
 
 
-class Parking:
-    """The tensors of a model's blocks, in the order in which the blocks ran.
+class ActivationOffload:
+    """Offloads the tensors of a model's blocks, in the order in which the blocks run.
 
-    Their places in main memory serve again, for smaller tensors too: torch would pin more for every other size, and
-    keep it. No copy can meet one that is still on its way, since all are made in order on one stream.
+    Buffers in main memory are used again, also for smaller tensors: PyTorch would pin a new one for every other size
+    and keep it. No copy can overwrite a buffer that another copy still reads, because all copies run on one stream.
     """
 
     def __init__(self) -> None:
-        self.latest: weakref.ref[Parked] | None = None
-        self.free: list[Tensor] = []
+        self.latest: weakref.ref[OffloadedTensors] | None = None
+        self.free_buffers: list[Tensor] = []
 
-    def park(self, tensors: Sequence[Tensor], device: torch.device) -> "Parked":
-        """Starts to copy tensors from `device` to main memory; whoever holds the result can have them back."""
-        places = [self._place(tensor) for tensor in tensors]
-        parked = Parked(tensors, places, device, self.latest)
-        weakref.finalize(parked, self.free.extend, places)
-        self.latest = weakref.ref(parked)
-        return parked
+    def offload(self, tensors: Sequence[Tensor], device: torch.device) -> "OffloadedTensors":
+        """Starts to copy tensors from `device` to main memory; the result restores them."""
+        buffers = [self._host_buffer(tensor) for tensor in tensors]
+        offloaded = OffloadedTensors(tensors, buffers, device, self.latest)
+        weakref.finalize(offloaded, self.free_buffers.extend, buffers)
+        self.latest = weakref.ref(offloaded)
+        return offloaded
 
-    def _place(self, tensor: Tensor) -> Tensor:
-        """The smallest free bytes that hold a tensor, or new ones."""
-        fitting = [(place.numel(), index) for index, place in enumerate(self.free) if place.numel() >= tensor.nbytes]
+    def _host_buffer(self, tensor: Tensor) -> Tensor:
+        """The smallest free buffer that holds a tensor, or a new one."""
+        fitting = [
+            (buffer.numel(), index) for index, buffer in enumerate(self.free_buffers) if buffer.numel() >= tensor.nbytes
+        ]
         if fitting:
-            return self.free.pop(min(fitting)[1])
+            return self.free_buffers.pop(min(fitting)[1])
         return torch.empty(tensor.nbytes, dtype=torch.uint8, pin_memory=tensor.is_cuda)
 
 
-class Parked:
-    """Tensors of one block in pinned main memory.
+class OffloadedTensors:
+    """The tensors of one block in pinned main memory.
 
     Attributes:
-        leaving: the originals, as long as they are being copied.
-        returned: the copies on the device, from when they are wanted soon until they are taken.
-        used: they have been taken.
+        originals: the tensors on the device, referenced until their copy to main memory is made.
+        prefetched: the copies back on the device, from the start of the copy until `restored` hands them out.
+        was_restored: `restored` has handed them out.
     """
 
     def __init__(
         self,
         tensors: Sequence[Tensor],
-        places: Sequence[Tensor],
+        buffers: Sequence[Tensor],
         device: torch.device,
-        before: "weakref.ref[Parked] | None" = None,
+        previous: "weakref.ref[OffloadedTensors] | None" = None,
     ) -> None:
-        self.device, self._before = device, before
+        self.device, self._previous = device, previous
         _wait_for_copies(device)
-        if previous := self.before:
-            previous.leaving = None
-        self.leaving: Sequence[Tensor] | None = tensors
-        self.returned: list[Tensor] | None = None
-        self.used = False
-        with _copies(device):
-            self.host = [_to_host(tensor, place) for tensor, place in zip(tensors, places, strict=True)]
+        if previous_block := self.previous:
+            previous_block.originals = None
+        self.originals: Sequence[Tensor] | None = tensors
+        self.prefetched: list[Tensor] | None = None
+        self.was_restored = False
+        with _on_copy_stream(device):
+            self.host = [_copy_to_host(tensor, buffer) for tensor, buffer in zip(tensors, buffers, strict=True)]
 
     @property
-    def before(self) -> "Parked | None":
-        """What the block before parked, unless its graph is gone."""
-        return self._before and self._before()
+    def previous(self) -> "OffloadedTensors | None":
+        """The tensors of the block that ran before this one; None once its graph is gone."""
+        return self._previous and self._previous()
 
     @contextlib.contextmanager
-    def taken(self) -> Iterator[list[Tensor]]:
-        """Inside, for the backward pass of the block: its tensors; those of the block before are on their way."""
-        if self.returned is None:
-            self.bring_back()
+    def restored(self) -> Iterator[list[Tensor]]:
+        """Yields the tensors on the device, for the backward pass of the block, and prefetches the previous block's."""
+        if self.prefetched is None:
+            self.prefetch()
             _wait_for_copies(self.device)
-        tensors, self.returned, self.leaving, self.used = self.returned, None, None, True
-        previous = self.before
-        if previous and not previous.used:
-            previous.bring_back()
+        tensors, self.prefetched, self.originals, self.was_restored = self.prefetched, None, None, True
+        previous = self.previous
+        if previous and not previous.was_restored:
+            previous.prefetch()
         try:
             yield tensors
         finally:
             _wait_for_copies(self.device)
 
-    def bring_back(self) -> None:
-        """Starts to copy to the device."""
-        self.returned = [torch.empty_like(host, device=self.device) for host in self.host]
-        with _copies(self.device):
-            for tensor, host in zip(self.returned, self.host, strict=True):
+    def prefetch(self) -> None:
+        """Starts to copy the tensors back to the device."""
+        self.prefetched = [torch.empty_like(host, device=self.device) for host in self.host]
+        with _on_copy_stream(self.device):
+            for tensor, host in zip(self.prefetched, self.host, strict=True):
                 tensor.copy_(host, non_blocking=True)
 
 
-def _to_host(tensor: Tensor, place: Tensor) -> Tensor:
-    host = place[: tensor.nbytes].view(tensor.dtype).view(tensor.shape)
+def _copy_to_host(tensor: Tensor, buffer: Tensor) -> Tensor:
+    host = buffer[: tensor.nbytes].view(tensor.dtype).view(tensor.shape)
     return host.copy_(tensor.detach(), non_blocking=True)
 
 
@@ -110,8 +114,8 @@ def _copy_stream(device: torch.device) -> torch.cuda.Stream:
 
 
 @contextlib.contextmanager
-def _copies(device: torch.device) -> Iterator[None]:
-    """Inside, CUDA works on the stream of copies, after everything that the computing stream was given before."""
+def _on_copy_stream(device: torch.device) -> Iterator[None]:
+    """Inside, CUDA works on the copy stream, which first waits for all work queued on the computing stream so far."""
     if device.type != "cuda":
         yield
         return
@@ -121,6 +125,6 @@ def _copies(device: torch.device) -> Iterator[None]:
 
 
 def _wait_for_copies(device: torch.device) -> None:
-    """Lets what the computing stream is given from now on come after all copies so far."""
+    """Makes the computing stream wait for all copies queued so far, before the work that it is given next."""
     if device.type == "cuda":
         torch.cuda.current_stream(device).wait_stream(_copy_stream(device))

@@ -1,5 +1,6 @@
-"""torch.compile, block by block: one small graph that serves every block instead of one large graph of the model."""
+"""torch.compile for each block: all blocks of a kind share one small graph, instead of one large graph of the model."""
 
+import functools
 import sys
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -11,8 +12,9 @@ from torch._inductor.exc import InductorError
 
 from modules.options import CompileOptions
 from utils.errors import UserError, did_you_mean, one_line
+from utils.wrap_forward import WrapperKind, wrap_forward
 
-# CUDA graphs share their memory: with one for each block, that of a block overwrites what the one before has given it.
+# CUDA graphs share their memory: the graph of one block would overwrite the output of the block before it.
 WITHOUT_GRAPHS = {"reduce-overhead": "default", "max-autotune": "max-autotune-no-cudagraphs"}
 DYNAMIC = {None: None, "auto": None, "true": True, "false": False}
 
@@ -25,9 +27,9 @@ def require_backend(name: str) -> None:
 
 
 def compile_blocks(blocks: Iterable[nn.Module], options: CompileOptions) -> None:
-    """Compiles the forward of every block; what wraps it afterwards (block swap, step cache) stays outside.
+    """Compiles the forward of every block; later wrappers (block swap, checkpointing, step cache) are not compiled.
 
-    If that fails, which shows when a block first runs, a line says so and all blocks run as they are.
+    A block is compiled when it first runs. If that fails, a warning is printed and all blocks run uncompiled.
     """
     if options.compile_cache_size_limit is not None:
         torch._dynamo.config.cache_size_limit = options.compile_cache_size_limit
@@ -44,17 +46,15 @@ def compile_blocks(blocks: Iterable[nn.Module], options: CompileOptions) -> None
             dynamic=DYNAMIC[options.compile_dynamic],
             fullgraph=options.compile_fullgraph,
         )
-        block.forward = _until_it_fails(compiled, block.forward, failures)
+        wrap_forward(block, WrapperKind.COMPILATION, functools.partial(_run_compiled, compiled, failures))
 
 
-def _until_it_fails(compiled: Callable, plain: Callable, failures: list[str]) -> Callable:
-    def forward(*arguments: Any) -> Any:
-        if not failures:
-            try:
-                return compiled(*arguments)
-            except (TorchDynamoException, InductorError) as error:
-                failures.append(one_line(error))
-                print(f"warning: --compile failed, the blocks run uncompiled: {failures[0][:300]}", file=sys.stderr)
-        return plain(*arguments)
-
-    return forward
+def _run_compiled(compiled: Callable, failures: list[str], forward: Callable, *inputs: Any) -> Any:
+    """Runs the compiled block; after the first failure of any block, the uncompiled one."""
+    if not failures:
+        try:
+            return compiled(*inputs)
+        except (TorchDynamoException, InductorError) as error:
+            failures.append(one_line(error))
+            print(f"warning: --compile failed, the blocks run uncompiled: {failures[0][:300]}", file=sys.stderr)
+    return forward(*inputs)

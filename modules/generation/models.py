@@ -11,7 +11,7 @@ from hunyuan_model.checkpoints.identification import CLIP, DIT, LLM, VAE, identi
 from hunyuan_model.models import HYVideoDiffusionTransformer
 from hunyuan_model.quantization import use_fp8_matmul
 from modules.blocks.compilation import compile_blocks
-from modules.blocks.step_cache import StepCache, add_step_cache
+from modules.blocks.step_cache import StepCache, apply_step_cache
 from modules.generation.lazy_model import LazyModel
 from modules.generation.options import GenerationOptions
 from networks.files.merged_files import merge_files
@@ -79,7 +79,7 @@ def load_sampling_dit(
         offload_embedders(model, device)
     if step_cache is not None:
         streams = [2] * len(model.double_blocks) + [1] * len(model.single_blocks)
-        add_step_cache(model.blocks, streams, step_cache)
+        apply_step_cache(model.blocks, streams, step_cache)
     return model
 
 

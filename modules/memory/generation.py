@@ -8,13 +8,12 @@ from collections.abc import Sequence
 from hunyuan_model.block_swap import max_blocks_to_swap, swapped_blocks
 from hunyuan_model.checkpoints import read_dit_config, read_vae_config
 from hunyuan_model.tokenizers import LLM_TOKENS
-from modules.blocks.step_cache import with_step_cache
 from modules.generation.options import GenerationOptions
 from modules.generation.outputs import Job
 from modules.generation.requests import Request
 from modules.generation.sampler import latent_shape
 from modules.memory import plan
-from modules.memory.measure import estimate_vae, measure_dit
+from modules.memory.measure import add_step_cache_memory, estimate_vae, measure_dit
 from modules.memory.meter import ModelUsage
 from modules.memory.text_encoder import PlanRows, plan_text_encoder_1
 from utils.cli import print_table
@@ -72,7 +71,7 @@ def _plan_sampling(
     @functools.cache
     def measured(fp8: bool) -> ModelUsage:
         usage = measure_dit(config, (batch, config.in_channels, *shape[2:]), LLM_TOKENS, dtype, fp8)
-        return usage if speed.step_cache is None else with_step_cache(usage, calls)
+        return usage if speed.step_cache is None else add_step_cache_memory(usage, calls)
 
     def predicted(settings: plan.Settings) -> plan.Prediction:
         return plan.predict(measured(settings.fp8), swapped_blocks(settings.blocks_to_swap, *depths))

@@ -68,6 +68,15 @@ def _replace_by_empty_fp8(dit: HYVideoDiffusionTransformer) -> None:
             setattr(dit.get_submodule(owner), leaf, empty)
 
 
+def add_step_cache_memory(usage: ModelUsage, calls: int) -> ModelUsage:
+    """The memory of a model with a step cache around its blocks.
+
+    The cache keeps two changes for each of the `calls` of the model in a step, and the first block's output. All are
+    as large as the tokens (B, L, D) of the last block.
+    """
+    return dataclasses.replace(usage, streams=usage.streams + (2 * calls + 1) * sum(usage.blocks[-1].streams))
+
+
 def measure_vae(
     config: VaeConfig, shape: tuple[int, int, int, int, int], dtype: torch.dtype, chunk: int | None, tile: int | None
 ) -> int:

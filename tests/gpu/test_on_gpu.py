@@ -17,7 +17,7 @@ from hunyuan_model.block_swap import enable_block_swap, swapped_blocks
 from hunyuan_model.checkpoints import is_quantized_in_dit
 from hunyuan_model.models import HYVideoDiffusionTransformer
 from hunyuan_model.quantization import quantize_linears
-from modules.blocks import activation_offload as parking
+from modules.blocks import activation_offload
 from modules.memory.measure import measure_dit
 from modules.memory.plan import predict
 from tests.small_dit import prepare, random_dit, small_config
@@ -110,17 +110,17 @@ def test_offloaded_checkpoints_leave_the_gpu() -> None:
 
 
 def test_offloading_waits_for_slow_copies(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever does not wait reads tensors that are not there yet, or writes where a copy still reads."""
-    copies = parking._copies
+    """Without a wait, the computation would read tensors before they are copied, or write while a copy reads."""
+    on_copy_stream = activation_offload._on_copy_stream
 
     @contextlib.contextmanager
     def slow(device: torch.device) -> Iterator[None]:
-        with copies(device):
+        with on_copy_stream(device):
             torch.cuda._sleep(20_000_000)
             yield
 
     expected = train(new_model().to(DEVICE), "none")
-    monkeypatch.setattr(parking, "_copies", slow)
+    monkeypatch.setattr(activation_offload, "_on_copy_stream", slow)
     for ours, plain in zip(train(new_model().to(DEVICE), "offload"), expected, strict=True):
         assert torch.equal(ours, plain)
 

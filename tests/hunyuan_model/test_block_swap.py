@@ -33,7 +33,7 @@ def inputs(seed: int) -> dict[str, Tensor]:
 
 
 def train_and_preview(model: HYVideoDiffusionTransformer, checkpointing: str | None) -> list[Tensor]:
-    """Three rounds of a training step and two previews; everything that came out, gradients included."""
+    """Three rounds of a training step and two previews; returns all outputs and gradients."""
     if checkpointing:
         checkpoint_activations(model.blocks, checkpointing)
     torch.manual_seed(1)
@@ -83,10 +83,10 @@ def test_weights_are_never_written() -> None:
 def test_only_the_ring_holds_swapped_weights() -> None:
     model = new_model(torch.bfloat16)
     swap = enable_block_swap(model, 6, "cpu", ring_size=2)
-    assert [len(block.places) for block in swap.blocks] == [10] * 3 + [3] * 7
+    assert [len(block.packed) for block in swap.blocks] == [10] * 3 + [3] * 7
     train_and_preview(model, "full")
     assert len(swap.ring) == 2
-    in_ring = {index for index, block in enumerate(swap.blocks) for p in block.places if _inside(p.parameter, swap)}
+    in_ring = {index for index, block in enumerate(swap.blocks) for p in block.packed if _inside(p.parameter, swap)}
     assert in_ring == set(swap.slot_of)
     assert len(in_ring) == 2
 
@@ -130,7 +130,7 @@ def test_the_last_block_of_a_preview_copies_the_first(checkpointing: bool) -> No
 
 @pytest.mark.parametrize("checkpointing", [None, "full", "selective", "offload"])
 def test_a_block_is_launched_before_the_next_is_copied(checkpointing: str | None) -> None:
-    """A copy from memory that is not pinned keeps the CPU, which shall have given the GPU its work before."""
+    """The CPU waits for a copy from memory that is not pinned, so it must queue the GPU's work first."""
     model, order = new_model(), []
     indices = swapped_blocks(4, CONFIG.depth_double, CONFIG.depth_single, training=True)
     for index, block in enumerate(model.blocks[i] for i in indices):

@@ -7,13 +7,14 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.saved_bytes import inputs, kept_bytes
-from modules.blocks.activation_checkpointing import checkpoint_activations, recompute_cheap
+from modules.blocks.activation_checkpointing import checkpoint_activations
+from modules.blocks.rematerialization import rematerialize_pointwise
 from modules.memory.meter import MemoryMeter
 from networks.lora import create_arch_network
 from tests.small_dit import random_dit, small_config
 
 WAYS: dict[str, Callable[[list[nn.Module]], None]] = {
-    "cheap": recompute_cheap,
+    "rematerialized": rematerialize_pointwise,
     "full": checkpoint_activations,
     "selective": lambda blocks: checkpoint_activations(blocks, "selective"),
     "offload": lambda blocks: checkpoint_activations(blocks, "offload"),

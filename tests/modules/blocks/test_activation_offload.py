@@ -1,4 +1,4 @@
-"""What blocks park in main memory; on the CPU everything but the overlap."""
+"""Activation offload on the CPU: the order of copies and waits, without their overlap."""
 
 import functools
 from collections.abc import Callable
@@ -10,84 +10,84 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.saved_bytes import inputs
-from modules.blocks import activation_offload as parking
-from modules.blocks.activation_offload import Parked, Parking
+from modules.blocks import activation_offload
+from modules.blocks.activation_offload import ActivationOffload, OffloadedTensors
 from modules.memory.meter import MemoryMeter
 from tests.small_dit import prepare, random_dit, small_config
 
 CPU = torch.device("cpu")
 
 
-def park(parking: Parking, count: int) -> list[Parked]:
-    """Block i parks two tensors full of i."""
+def offload_blocks(offload: ActivationOffload, count: int) -> list[OffloadedTensors]:
+    """Block i offloads two tensors full of i."""
     return [
-        parking.park([torch.full((2, 3), float(i)).T, torch.full((4,), float(i), dtype=torch.bfloat16)], CPU)
+        offload.offload([torch.full((2, 3), float(i)).T, torch.full((4,), float(i), dtype=torch.bfloat16)], CPU)
         for i in range(count)
     ]
 
 
-def waiting(blocks: list[Parked]) -> list[bool]:
-    return [block.returned is not None for block in blocks]
+def prefetched(blocks: list[OffloadedTensors]) -> list[bool]:
+    return [block.prefetched is not None for block in blocks]
 
 
 def test_tensors_come_back_one_block_ahead() -> None:
-    blocks = park(Parking(), 4)
-    assert [block.leaving is not None for block in blocks] == [False, False, False, True]
+    blocks = offload_blocks(ActivationOffload(), 4)
+    assert [block.originals is not None for block in blocks] == [False, False, False, True]
     for index in reversed(range(4)):
-        with blocks[index].taken() as tensors:
+        with blocks[index].restored() as tensors:
             assert [tensor.shape for tensor in tensors] == [(3, 2), (4,)]
             assert all(bool((tensor == index).all()) for tensor in tensors)
-            assert waiting(blocks) == [i == index - 1 for i in range(4)]
-    assert not any(waiting(blocks)) and blocks[-1].leaving is None
+            assert prefetched(blocks) == [i == index - 1 for i in range(4)]
+    assert not any(prefetched(blocks)) and blocks[-1].originals is None
 
 
 def test_the_originals_may_change_afterwards() -> None:
     original = torch.ones(3)
-    parked = Parking().park([original], CPU)
+    offloaded = ActivationOffload().offload([original], CPU)
     original.zero_()
-    with parked.taken() as (returned,):
+    with offloaded.restored() as (returned,):
         assert bool((returned == 1).all())
 
 
-def test_what_was_taken_or_is_gone_is_not_fetched_for_the_next_step() -> None:
-    parking = Parking()
-    first = park(parking, 2)
+def test_restored_or_freed_tensors_are_not_prefetched_in_the_next_step() -> None:
+    offload = ActivationOffload()
+    first = offload_blocks(offload, 2)
     for block in reversed(first):
-        with block.taken():
+        with block.restored():
             pass
-    second = park(parking, 1)
-    with second[0].taken():
-        assert not any(waiting(first))
-    third = park(parking, 2)
+    second = offload_blocks(offload, 1)
+    with second[0].restored():
+        assert not any(prefetched(first))
+    third = offload_blocks(offload, 2)
     del third[0], second[:]
-    with third[0].taken():
-        assert third[0].before is None
+    with third[0].restored():
+        assert third[0].previous is None
 
 
 def test_a_graph_may_be_used_twice() -> None:
-    (block,) = park(Parking(), 1)
+    (block,) = offload_blocks(ActivationOffload(), 1)
     for _ in range(2):
-        with block.taken() as tensors:
+        with block.restored() as tensors:
             assert bool((tensors[0] == 0).all())
 
 
 def test_a_smaller_batch_needs_no_further_main_memory() -> None:
-    parking = Parking()
-    large = [parking.park([torch.ones(40), torch.ones(8)], CPU) for _ in range(2)]
+    offload = ActivationOffload()
+    large = [offload.offload([torch.ones(40), torch.ones(8)], CPU) for _ in range(2)]
     del large
     tensors = [torch.full((9,), 2.0), torch.full((3,), 3.0, dtype=torch.bfloat16)]
     with MemoryMeter() as meter:
-        small = [parking.park(tensors, CPU) for _ in range(2)]
+        small = [offload.offload(tensors, CPU) for _ in range(2)]
     assert meter.live == 0
     for block in reversed(small):
-        with block.taken() as returned:
+        with block.restored() as returned:
             assert all(torch.equal(*pair) for pair in zip(returned, tensors, strict=True))
 
 
-def test_a_block_without_anything_to_park() -> None:
-    parking = Parking()
-    parking.park([], CPU)
-    with park(parking, 1)[0].taken() as tensors:
+def test_a_block_with_nothing_to_offload() -> None:
+    offload = ActivationOffload()
+    offload.offload([], CPU)
+    with offload_blocks(offload, 1)[0].restored() as tensors:
         assert len(tensors) == 2
 
 
@@ -124,8 +124,8 @@ def test_nothing_is_read_before_its_copy_is_made(monkeypatch: pytest.MonkeyPatch
         while queue:
             queue.pop(0)()
 
-    monkeypatch.setattr(parking, "_copies", lambda device: Later(queue))
-    monkeypatch.setattr(parking, "_wait_for_copies", wait)
+    monkeypatch.setattr(activation_offload, "_on_copy_stream", lambda device: Later(queue))
+    monkeypatch.setattr(activation_offload, "_wait_for_copies", wait)
     late = gradients("offload")
     monkeypatch.undo()
     for ours, plain in zip(late, gradients("none"), strict=True):

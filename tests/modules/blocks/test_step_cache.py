@@ -1,9 +1,9 @@
-"""The step cache: nothing changes where it does not act, and what it leaves out is counted."""
+"""The step cache: full steps are unchanged, and skipped blocks are counted."""
 
 import torch
 from torch import nn
 
-from modules.blocks.step_cache import StepCache, add_step_cache
+from modules.blocks.step_cache import StepCache, apply_step_cache
 from modules.flow_matching import sigmas_for_steps
 from modules.generation.sampler import denoise
 
@@ -48,7 +48,7 @@ class Model(nn.Module):
 def sampled(threshold: float | None, calls: int = 1, steps: int = 12) -> tuple[torch.Tensor, StepCache]:
     model, cache = Model(), StepCache(threshold or 0.0)
     if threshold is not None:
-        add_step_cache([*model.pairs, *model.joints], [2, 2, 1, 1], cache)
+        apply_step_cache([*model.pairs, *model.joints], [2, 2, 1, 1], cache)
 
     def velocity(x, timestep):
         return sum(model(x[0] * (call + 1), timestep.item() / 1000) for call in range(calls))[None] / calls
@@ -67,7 +67,7 @@ def test_threshold_zero_is_bit_identical_to_no_cache():
         assert cache.evaluated == cache.total == 12 * 4 * calls
 
 
-def test_a_boundless_threshold_computes_first_and_last_step_only():
+def test_an_infinite_threshold_runs_only_the_first_and_last_step_in_full():
     for calls in (1, 2):
         plain, _ = sampled(None, calls)
         cached, cache = sampled(1e9, calls)
@@ -81,13 +81,13 @@ def test_evaluations_fall_as_the_threshold_rises():
     assert counts[0] > counts[2] > counts[-1]
 
 
-def test_a_left_out_step_adds_what_the_last_full_step_added():
+def test_a_skipped_step_adds_the_change_of_the_last_full_step():
     model, cache = Model(), StepCache(1e9)
     blocks = [*model.pairs, *model.joints]
     x, t = torch.randn(1, 4, 8), 0.5
     a, b = model.pairs[0](*x.split(2, dim=1), t)
     rest = model(x, t) - torch.cat((a, b), dim=1)
-    add_step_cache(blocks, [2, 2, 1, 1], cache)
+    apply_step_cache(blocks, [2, 2, 1, 1], cache)
     cache.begin_step(0, 3)
     model(x, t)
     cache.begin_step(1, 3)
@@ -99,7 +99,7 @@ def test_a_left_out_step_adds_what_the_last_full_step_added():
 def test_a_new_run_forgets_the_last_one():
     model, cache = Model(), StepCache(1e9)
     plain = Model()
-    add_step_cache([*model.pairs, *model.joints], [2, 2, 1, 1], cache)
+    apply_step_cache([*model.pairs, *model.joints], [2, 2, 1, 1], cache)
     for _ in range(2):
         x = torch.randn(1, 4, 8)
         cache.begin_step(0, 5)
@@ -120,7 +120,7 @@ def test_the_threshold_that_halves_the_blocks_changes_the_small_dit_by_a_stated_
         text = torch.randn(1, 6, config.text_dim, generator=generator)
         prompt = Conditioning(text, torch.ones(1, 6), torch.randn(1, config.text_dim_2, generator=generator))
         if threshold is not None:
-            add_step_cache(model.blocks, [2] * config.depth_double + [1] * config.depth_single, cache)
+            apply_step_cache(model.blocks, [2] * config.depth_double + [1] * config.depth_single, cache)
         latents = sample_latents(model, request, prompt, device=torch.device("cpu"), before_step=cache.begin_step)
         return latents, cache
 
@@ -140,12 +140,12 @@ def test_the_two_halves_of_guidance_remember_separately():
     alone = []
     for half in x:
         model, cache = Model(), StepCache(1e9)
-        add_step_cache([*model.pairs, *model.joints], [2, 2, 1, 1], cache)
+        apply_step_cache([*model.pairs, *model.joints], [2, 2, 1, 1], cache)
         for step in range(steps):
             cache.begin_step(step, steps)
             alone.append(model(half + step, 0.5))
     model, cache = Model(), StepCache(1e9)
-    add_step_cache([*model.pairs, *model.joints], [2, 2, 1, 1], cache)
+    apply_step_cache([*model.pairs, *model.joints], [2, 2, 1, 1], cache)
     for step in range(steps):
         cache.begin_step(step, steps)
         for index, half in enumerate(x):

@@ -12,8 +12,8 @@ from hunyuan_model.block_swap import enable_block_swap, swapped_blocks
 from hunyuan_model.checkpoints import is_quantized_in_dit
 from hunyuan_model.quantization import quantize_linears
 from hunyuan_model.vae import AutoencoderKLCausal3D, VaeConfig
-from modules.blocks.step_cache import StepCache, add_step_cache, with_step_cache
-from modules.memory.measure import estimate_vae, measure_dit, measure_vae
+from modules.blocks.step_cache import StepCache, apply_step_cache
+from modules.memory.measure import add_step_cache_memory, estimate_vae, measure_dit, measure_vae
 from modules.memory.meter import BlockUsage, MemoryMeter, ModelUsage, nbytes
 from modules.memory.plan import (
     GIB,
@@ -88,14 +88,14 @@ def test_sampling_is_predicted_within_a_tenth(shape: tuple, dtype: torch.dtype) 
 
 def test_a_step_cache_is_counted() -> None:
     shape, dit, cache = SHAPES[0], random_dit(CONFIG), StepCache(threshold=0.0)
-    add_step_cache(dit.blocks, [2] * CONFIG.depth_double + [1] * CONFIG.depth_single, cache)
+    apply_step_cache(dit.blocks, [2] * CONFIG.depth_double + [1] * CONFIG.depth_single, cache)
     text = (torch.randn(1, TEXT_TOKENS, 64), torch.ones(1, TEXT_TOKENS), torch.randn(1, 64), torch.full((1,), 6000.0))
     with MemoryMeter() as meter, torch.no_grad():
         for step in range(3):
             cache.begin_step(step, 3)
             for _ in range(2):
                 dit(torch.randn(shape), torch.full((1,), 500.0), *text)
-    usage = with_step_cache(measure_dit(CONFIG, shape, TEXT_TOKENS, torch.float32), calls=2)
+    usage = add_step_cache_memory(measure_dit(CONFIG, shape, TEXT_TOKENS, torch.float32), calls=2)
     used = sum(map(nbytes, dit.parameters())) + meter.peak
     assert predict(usage).tensors == pytest.approx(used, rel=0.1)
 
