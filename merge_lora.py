@@ -1,4 +1,4 @@
-"""Merges LoRAs of any format into a DiT file, tensor by tensor, in the memory of one tensor and the LoRAs.
+"""Merges LoRAs of any format into a DiT file, one tensor at a time: memory holds one tensor and the LoRAs.
 
 Before: hv_train_network.py wrote a LoRA. After: the merged file is a DiT for hv_generate_video.py, ComfyUI, ...
 
@@ -19,14 +19,16 @@ class MergeOptions:
     """merging"""
 
     dit: Path = option(help="DiT checkpoint in any layout, also fp8", path="any")
-    dit_in_channels: int | None = option(None, help="checked against the checkpoint; never needed", minimum=1)
+    dit_in_channels: int | None = option(
+        None, help="input channels that the checkpoint must have; never needed", minimum=1
+    )
     lora_weight: list[Path] = option([], help="LoRA, LoHa or LoKr files in any format", path="file")
     lora_multiplier: list[float] = option([], help="one per --lora_weight, or one for all; 1.0 when omitted")
     save_merged_model: Path = option(help="file to write (.safetensors)")
     exclude_single_blocks: bool = option(False, help="leave the single blocks as they are")
     dtype: str | None = option(None, help="dtype of the output; that of the checkpoint if unset", choices=DTYPE_NAMES)
-    fp8: bool = option(False, help="write the linear weights of the blocks as fp8 with scales (ComfyUI's layout)")
-    device: str | None = option(None, help="where to compute; CUDA if available, else the CPU")
+    fp8: bool = option(False, help="write the Linear weights of the blocks as fp8 with scales (ComfyUI's layout)")
+    device: str | None = option(None, help="device that computes; CUDA if available, else the CPU")
 
     def __post_init__(self) -> None:
         given, files = len(self.lora_multiplier), len(self.lora_weight)

@@ -1,4 +1,4 @@
-"""What every adapter shares: it is applied to a DiT from outside, trained, saved, loaded and merged the same way."""
+"""What LoRA, LoHa and LoKr share: applied to a DiT from outside, trained, saved and loaded in the same way."""
 
 import os
 from collections.abc import Mapping
@@ -18,18 +18,18 @@ SMALL_SCALE = 0.1
 
 
 class AdapterModule(nn.Module):
-    """Adds a trained update to the output of one frozen Linear; the Linear itself does not know.
+    """Adds a trained update to the output of one frozen Linear, its target.
 
-    A subclass says what the update is: `update` for the forward pass, `factors` for merging.
+    A subclass defines the update: `update` computes it in the forward pass, `factors` returns the trained matrices.
 
     Args:
         target: a Linear, plain or quantised: in_features, out_features, weight (out, in).
-        rank: inner size of the factors.
+        rank: rank of the factors.
         alpha: the update is scaled by alpha / rank.
-        multiplier: strength of the whole update.
-        dropout: share of the inner values that is dropped in training.
-        rank_dropout: share of the ranks that is dropped for a whole sample.
-        module_dropout: how often the whole update is dropped.
+        multiplier: factor of the whole update.
+        dropout: probability of dropping a value between the factors; training only, as are the next two.
+        rank_dropout: probability of dropping a rank, drawn for each sample.
+        module_dropout: probability of dropping the whole update.
     """
 
     def __init__(
@@ -51,7 +51,7 @@ class AdapterModule(nn.Module):
         self.module_dropout = module_dropout or 0.0
         self.register_buffer("alpha", torch.tensor(float(alpha)))
         self.scale = float(alpha) / rank
-        # In a tuple, so that the target does not become a part of the network.
+        # In a tuple, because nn.Module would register a plain attribute as a submodule.
         self._target = (target,)
         self._target_forward = target.forward
 
@@ -70,44 +70,47 @@ class AdapterModule(nn.Module):
         return self.adapted(x, y)
 
     def adapted(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-        """The target's output y with the update."""
+        """The target's output `y` for `x`, with the update added."""
         return y + self.update(x, self.scale * self.multiplier).to(y.dtype)
 
     def update(self, x: torch.Tensor, scale: float) -> torch.Tensor:
-        """`scale` times what is added to the target's output: (..., in_features) -> (..., out_features)."""
+        """`scale` times the change of the target's output: x (..., in_features) -> (..., out_features)."""
         raise NotImplementedError
 
     def factors(self) -> Factors:
-        """The trained matrices; what they do to a weight is theirs to say."""
+        """The trained matrices, with alpha."""
         raise NotImplementedError
 
     @classmethod
     def from_tensors(cls, target: nn.Module, tensors: Mapping[str, torch.Tensor], multiplier: float) -> "AdapterModule":
-        """An adapter of the sizes that the tensors of a file, by suffix, have; their values are loaded later."""
+        """An adapter of the kind and the shapes of a module's tensors, by suffix; the values are loaded later."""
         raise NotImplementedError
 
     def limit_norm(self, max_norm: float) -> tuple[float, bool]:
-        """Shrinks the factors so that the update's Frobenius norm is at most `max_norm`: (norm, whether shrunk)."""
+        """Scales the factors so that the update's Frobenius norm is at most `max_norm`: (norm, whether scaled)."""
         norm = self.factors().norm()
         if norm <= max_norm:
             return norm, False
-        self.shrink(max_norm / norm)
+        self.scale_update(max_norm / norm)
         return max_norm, True
 
-    def shrink(self, ratio: float) -> None:
-        """Multiplies the update by `ratio`, spread evenly over the factors."""
+    def scale_update(self, ratio: float) -> None:
+        """Multiplies the update by `ratio`, by the same number in every factor."""
         factors = [parameter for name, parameter in self.named_parameters() if name != "dora_scale"]
         for parameter in factors:
             parameter.mul_(ratio ** (1 / len(factors)))
 
     def keep_mask(self, shape: list[int], like: torch.Tensor) -> torch.Tensor:
-        """Zeros with probability `rank_dropout`, else 1 / (1 - rank_dropout), so that the mean stays."""
+        """0 with probability `rank_dropout`, else 1 / (1 - rank_dropout), which keeps the mean."""
         keep = torch.rand(shape, device=like.device) >= self.rank_dropout
         return keep.to(like.dtype) / (1 - self.rank_dropout)
 
 
 class AdapterNetwork(nn.Module):
-    """The adapters of a DiT, in the order of its modules; keys are kohya's flattened names (docs/formats.md 2.4)."""
+    """The adapters of a DiT, in the order of its modules; keys are the native ones (docs/formats.md 2.4).
+
+    Its methods are the protocol of network modules by which the trainer calls every `--network_module`.
+    """
 
     def __init__(self, adapters: Mapping[str, AdapterModule], loraplus_lr_ratio: float | None = None):
         super().__init__()
@@ -124,7 +127,7 @@ class AdapterNetwork(nn.Module):
         module_type: type[AdapterModule],
         multiplier: float = 1.0,
     ) -> "AdapterNetwork":
-        """The network of a state dict of any format, with its modules, ranks and values.
+        """A network with the modules, ranks and values of a state dict of any format.
 
         Raises:
             UserError: a module of the state dict is not in the model, or a shape differs.
@@ -157,7 +160,7 @@ class AdapterNetwork(nn.Module):
     def apply_to(
         self, text_encoders: Any, unet: nn.Module, apply_text_encoder: bool = False, apply_unet: bool = True
     ) -> None:
-        """From now on the DiT's targets compute with their updates. Text encoders are never adapted."""
+        """Puts the adapters around their targets in the DiT. Text encoders are never adapted."""
         for adapter in self.adapters if apply_unet else []:
             adapter.apply_to_target()
 
@@ -166,7 +169,7 @@ class AdapterNetwork(nn.Module):
             adapter.multiplier = multiplier
 
     def prepare_optimizer_params(self, unet_lr: float | None = None, **_: Any) -> tuple[list[dict], list[str]]:
-        """Parameter groups and their descriptions; with LoRA+ `lora_up` is a group of its own with a higher rate."""
+        """Parameter groups and their descriptions; with LoRA+, `lora_up` has a group with a higher learning rate."""
         plain, plus = [], []
         for name, parameter in self.named_parameters():
             is_plus = self.loraplus_lr_ratio is not None and ".lora_up." in name
@@ -181,13 +184,13 @@ class AdapterNetwork(nn.Module):
         self.requires_grad_(True)
 
     def enable_gradient_checkpointing(self) -> None:
-        """Nothing to do: the adapters run inside the DiT's blocks and are recomputed with them."""
+        """Does nothing: adapters run inside the DiT's blocks and are checkpointed with them."""
 
     def on_epoch_start(self, unet: nn.Module) -> None:
         self.train()
 
     def on_step_start(self) -> None:
-        """Nothing changes between the steps of an epoch."""
+        """Does nothing; part of the protocol of network modules."""
 
     def get_trainable_params(self) -> list[nn.Parameter]:
         return [parameter for parameter in self.parameters() if parameter.requires_grad]
@@ -195,11 +198,11 @@ class AdapterNetwork(nn.Module):
     def save_weights(
         self, file: str | os.PathLike, dtype: torch.dtype | None = None, metadata: Mapping[str, str] | None = None
     ) -> None:
-        """Writes the native file; the hashes of docs/formats.md 2.5 are added to the metadata."""
+        """Writes a native file; `sshs_*` hashes (docs/formats.md 2.5) are added to the metadata."""
         save_native(self.state_dict(), file, dtype, metadata)
 
     def load_weights(self, file: str | os.PathLike) -> str:
-        """Loads a LoRA file of any format whose modules are this network's.
+        """Loads a LoRA file of any format that has exactly the modules of this network.
 
         Raises:
             UserError: modules or shapes differ.
@@ -208,7 +211,11 @@ class AdapterNetwork(nn.Module):
         return f"{file}: {len(self.adapters)} modules loaded"
 
     def load_native(self, tensors: Mapping[str, torch.Tensor], source: str) -> None:
-        """Loads tensors with native keys; `source` names them in the error."""
+        """Loads tensors with native keys.
+
+        Raises:
+            UserError: keys or shapes differ; `source` names the file.
+        """
         own = self.state_dict()
         for problem, keys in {"lacks": own.keys() - tensors.keys(), "has unknown": tensors.keys() - own.keys()}.items():
             if keys:
@@ -229,10 +236,10 @@ class AdapterNetwork(nn.Module):
     def apply_max_norm_regularization(
         self, max_norm: float, device: torch.device | None = None
     ) -> tuple[int, float, float]:
-        """Shrinks every update to at most `max_norm`: (how many were shrunk, mean norm, largest norm)."""
+        """Limits the Frobenius norm of every update: (number of updates scaled, mean norm, largest norm)."""
         results = [adapter.limit_norm(max_norm) for adapter in self.adapters]
         norms = [norm for norm, _ in results]
-        return sum(shrunk for _, shrunk in results), sum(norms) / len(norms), max(norms)
+        return sum(scaled for _, scaled in results), sum(norms) / len(norms), max(norms)
 
 
 def native_name(name: str) -> str:
@@ -255,7 +262,7 @@ def build_network(
     network_args: Mapping[str, Any],
     known_arguments: list[str],
 ) -> AdapterNetwork:
-    """A new network of one rank for every target of the DiT; what all `create_arch_network` do.
+    """A new network with an adapter of the same rank on every target of the DiT; used by every `create_arch_network`.
 
     Raises:
         UserError: an unknown or unreadable argument, or no target.

@@ -1,7 +1,7 @@
-"""The small matrices of one adapted module, whatever its kind, and what they do to the weight; pure mathematics.
+"""The factors (small matrices) of one adapted module, of any kind, and the change of the weight that they define.
 
-A file holds them in its own dtype; every product is made in float32. Facts: LyCORIS (arXiv:2309.14859) for LoHa and
-LoKr, arXiv:2402.09353 for DoRA.
+Factors have the dtype of their file; every product is computed in float32. Sources: LyCORIS (arXiv:2309.14859) for
+LoHa and LoKr, arXiv:2402.09353 for DoRA.
 """
 
 import dataclasses
@@ -15,14 +15,14 @@ from torch import Tensor
 
 @dataclass(frozen=True, kw_only=True)
 class Factors:
-    """What all kinds have.
+    """What LoRA, LoHa and LoKr have in common.
 
     Attributes:
-        alpha: the update is scaled by alpha / rank; None means alpha = rank.
-        dora_scale: DoRA's lengths of the rows (out, 1), or of the columns (1, in), of the new weight.
+        alpha: the update of the weight is scaled by alpha / rank; None means alpha = rank.
+        dora_scale: for DoRA, the norms of the rows (out, 1) or of the columns (1, in) of the adapted weight.
     """
 
-    # The low-rank products that the update is made of: (matrix with the rows, matrix with the columns).
+    # The low-rank products in the update, as names of fields: (factor with the rows, factor with the columns).
     PAIRS: ClassVar[tuple[tuple[str, str], ...]] = ()
 
     alpha: float | None = None
@@ -37,20 +37,20 @@ class Factors:
         return 1.0 if self.alpha is None else self.alpha / self.rank
 
     def tensors(self) -> dict[str, Tensor]:
-        """The matrices by field name, without alpha."""
+        """The factors by field name, and dora_scale; not alpha."""
         values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         return {name: value for name, value in values.items() if isinstance(value, Tensor)}
 
     def map(self, change: Callable[[Tensor], Tensor]) -> "Factors":
-        """The same with every matrix changed."""
+        """The same with `change` applied to every tensor."""
         return dataclasses.replace(self, **{name: change(tensor) for name, tensor in self.tensors().items()})
 
     def delta_weight(self) -> Tensor:
-        """What is added to the weight, as a float32 matrix (out, in); DoRA's lengths are not in it."""
+        """The update of the weight, a float32 matrix (out, in), without what DoRA does to norms."""
         raise NotImplementedError
 
     def norm(self) -> float:
-        """The Frobenius norm of the update."""
+        """The Frobenius norm of `delta_weight`."""
         return self.delta_weight().norm().item()
 
     @property
@@ -61,21 +61,24 @@ class Factors:
     def in_features(self) -> int:
         raise NotImplementedError
 
-    def rows(self, start: int, stop: int) -> "Factors | None":
-        """The factors of these rows of the weight alone; None where rows cannot be told apart."""
-        if not self.PAIRS or (self.dora_scale is not None and self.dora_scale.shape[0] != self.out_features):
-            return None
+    @property
+    def has_separable_rows(self) -> bool:
+        """Whether some rows of the update can be had without the others: not with LoKr, nor DoRA by columns."""
+        return bool(self.PAIRS) and (self.dora_scale is None or self.dora_scale.shape[0] == self.out_features)
+
+    def rows(self, start: int, stop: int) -> "Factors":
+        """The factors of some rows of the weight; only with `has_separable_rows`."""
         sides = {side: getattr(self, side)[start:stop] for side, _ in self.PAIRS}
         if self.dora_scale is not None:
             sides["dora_scale"] = self.dora_scale[start:stop]
         return dataclasses.replace(self, **sides)
 
     def apply(self, weight: Tensor, multiplier: float = 1.0) -> Tensor:
-        """The changed weight, float32, in the shape of `weight`.
+        """The adapted weight, float32, in the shape of `weight`.
 
         Args:
             weight: float32, (out, in) or (out, in, *kernel).
-            multiplier: strength; with DoRA it goes from the old weight (0) to the new one (1).
+            multiplier: factor of the update; with DoRA, where between the old weight (0) and the new one (1).
         """
         flat = weight.flatten(1)
         update = self.delta_weight()
@@ -90,7 +93,7 @@ class Factors:
 
 @dataclass(frozen=True, kw_only=True)
 class LoraFactors(Factors):
-    """update = alpha / rank * up @ down; down (rank, in), up (out, rank), each perhaps with a convolution's kernel."""
+    """delta_weight = alpha / rank * up @ down; down (rank, in), up (out, rank); a convolution's kernel may follow."""
 
     PAIRS: ClassVar[tuple[tuple[str, str], ...]] = (("up", "down"),)
 
@@ -113,14 +116,14 @@ class LoraFactors(Factors):
         return (self.up.flatten(1).float() * self.scale) @ self.down.flatten(1).float()
 
     def norm(self) -> float:
-        # |up @ down|^2 from the two small Gram matrices.
+        # |up @ down|^2 from two Gram matrices (rank, rank), so that no matrix of the weight's size is needed.
         up, down = self.up.flatten(1).float(), self.down.flatten(1).float()
         return abs(self.scale) * ((up.T @ up) * (down @ down.T)).sum().clamp_min(0).sqrt().item()
 
 
 @dataclass(frozen=True, kw_only=True)
 class LohaFactors(Factors):
-    """update = alpha / rank * (w1_a @ w1_b) * (w2_a @ w2_b), the latter product by element; a (out, r), b (r, in)."""
+    """delta_weight = alpha / rank * (w1_a @ w1_b) * (w2_a @ w2_b), `*` by element; a (out, rank), b (rank, in)."""
 
     PAIRS: ClassVar[tuple[tuple[str, str], ...]] = (("w1_a", "w1_b"), ("w2_a", "w2_b"))
 
@@ -148,7 +151,7 @@ class LohaFactors(Factors):
 
 @dataclass(frozen=True, kw_only=True)
 class LokrFactors(Factors):
-    """update = scale * kron(w1, w2), each given whole or as a @ b; alpha / rank counts only if one is a product."""
+    """delta_weight = scale * kron(w1, w2), each stored whole or as a @ b; scale is 1 if both are stored whole."""
 
     w1: Tensor | None = None
     w1_a: Tensor | None = None
@@ -185,7 +188,7 @@ class LokrFactors(Factors):
         return torch.kron(w1 * self.scale, w2)
 
 
-# Suffix of a key in a file -> field of the factors. The first three styles are the same LoRA by other names.
+# Suffix of a key in a file -> field of the factors. LoRA factors have four spellings in circulation.
 SUFFIXES = {
     "lora_down.weight": "down",
     "lora_up.weight": "up",
@@ -206,10 +209,11 @@ KINDS: dict[str, type[Factors]] = {"lora": LoraFactors, "hada": LohaFactors, "lo
 
 
 def factors_from(tensors: Mapping[str, Tensor]) -> Factors:
-    """The factors of one module from its tensors by suffix (a key of `SUFFIXES`).
+    """The factors of one module from its tensors; keys are suffixes (those of `SUFFIXES`).
 
     Raises:
-        ValueError: factors are missing, of two kinds, or their shapes do not go together.
+        ValueError: factors are missing, of two kinds, or do not fit together; the text is the end of a sentence that
+            begins with the module.
     """
     kinds = {suffix[:4] for suffix in tensors} & KINDS.keys()
     if len(kinds) != 1:
@@ -241,7 +245,7 @@ def _check_shapes(factors: Factors) -> None:
     for name, tensor in factors.tensors().items():
         if tensor.dim() < 2 or not tensor.is_floating_point() or 0 in tensor.shape:
             raise ValueError(f"{name} is {tuple(tensor.shape)} of {tensor.dtype}, a matrix of numbers is expected")
-        # NaN goes through to the extremes, and they are found faster than by looking at every value for itself.
+        # Minimum and maximum are NaN if any value is, and are faster to compute than isfinite of every value.
         if not torch.stack(torch.aminmax(tensor if tensor.dtype.itemsize > 1 else tensor.float())).isfinite().all():
             raise ValueError(f"{name} has values that are not finite")
     for a, b in factors.PAIRS or LohaFactors.PAIRS:

@@ -1,4 +1,4 @@
-"""What is in a LoRA: rank, alpha and norm of every block, as a table and as a picture."""
+"""Rank, alpha and norm of every block of a LoRA, as a table and as a picture."""
 
 import re
 from collections.abc import Sequence
@@ -25,7 +25,7 @@ def _order(block: str) -> tuple[str, int]:
 
 
 def by_block(lora: LoraWeights) -> dict[str, dict[str, Factors]]:
-    """Block -> kind of module -> factors, in the model's order."""
+    """Block -> kind of module -> factors; blocks in the order of the model."""
     grouped: dict[str, dict[str, Factors]] = {}
     for name, factors in lora.modules.items():
         block, kind = block_and_kind(name)
@@ -34,7 +34,7 @@ def by_block(lora: LoraWeights) -> dict[str, dict[str, Factors]]:
 
 
 def block_table(lora: LoraWeights) -> list[tuple[str, ...]]:
-    """One row for each block: modules, ranks, alphas, norm of all updates together, module with the largest."""
+    """One row per block: number of modules, ranks, alphas, norm of all updates, module with the largest norm."""
     rows = []
     for block, modules in by_block(lora).items():
         norms = {kind: factors.norm() for kind, factors in modules.items()}
@@ -51,7 +51,7 @@ def _values(values: Sequence[float]) -> str:
 
 
 def draw_norms(lora: LoraWeights, path: str | Path) -> None:
-    """A PNG: a row for each kind of module, a column for each block, the brighter the larger the norm."""
+    """Draws a PNG with a row per kind of module and a column per block; brighter means a larger norm."""
     grouped = by_block(lora)
     kinds = list(dict.fromkeys(kind for modules in grouped.values() for kind in modules))
     norms = {(block, kind): f.norm() for block, modules in grouped.items() for kind, f in modules.items()}
@@ -77,5 +77,5 @@ def draw_norms(lora: LoraWeights, path: str | Path) -> None:
 
 
 def _colour(share: float) -> tuple[int, int, int]:
-    """Black over red to yellow for 0 to 1."""
+    """A colour for 0 to 1: black, red, yellow."""
     return (min(255, int(share * 510)), max(0, int(share * 510) - 255), 0)

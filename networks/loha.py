@@ -1,6 +1,6 @@
-"""LoHa: the update is the product, element by element, of two low-rank matrices (arXiv:2108.06098, LyCORIS).
+"""LoHa: the update is the element-wise product of two low-rank matrices (arXiv:2108.06098, LyCORIS).
 
-update = alpha / rank * (w1_a @ w1_b) * (w2_a @ w2_b): rank^2 ranks for the parameters of 2 rank.
+update = alpha / rank * (w1_a @ w1_b) * (w2_a @ w2_b). It can have rank^2 ranks with the parameters of a LoRA of 2 rank.
 """
 
 from collections.abc import Mapping
@@ -18,18 +18,18 @@ KNOWN_ARGUMENTS = ["rank_dropout", "module_dropout", "exclude_patterns", "includ
 
 
 class LohaModule(AdapterModule):
-    """LoHa of one Linear. Starts as no change: `hada_w2_a` is zero. `dropout` has no effect: nothing is inside."""
+    """LoHa of one Linear; the update starts at zero because `hada_w2_a` does. `dropout` has no effect."""
 
     def __init__(self, target: nn.Module, rank: int, alpha: float, **settings: Any):
         super().__init__(target, rank, alpha, **settings)
-        # Standard deviations of LyCORIS, so that its users' learning rates fit.
+        # The standard deviations of LyCORIS, so that learning rates carry over.
         self.hada_w1_a = nn.Parameter(torch.randn(self.out_features, rank) * 0.1)
         self.hada_w1_b = nn.Parameter(torch.randn(rank, self.in_features))
         self.hada_w2_a = nn.Parameter(torch.zeros(self.out_features, rank))
         self.hada_w2_b = nn.Parameter(torch.randn(rank, self.in_features))
 
     def update(self, x: Tensor, scale: float) -> Tensor:
-        # Computed again in backward, or three matrices of the weight's size would be kept.
+        # Rematerialised in the backward pass; otherwise three matrices of the weight's size would be kept.
         y = checkpoint(self._multiply, x, scale, use_reentrant=False, preserve_rng_state=False)
         if self.training and self.rank_dropout:
             y = y * self.keep_mask([self.out_features], y)
@@ -64,7 +64,7 @@ def create_arch_network(
     neuron_dropout: float | None = None,
     **network_args: Any,
 ) -> AdapterNetwork:
-    """LoHa for every target of `unet`; arguments and errors as of `networks.lora`."""
+    """LoHa for every target of `unet`; arguments and errors are those of `networks.lora`."""
     return build_network(
         "LoHa", LohaModule, unet, multiplier, network_dim, network_alpha, neuron_dropout, network_args, KNOWN_ARGUMENTS
     )
@@ -78,5 +78,5 @@ def create_arch_network_from_weights(
     for_inference: bool = False,
     **_: Any,
 ) -> AdapterNetwork:
-    """LoHa with the modules, ranks and values of a state dict; errors as of `networks.lora`."""
+    """LoHa with the modules, ranks and values of a state dict; errors are those of `networks.lora`."""
     return AdapterNetwork.from_weights(weights_sd, unet, LohaModule, multiplier)

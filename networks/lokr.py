@@ -1,7 +1,7 @@
 """LoKr: the update is a Kronecker product of a small matrix and a low-rank one (LyCORIS, arXiv:2309.14859).
 
-update = scale * kron(w1, w2); w1 (out_1, in_1) is whole, w2 (out_2, in_2) is w2_a @ w2_b with scale alpha / rank, or
-whole with scale 1 where the rank would save nothing.
+update = scale * kron(w1, w2) with w1 (out_1, in_1) and w2 (out_2, in_2). w1 is stored whole. w2 is stored as
+w2_a @ w2_b with scale alpha / rank, or whole with scale 1 if the rank is so high that two factors would save nothing.
 """
 
 import math
@@ -22,7 +22,11 @@ MATRICES = ("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w
 
 
 def factor_pair(size: int, factor: int = -1) -> tuple[int, int]:
-    """(m, n), m <= n, m * n = size: m is `factor` if it divides, else the largest divisor up to it; -1: any."""
+    """(m, n) with m <= n and m * n = size.
+
+    One of them is `factor` if that divides `size`; otherwise m is the largest divisor up to `factor`. With factor -1,
+    m is the largest divisor up to the square root.
+    """
     if factor > 0 and size % factor == 0:
         return min(factor, size // factor), max(factor, size // factor)
     limit = math.isqrt(size) if factor < 0 else min(factor, math.isqrt(size))
@@ -31,7 +35,7 @@ def factor_pair(size: int, factor: int = -1) -> tuple[int, int]:
 
 
 class LokrModule(AdapterModule):
-    """LoKr of one Linear. Starts as no change: w2 is zero. `dropout` has no effect, as in the reference tool."""
+    """LoKr of one Linear; the update starts at zero because w2 does. `dropout` has no effect, as in musubi-tuner."""
 
     def __init__(self, target: nn.Module, rank: int, alpha: float, factor: int = -1, **settings: Any):
         (out_1, out_2), (in_1, in_2) = factor_pair(target.out_features, factor), factor_pair(target.in_features, factor)
@@ -47,19 +51,19 @@ class LokrModule(AdapterModule):
         self.set_matrices(matrices)
 
     def set_matrices(self, matrices: Mapping[str, Tensor]) -> None:
-        """Makes these the trained matrices; of w1 and w2 either the whole one or its two factors."""
+        """Makes these the trained matrices: for each of w1 and w2 either the whole matrix or its two factors."""
         for name in MATRICES:
             self.register_parameter(name, nn.Parameter(matrices[name].float()) if name in matrices else None)
 
     def update(self, x: Tensor, scale: float) -> Tensor:
-        # Computed again in backward: the inner values are as large as the output.
+        # Rematerialised in the backward pass: the intermediate values are as large as the output.
         y = checkpoint(self._multiply, x, scale, use_reentrant=False, preserve_rng_state=False)
         if self.training and self.rank_dropout:
             y = y * self.keep_mask([self.out_features], y)
         return y
 
     def _multiply(self, x: Tensor, scale: float) -> Tensor:
-        """kron(w1, w2) @ x = w1 @ X @ w2.T with X = x as a matrix (in_1, in_2)."""
+        """kron(w1, w2) @ x, computed as w1 @ X @ w2.T, where X is x reshaped to a matrix (in_1, in_2)."""
         w1 = self.lokr_w1_a @ self.lokr_w1_b if self.lokr_w1 is None else self.lokr_w1
         w1 = (w1 * scale).to(x.dtype)
         matrix = x.unflatten(-1, (w1.shape[1], -1))  # (..., in_1, in_2)
@@ -92,7 +96,7 @@ def create_arch_network(
     neuron_dropout: float | None = None,
     **network_args: Any,
 ) -> AdapterNetwork:
-    """LoKr for every target of `unet`; arguments and errors as of `networks.lora`."""
+    """LoKr for every target of `unet`; arguments and errors are those of `networks.lora`."""
     return build_network(
         "LoKr", LokrModule, unet, multiplier, network_dim, network_alpha, neuron_dropout, network_args, KNOWN_ARGUMENTS
     )
@@ -106,5 +110,5 @@ def create_arch_network_from_weights(
     for_inference: bool = False,
     **_: Any,
 ) -> AdapterNetwork:
-    """LoKr with the modules, ranks and values of a state dict; errors as of `networks.lora`."""
+    """LoKr with the modules, ranks and values of a state dict; errors are those of `networks.lora`."""
     return AdapterNetwork.from_weights(weights_sd, unet, LokrModule, multiplier)

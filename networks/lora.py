@@ -1,7 +1,7 @@
 """LoRA (Hu et al. 2021, arXiv:2106.09685) and, with use_dora=True, DoRA (Liu et al. 2024, arXiv:2402.09353).
 
 The update of a weight W (out, in) is alpha / rank * up @ down with down (rank, in) and up (out, rank). DoRA trains the
-length of each row of W apart from its direction: W' = dora_scale * (W + update) / |W + update|, row by row.
+norm of each row of W separately from its direction: W' = dora_scale * (W + update) / |W + update|, row by row.
 """
 
 import math
@@ -30,7 +30,7 @@ KNOWN_ARGUMENTS = [
 
 
 class LoraModule(AdapterModule):
-    """LoRA of one Linear. Starts as no change: `lora_up` is zero."""
+    """LoRA or DoRA of one Linear; the update starts at zero because `lora_up` does."""
 
     def __init__(self, target: nn.Module, rank: int, alpha: float, use_dora: bool = False, **settings: Any):
         super().__init__(target, rank, alpha, **settings)
@@ -45,7 +45,7 @@ class LoraModule(AdapterModule):
             self.register_buffer("target_norm", norm.flatten().clone(), persistent=False)
 
     def update(self, x: torch.Tensor, scale: float) -> torch.Tensor:
-        # The scale and the dropouts act on the small inner tensor, so that backward keeps only x and this.
+        # Scale and dropouts act on the small tensor between the factors: backward keeps only x and this tensor.
         inner = F.linear(x, self.lora_down.weight.to(x.dtype)) * scale  # (..., rank)
         if self.training and self.dropout:
             inner = F.dropout(inner, self.dropout)
@@ -63,12 +63,12 @@ class LoraModule(AdapterModule):
 
     @torch.no_grad()
     def direction_norm(self, dtype: torch.dtype) -> torch.Tensor:
-        """|W + update| of each row (out,), a constant for the gradient (section 4.3 of the paper).
+        """The norms |W + update| of the rows (out,), treated as constants by the gradient (section 4.3 of the paper).
 
-        From |W|^2 + 2 W.update + |update|^2, so that no matrix of W's size is made: W @ down.T is the target's own
-        forward, whatever its weights are stored as.
+        Computed as the root of |W|^2 + 2 W.update + |update|^2, which needs no matrix of W's size: W @ down.T is the
+        target's own forward, in whatever form it stores W.
         """
-        # Detached: autocast of torch before 2.13 would keep the casts that it makes here for `update`, without a graph.
+        # Detached: autocast before torch 2.13 caches the casts made here, and `update` would reuse them without grad.
         down, up = self.lora_down.weight.detach(), self.lora_up.weight.detach() * self.scale
         bias = 0.0 if self.target.bias is None else self.target.bias
         projected = (self._target_forward(down.to(dtype)) - bias).T.float()  # (out, rank)
@@ -101,11 +101,11 @@ def create_arch_network(
     """LoRA for every target of `unet` (the DiT), all of one rank.
 
     Args:
-        multiplier: strength of the updates.
+        multiplier: factor of the updates.
         network_dim: rank, 4 if None.
         network_alpha: alpha; 1 if None, the rank if 0.
         vae, text_encoders: never adapted.
-        neuron_dropout: dropout of the inner values.
+        neuron_dropout: dropout of the values between the factors.
         network_args: values of --network_args as strings (docs/lora.md).
 
     Raises:
@@ -125,7 +125,7 @@ def create_arch_network_from_weights(
     for_inference: bool = False,
     **_: Any,
 ) -> AdapterNetwork:
-    """LoRA with the modules, ranks and values of a state dict of any format, ready to be applied or merged.
+    """LoRA with the modules, ranks and values of a state dict of any format, ready to be applied.
 
     Raises:
         UserError: a module of the file is not in the DiT, or its shape differs.

@@ -1,10 +1,10 @@
-"""LoRA into weights, computed exactly: each weight in float32, with all its LoRAs, rounded once."""
+"""Merges LoRAs into weights: each weight is computed in float32 with all its LoRAs and rounded once."""
 
 import functools
 import math
 import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,10 +15,22 @@ from networks.files.formats import LoraWeights
 from networks.files.lora_files import read_lora
 from utils.errors import UserError
 
+# For each official module name the LoRAs on it, as (factors, multiplier), in the order in which they are applied.
+LorasByModule = dict[str, list[tuple[Factors, float]]]
+# At most so many values of a weight are changed at a time: in float32 the update takes as much memory as the weight.
+_CHUNK = 1 << 22
+
 
 @dataclass(frozen=True)
 class MergeReport:
-    """What became of one LoRA file: `matched` of its `total` modules are in the model, `leftover` keys in none."""
+    """How much of a LoRA file is used.
+
+    Attributes:
+        path: the file.
+        matched: how many of its modules the DiT has.
+        total: how many modules of the DiT's architecture it has.
+        leftover: how many of its keys belong to no such module.
+    """
 
     path: str
     matched: int
@@ -30,7 +42,7 @@ class MergeReport:
         return f"{self.path}: {self.matched} of {self.total} modules merged{leftover}"
 
     def announce(self) -> None:
-        """Prints it, as a warning where something of the file is not used."""
+        """Prints the report, as a warning if part of the file is not used."""
         if self.matched < self.total or self.leftover:
             print(f"warning: {self}", file=sys.stderr)
         else:
@@ -38,48 +50,47 @@ class MergeReport:
 
 
 def float32_weight(module: nn.Module) -> Tensor:
-    """A copy of the weight of a Linear, plain or quantised, in float32."""
+    """A float32 copy of the weight of a Linear, plain or quantised."""
     if hasattr(module, "dequantized"):
         return module.dequantized(torch.float32)
     return module.weight.detach().to(torch.float32, copy=True)
 
 
-# For each official module name, the LoRAs on it in the order in which they are applied.
-LorasByModule = dict[str, list[tuple[Factors, float]]]
-
-
 def read_loras(
     loras: Sequence[tuple[str | os.PathLike, float]], exclude_single_blocks: bool = False
 ) -> tuple[LorasByModule, list[LoraWeights]]:
-    """The changes that LoRA files (path, multiplier) of any format make, and the files without what was excluded."""
-    changes: LorasByModule = {}
+    """Reads LoRA files (path, multiplier) of any format.
+
+    Returns:
+        Their LoRAs by module, and the content of each file; both without excluded modules.
+    """
+    by_module: LorasByModule = {}
     files = []
     for path, multiplier in loras:
         lora = read_lora(path, allow_partial=True)
         if exclude_single_blocks:
             lora.modules = {n: f for n, f in lora.modules.items() if not n.startswith("single_blocks.")}
         for name, factors in lora.modules.items():
-            changes.setdefault(name, []).append((factors, multiplier))
+            by_module.setdefault(name, []).append((factors, multiplier))
         files.append(lora)
-    return changes, files
-
-
-# Numbers of a weight that are changed at a time: bounds the memory of the change, which is as large as the weight.
-_CHUNK = 1 << 22
+    return by_module, files
 
 
 @torch.no_grad()
-def merge_into_weight(name: str, weight: Tensor, changes: Sequence[tuple[Factors, float]]) -> Tensor:
-    """Applies LoRAs to a float32 weight (out, in, ...) in place, and returns it.
+def merge_into_weight(name: str, weight: Tensor, loras: Sequence[tuple[Factors, float]]) -> Tensor:
+    """Merges LoRAs (factors, multiplier) into a float32 weight (out, in, ...) in place, and returns it.
+
+    Args:
+        name: what errors call the weight.
 
     Raises:
         UserError: a LoRA is for a weight of another shape.
     """
     flat = weight.flatten(1)
-    for factors, multiplier in changes:
+    for factors, multiplier in loras:
         require_shape(name, factors, *flat.shape)
         factors = factors.map(lambda tensor: tensor.to(weight.device))
-        if factors.rows(0, 1) is None:
+        if not factors.has_separable_rows:
             flat.copy_(factors.apply(flat, multiplier))
             continue
         count = max(1, _CHUNK // flat.shape[1])
@@ -90,10 +101,10 @@ def merge_into_weight(name: str, weight: Tensor, changes: Sequence[tuple[Factors
 
 
 def require_shape(name: str, factors: Factors, rows: int, columns: int) -> None:
-    """Whether a LoRA is for the weight (rows, columns) of this name.
+    """Checks that a LoRA is for a weight (rows, columns).
 
     Raises:
-        UserError: it is for another shape.
+        UserError: it is for another shape; `name` names the weight.
     """
     if (factors.out_features, factors.in_features) != (rows, columns):
         raise UserError(
@@ -103,12 +114,12 @@ def require_shape(name: str, factors: Factors, rows: int, columns: int) -> None:
 
 
 def count_matches(
-    paths: Sequence[str | os.PathLike], files: Sequence[LoraWeights], known: "set[str] | dict"
+    paths: Sequence[str | os.PathLike], files: Sequence[LoraWeights], known: Collection[str]
 ) -> list[MergeReport]:
-    """How many modules of each file are among the `known` ones.
+    """Counts the modules of each file that are among the `known` ones.
 
     Raises:
-        UserError: a file has none of them.
+        UserError: none of a file's modules is.
     """
     reports = []
     for path, lora in zip(paths, files):
@@ -120,42 +131,47 @@ def count_matches(
     return reports
 
 
-def weight_changes(
-    shapes: Mapping[str, Sequence[int]],
-    loras: Sequence[tuple[str | os.PathLike, float]],
-    exclude_single_blocks: bool = False,
-) -> dict[str, Callable[[Tensor], Tensor]]:
-    """What `load_dit` does to the weights of a DiT so that LoRA files of any format are merged into it.
-
-    Args:
-        shapes: of the DiT's tensors, by official name.
-        loras: (path, multiplier).
-        exclude_single_blocks: leave the single blocks as they are.
-
-    Returns:
-        By the name of each weight that changes, a function of its float32 form; it changes that in place.
-        How many modules of each file are among them is printed.
-
-    Raises:
-        UserError: a file cannot be read, matches nothing, or is for other shapes.
-    """
-    changes, reports = match_loras(shapes, loras, exclude_single_blocks)
-    for report in reports:
-        report.announce()
-    return {f"{name}.weight": functools.partial(merge_into_weight, name, changes=own) for name, own in changes.items()}
-
-
 def match_loras(
     shapes: Mapping[str, Sequence[int]],
     loras: Sequence[tuple[str | os.PathLike, float]],
     exclude_single_blocks: bool = False,
 ) -> tuple[LorasByModule, list[MergeReport]]:
-    """The changes of a DiT's own modules, and how many of each file these are; arguments and errors as above."""
-    changes, files = read_loras(loras, exclude_single_blocks)
-    changes = {name: own for name, own in changes.items() if f"{name}.weight" in shapes}
-    reports = count_matches([path for path, _ in loras], files, changes)
+    """Reads LoRA files and checks them against the shapes of a DiT.
+
+    Args:
+        shapes: shapes of the DiT's tensors, by official name.
+        loras: (path, multiplier) of LoRA files of any format.
+        exclude_single_blocks: leave the single blocks as they are.
+
+    Returns:
+        The LoRAs on modules that the DiT has, and a report on each file.
+
+    Raises:
+        UserError: a file cannot be read, has no module of the DiT, or is for other shapes.
+    """
+    by_module, files = read_loras(loras, exclude_single_blocks)
+    by_module = {name: own for name, own in by_module.items() if f"{name}.weight" in shapes}
+    reports = count_matches([path for path, _ in loras], files, by_module)
     for (path, _), lora in zip(loras, files, strict=True):
-        for name in (name for name in lora.modules if name in changes):
+        for name in (name for name in lora.modules if name in by_module):
             rows, *columns = shapes[f"{name}.weight"]
             require_shape(f"{path}: {name}", lora.modules[name], rows, math.prod(columns))
-    return changes, reports
+    return by_module, reports
+
+
+def weight_changes(
+    shapes: Mapping[str, Sequence[int]],
+    loras: Sequence[tuple[str | os.PathLike, float]],
+    exclude_single_blocks: bool = False,
+) -> dict[str, Callable[[Tensor], Tensor]]:
+    """The argument `changes` of `load_dit` with which it merges LoRA files while it loads a DiT; prints the reports.
+
+    Arguments and errors are those of `match_loras`.
+
+    Returns:
+        For the name of each weight that changes, a function that changes its float32 form in place and returns it.
+    """
+    by_module, reports = match_loras(shapes, loras, exclude_single_blocks)
+    for report in reports:
+        report.announce()
+    return {f"{name}.weight": functools.partial(merge_into_weight, name, loras=own) for name, own in by_module.items()}

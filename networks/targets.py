@@ -1,4 +1,4 @@
-"""Which Linear modules of the DiT get an adapter, and what `--network_args` say about it."""
+"""Selects the Linear modules of the DiT that get an adapter, and reads `--network_args`."""
 
 import ast
 import re
@@ -11,17 +11,17 @@ from torch import nn
 from utils.errors import UserError, did_you_mean, one_line
 
 TARGET_BLOCKS = ("MMDoubleStreamBlock", "MMSingleStreamBlock")
-# Modulation acts on every token alike; the reference tool leaves it out and so do the files that other tools expect.
+# musubi-tuner does not adapt modulation, and other programs do not expect it in files.
 DEFAULT_EXCLUDE = ".*(img_mod|txt_mod|modulation).*"
 
 
 def find_targets(
     model: nn.Module, exclude_patterns: list[str] | None = None, include_patterns: list[str] | None = None
 ) -> dict[str, nn.Module]:
-    """Linear modules (plain or quantised) of the model's blocks by their official dotted name, in the model's order.
+    """The Linear modules (plain or quantised) of the model's blocks by official dotted name, in the model's order.
 
-    A name that fully matches the default exclusion or one of `exclude_patterns` is left out, unless it fully matches
-    one of `include_patterns`.
+    A module is left out if DEFAULT_EXCLUDE or one of `exclude_patterns` matches its whole name, unless one of
+    `include_patterns` matches its whole name too.
 
     Raises:
         UserError: no module is left.
@@ -107,7 +107,7 @@ ARGUMENTS = {
 
 
 def read_arguments(given: Mapping[str, Any], known: list[str]) -> dict[str, Any]:
-    """The values of `--network_args` by name; they arrive as strings.
+    """Converts the values of `--network_args` from strings to their types.
 
     Raises:
         UserError: a name that is not in `known`, or a value that cannot be read.

@@ -1,4 +1,4 @@
-"""How many modules of a LoRA file each program will load, from the keys that it accepts (docs/formats.md 2.8)."""
+"""How many modules of a LoRA file each program will load, according to the keys it accepts (docs/formats.md 2.8)."""
 
 import functools
 from collections.abc import Iterable
@@ -9,7 +9,7 @@ from networks.factors import SUFFIXES
 from networks.files.format_table import Format
 from networks.files.names import block_template, official_part, split_key
 
-# Suffixes that a program knows; a module with another one does not load (whole).
+# The suffixes that each program knows; a module with any other suffix counts as not loaded.
 KOHYA = {"lora_down.weight", "lora_up.weight", "alpha"}
 PEFT = {"lora_A.weight", "lora_B.weight"}
 OTHER_KINDS = {suffix for suffix in SUFFIXES if suffix.startswith(("hada_", "lokr_"))}
@@ -18,7 +18,7 @@ KNOWN_SUFFIXES = {
     "diffusers": PEFT | {"lora_magnitude_vector"},
     "musubi": KOHYA | OTHER_KINDS,
 }
-# How many blocks the published model has, which is the one that the programs load.
+# The number of blocks of the published model, the only one that these programs load.
 DEPTHS = {
     "double_blocks.": HunyuanVideoConfig.depth_double,
     "single_blocks.": HunyuanVideoConfig.depth_single,
@@ -32,7 +32,7 @@ def _flat(name: str) -> str:
 
 @functools.cache
 def accepted_modules(program: str) -> frozenset[str]:
-    """The module names, with prefix, that a program maps to a module of HunyuanVideo; `{}` is a block's number."""
+    """The module names, with prefix, that a program maps to a module of HunyuanVideo; `{}` is the block number."""
     modules = [
         name for name in DIT_TO_DIFFUSERS if not name.rpartition(".")[2].startswith(("norm", "q_norm", "k_norm"))
     ]
@@ -40,13 +40,13 @@ def accepted_modules(program: str) -> frozenset[str]:
         return frozenset(f"lora_unet_{_flat(name)}" for name in modules if name.startswith(("double_", "single_")))
     if program == "ComfyUI":
         comfyui = {name: DIT_TO_COMFYUI.get(name, (name,))[0] for name in modules}
-        # Not in its map: the embedders of time, guidance and pooled text, which it renames otherwise.
+        # Its map of LoRA keys lacks the embedders of timestep, guidance and pooled text.
         mapped = {name: own for name, own in comfyui.items() if not own.endswith(("in_layer", "out_layer"))}
         official = {f"{prefix}{name}" for prefix in ("transformer.", "diffusion_model.") for name in mapped}
         own_names = {f"diffusion_model.{own}" for own in mapped.values()}
         return frozenset(official | own_names | {f"lora_unet_{_flat(own)}" for own in mapped.values()})
     split = {f"transformer.{part}" for name in modules for part in DIT_TO_DIFFUSERS[name]}
-    # Its own conversion of official names cuts lora_A of these two as well, and loses them.
+    # Bug of diffusers: converting official names, it splits lora_A of these two modules too, and they are lost.
     broken = ("self_attn_qkv", "final_layer.adaLN_modulation.1")
     whole = [name for name in modules if not name.endswith(broken)]
     official = {f"{prefix}{name}" for prefix in ("transformer.", "diffusion_model.") for name in whole}
@@ -54,23 +54,24 @@ def accepted_modules(program: str) -> frozenset[str]:
 
 
 def coverage(keys: Iterable[str], format_: Format) -> dict[str, tuple[int, int]]:
-    """Program -> (modules that it will load, modules in the file); a fused module counts as one however it is split.
+    """Program -> (modules that it will load, modules in the file); q, k, v (and mlp) count as one module.
 
     Args:
-        keys: the keys of a file.
-        format_: the format that the file has.
+        keys: the keys of a LoRA file.
+        format_: the format of the file.
     """
     per_official: dict[str, dict[str, set[str]]] = {}
     for key in keys:
         module, suffix = split_key(key)
         official, _ = official_part(module, format_)
         per_official.setdefault(official, {}).setdefault(module, set()).add(suffix)
-    there = [parts for official, parts in per_official.items() if _in_model(official)]
-    return {program: (sum(_loads(program, parts) for parts in there), len(per_official)) for program in KNOWN_SUFFIXES}
+    in_model = [parts for official, parts in per_official.items() if _in_model(official)]
+    total = len(per_official)
+    return {program: (sum(_loads(program, parts) for parts in in_model), total) for program in KNOWN_SUFFIXES}
 
 
 def _in_model(official: str) -> bool:
-    """Whether the published model has the block that this module is in."""
+    """Whether the published model has the block of this module."""
     return all(
         int(official.removeprefix(prefix).split(".")[0]) < depth
         for prefix, depth in DEPTHS.items()

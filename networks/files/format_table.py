@@ -1,8 +1,8 @@
 """The LoRA file formats in circulation for HunyuanVideo, as a table (docs/formats.md 2.4); imports nothing heavy.
 
-A key is prefix + module name + suffix. Module names are official, diffusers' (split q, k, v, mlp) or ComfyUI's; dots in
-them are kept or written as underscores; factors are named as kohya does (lora_down, lora_up) or as PEFT does (lora_A,
-lora_B). Where a format has no alpha, alpha = rank is meant.
+A key is prefix + module name + suffix. Module names are official, those of diffusers (q, k, v and mlp are modules of
+their own) or those of ComfyUI, with dots or with underscores instead. Factors have kohya's names (lora_down, lora_up)
+or PEFT's (lora_A, lora_B). In a format without alpha, alpha is the rank.
 """
 
 from dataclasses import dataclass
@@ -13,16 +13,16 @@ class Format:
     """One way to write a LoRA file.
 
     Attributes:
-        name: what --target calls it.
-        title: who writes or reads it.
-        prefix: stands before every module name.
+        name: its name for --target.
+        title: the programs that read or write it.
+        prefix: prefix of every module name.
         naming: a naming of `hunyuan_model.checkpoints.names`: official, diffusers or ComfyUI.
-        flat: dots of the module name are underscores.
-        peft: factors are lora_A and lora_B, else lora_down and lora_up.
+        flat: module names have underscores instead of dots.
+        peft: factors are called lora_A and lora_B; otherwise lora_down and lora_up.
         alpha: alpha is stored.
-        dora: suffix of DoRA's row lengths, None where the readers have none.
-        other_kinds: LoHa and LoKr are read by the format's readers.
-        adapter_metadata: diffusers' `lora_adapter_metadata` (rank and alpha as JSON) is written.
+        dora: suffix of the key of `dora_scale`; None if the programs that read the format know no DoRA.
+        other_kinds: the programs that read the format know LoHa and LoKr.
+        adapter_metadata: `lora_adapter_metadata` of diffusers (rank and alpha as JSON) is written.
     """
 
     name: str
@@ -38,7 +38,7 @@ class Format:
 
     @property
     def splits(self) -> bool:
-        """Whether q, k, v (and mlp) are modules of their own."""
+        """Whether q, k, v and mlp are modules of their own."""
         return self.naming == "diffusers"
 
 
@@ -46,7 +46,7 @@ def _kohya(name: str, title: str, prefix: str, naming: str = "official", **diffe
     return Format(name, title, prefix, naming, flat=True, peft=False, **differences)
 
 
-# Formats with the same keys but for alpha stand side by side; recognition takes the first that fits best.
+# `detect_format` takes the first of several formats that fit equally well.
 _TABLE = [
     _kohya("default", "musubi native, OneTrainer KOHYA_LORA", "lora_unet_"),
     Format("other", "ComfyUI-safe, musubi 'other'", "diffusion_model.", alpha=False),

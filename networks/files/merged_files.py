@@ -1,4 +1,4 @@
-"""A DiT file and LoRA files into a DiT file, one tensor at a time: what is in memory is a tensor and the LoRAs."""
+"""Merges LoRA files into a DiT file, one tensor at a time: memory holds one tensor and the LoRAs."""
 
 import json
 import os
@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 from hunyuan_model.checkpoints import DitTensors, is_quantized_in_dit, open_dit
 from hunyuan_model.quantization import FP8, FP8_MAX
+from networks.factors import Factors
 from networks.merging import LorasByModule, MergeReport, count_matches, merge_into_weight, read_loras
 from utils.safetensors_utils import streamed_file
 
@@ -22,7 +23,7 @@ MARKER, SCALE = "scaled_fp8", "scale_weight"
 
 @dataclass(frozen=True)
 class _Stored:
-    """How a tensor is written: its dtype, and whether a scale goes with it."""
+    """How a tensor is written: its dtype, and whether it is stored divided by a scale of its own."""
 
     dtype: torch.dtype
     scaled: bool
@@ -37,25 +38,26 @@ def merge_files(
     device: torch.device | str = "cpu",
     exclude_single_blocks: bool = False,
 ) -> list[MergeReport]:
-    """Writes a DiT with LoRAs merged, with official names.
+    """Writes a DiT file with official names in which the LoRAs are merged.
 
     Args:
         dit_path: DiT file in any layout; fp8 with or without scales.
         loras: (path, multiplier) of LoRA files of any format.
         output: safetensors file.
-        dtype: of the tensors that are not fp8 in the output; None keeps each as it is, fp8 included.
-        fp8: write the linear weights of the blocks as scaled fp8.
-        device: where the arithmetic is done.
+        dtype: dtype of the output's tensors that are not fp8; None keeps the dtype of each tensor, fp8 included.
+        fp8: write the Linear weights of the blocks as scaled fp8.
+        device: device that computes.
         exclude_single_blocks: leave the single blocks as they are.
 
     Returns:
-        How many modules of each LoRA were merged.
+        A report on each LoRA file.
 
     Raises:
-        UserError: a file cannot be read, a LoRA matches nothing or is for other shapes; nothing is written.
+        UserError: a file cannot be read, or a LoRA has no module of the DiT or is for other shapes. Then nothing is
+            written.
     """
     dit = open_dit(dit_path)
-    changes, files = read_loras(loras, exclude_single_blocks)
+    by_module, files = read_loras(loras, exclude_single_blocks)
     reports = count_matches([path for path, _ in loras], files, {_module(name) for name in dit.shapes})
     stored = {name: _stored(dit, name, dtype, fp8) for name in dit.shapes}
     layout = {name: (stored[name].dtype, shape) for name, shape in dit.shapes.items()}
@@ -63,17 +65,18 @@ def merge_files(
     layout |= {_scale_name(name): (torch.float32, ()) for name in scaled}
     if scaled:
         layout[MARKER] = (FP8, (0,))
-    _warn_of_rounding(dit, dit_path, changes, stored)
+    _warn_of_rounding(dit, dit_path, by_module, stored)
     with streamed_file(output, layout, _metadata(dit, loras)) as write:
         for name in tqdm(dit.shapes, desc="merging", unit="tensor"):
-            _write(dit, name, changes, stored[name], device, write)
+            own = by_module.get(_module(name), []) if name.endswith(".weight") else []
+            _write(dit, name, own, stored[name], device, write)
         if scaled:
             write(MARKER, torch.empty(0, dtype=FP8))
     return reports
 
 
 def _metadata(dit: DitTensors, loras: Sequence[tuple[str | os.PathLike, float]]) -> dict[str, str]:
-    """The source's, with the config that may have lain beside it, without what holds for the old tensors only."""
+    """The metadata of the source, without what is only true of its tensors; a config file beside it is included."""
     checkpoint = dit.file.checkpoint
     stale = ("modelspec.hash", "sshs_", "_quantization")
     metadata = {key: text for key, text in checkpoint.files[0].metadata.items() if not key.startswith(stale)}
@@ -86,13 +89,16 @@ def _metadata(dit: DitTensors, loras: Sequence[tuple[str | os.PathLike, float]])
 
 
 def _warn_of_rounding(
-    dit: DitTensors, path: str | os.PathLike, changes: LorasByModule, stored: dict[str, _Stored]
+    dit: DitTensors, path: str | os.PathLike, by_module: LorasByModule, stored: dict[str, _Stored]
 ) -> None:
-    """A LoRA changes most weights by less than the step of fp8, 1/8 of a weight's power of two."""
-    changed = [name for name in stored if name.endswith(".weight") and _module(name) in changes]
+    """Warns if weights are fp8 before and after merging.
+
+    Neighbouring fp8 numbers differ by 1/8 of their power of two; most changes by a LoRA are smaller.
+    """
+    changed = [name for name in stored if name.endswith(".weight") and _module(name) in by_module]
     if any(dit.dtype(name).itemsize == 1 and stored[name].dtype == FP8 for name in changed):
         print(
-            f"warning: {path}: is fp8 and stays so, which rounds away most of what a LoRA changes; "
+            f"warning: {path}: is fp8 and stays fp8, so rounding removes most of what the LoRA changes; "
             "--dtype bfloat16 keeps it",
             file=sys.stderr,
         )
@@ -107,6 +113,7 @@ def _scale_name(name: str) -> str:
 
 
 def _stored(dit: DitTensors, name: str, dtype: torch.dtype | None, fp8: bool) -> _Stored:
+    """How the tensor `name` will be written; `dtype` and `fp8` as in `merge_files`."""
     source = dit.dtype(name)
     if fp8 and len(dit.shapes[name]) == 2 and is_quantized_in_dit(_module(name)):
         return _Stored(FP8, True)
@@ -118,17 +125,17 @@ def _stored(dit: DitTensors, name: str, dtype: torch.dtype | None, fp8: bool) ->
 def _write(
     dit: DitTensors,
     name: str,
-    changes: LorasByModule,
+    loras: Sequence[tuple[Factors, float]],
     stored: _Stored,
     device: torch.device | str,
     write: Callable[[str, Tensor], None],
 ) -> None:
+    """Writes one tensor of the DiT with the LoRAs (factors, multiplier) on it."""
     tensor, scale = dit.read(name)
-    change = changes.get(_module(name), []) if name.endswith(".weight") else []
-    if not change and tensor.dtype == stored.dtype and scale is None and not stored.scaled:
+    if not loras and tensor.dtype == stored.dtype and scale is None and not stored.scaled:
         write(name, tensor)
         return
-    if not change and tensor.dtype == FP8 and stored.scaled and scale is not None and scale.numel() == 1:
+    if not loras and tensor.dtype == FP8 and stored.scaled and scale is not None and scale.numel() == 1:
         write(name, tensor)
         write(_scale_name(name), scale.reshape(()))
         return
@@ -136,10 +143,10 @@ def _write(
     if scale is not None:
         weight.mul_(scale.to(device))
     del tensor
-    if change:
-        merge_into_weight(_module(name), weight, change)
+    if loras:
+        merge_into_weight(_module(name), weight, loras)
     if stored.scaled:
-        # One scale for the tensor is all that ComfyUI reads.
+        # ComfyUI reads only one scale per tensor.
         scale = (torch.linalg.vector_norm(weight, float("inf")) / FP8_MAX).clamp_min(torch.finfo(torch.float32).tiny)
         weight.div_(scale)
         write(_scale_name(name), scale)

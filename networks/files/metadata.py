@@ -1,7 +1,8 @@
-"""What a trained file says about itself: kohya's `ss_*` and `sshs_*` keys, and ModelSpec's `modelspec.*` keys.
+"""Metadata of trained files: kohya's `ss_*` keys and ModelSpec's `modelspec.*` keys.
 
-Sources: kohya-ss/sd-scripts and musubi-tuner for the key names and hashes, https://github.com/Stability-AI/ModelSpec
-for `modelspec.*`. Only options named here are written, so that no token or key can get in.
+Sources: kohya-ss/sd-scripts and musubi-tuner for the names of keys, https://github.com/Stability-AI/ModelSpec for
+`modelspec.*`. Of the options only those listed here are written, so that no token or API key can get into a file.
+`networks.files.lora_files` adds the hashes (`sshs_*`).
 """
 
 import dataclasses
@@ -19,7 +20,7 @@ from utils.errors import UserError
 ARCHITECTURE = "hunyuan-video"
 IMPLEMENTATION = "https://github.com/Tencent/HunyuanVideo"
 BASE_MODEL_VERSION = "hunyuan_video"
-# What other tools need to use a file; kept with --no_metadata.
+# Other programs need these to use a file; they are written even with --no_metadata.
 MINIMUM_KEYS = ("ss_base_model_version", "ss_network_module", "ss_network_dim", "ss_network_alpha", "ss_network_args")
 _OPTION_NAMES = (
     "output_name learning_rate gradient_checkpointing gradient_checkpointing_cpu_offload gradient_accumulation_steps "
@@ -33,7 +34,7 @@ _OPTION_NAMES = (
 class MetadataOptions:
     """metadata"""
 
-    no_metadata: bool = option(False, help="leave out everything but what other tools need to use the file")
+    no_metadata: bool = option(False, help="write only the metadata that other programs need to use the file")
     training_comment: str | None = option(None, help="any text, stored as ss_training_comment")
     metadata_title: str | None = option(None, help="title; --output_name if unset")
     metadata_author: str | None = option(None, help="author")
@@ -56,10 +57,10 @@ class MetadataOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class RunFacts:
-    """What a run knows beside its options; `dataclasses.replace` brings it up to date for each checkpoint.
+    """Facts about a training run that are not options; each checkpoint gets its own with the current values.
 
-    Times are seconds since 1970. Each field becomes `ss_{name}`, each number of `validation` `ss_validation_{name}`;
-    those of a network only where one is trained, which has `network_args`.
+    A field becomes the key `ss_{name}`, a number in `validation` the key `ss_validation_{name}`. `network_args` is None
+    where no network is trained; then the fields `network_*` are left out. Times are seconds since 1970.
     """
 
     session_id: int
@@ -86,11 +87,13 @@ class RunFacts:
 
 
 def checkpoint_metadata(facts: RunFacts, options: MetadataOptions, *groups: Any, title: str) -> dict[str, str]:
-    """All metadata of a trained file but a LoRA's hashes, which `model_hashes` adds when its tensors are written.
+    """All metadata of a trained file, except the hashes of a LoRA.
 
     Args:
-        groups: the other option groups of the run, for the settings that are worth keeping.
-        title: used if the options have none.
+        facts: facts about the run.
+        options: the metadata options.
+        groups: the other groups of options of the run.
+        title: the title if the options have none.
     """
     settings = {field.name: getattr(group, field.name) for group in groups for field in dataclasses.fields(group)}
     training = training_metadata(facts, settings | dataclasses.asdict(options))
@@ -101,7 +104,7 @@ def checkpoint_metadata(facts: RunFacts, options: MetadataOptions, *groups: Any,
 
 
 def training_metadata(facts: RunFacts, settings: Mapping[str, Any]) -> dict[str, str]:
-    """The `ss_*` keys; `settings` are options by name, of which only the known ones are used."""
+    """The `ss_*` keys; of `settings` (options by name) only those in _OPTION_NAMES are used."""
     values = {"full_fp16": False, "full_bf16": False}
     values |= {name: settings[name] for name in _OPTION_NAMES.split() if name in settings}
     values |= {field.name: getattr(facts, field.name) for field in dataclasses.fields(facts)}
@@ -119,7 +122,7 @@ def training_metadata(facts: RunFacts, settings: Mapping[str, Any]) -> dict[str,
 def modelspec_metadata(
     options: MetadataOptions, title: str, timestamp: float, timesteps: Sequence[int | None] = (None, None)
 ) -> dict[str, str]:
-    """The `modelspec.*` keys of a LoRA or a model for HunyuanVideo."""
+    """The `modelspec.*` keys of a LoRA or of a fine-tuned model."""
     date = datetime.datetime.fromtimestamp(int(timestamp), datetime.UTC)
     low, high = timesteps
     values = {

@@ -1,4 +1,8 @@
-"""The names of a module in every LoRA format: looked up in tables, never taken apart at underscores."""
+"""The names of modules and keys in every LoRA format.
+
+Names are looked up in tables: a flattened name such as `lora_unet_double_blocks_0_img_mlp_fc1` cannot be split at its
+underscores, because module names contain underscores too.
+"""
 
 import functools
 import re
@@ -10,14 +14,14 @@ from networks.files.format_table import FORMATS, Format
 
 
 def _names_of(official: str, naming: str) -> tuple[str, ...]:
-    """A module's names in a naming; official names and those that ComfyUI keeps are not in the tables."""
+    """A module's names in a naming; a name that is not in the table is the official one."""
     table = {"official": {}, "diffusers": DIT_TO_DIFFUSERS, "ComfyUI": DIT_TO_COMFYUI}[naming]
     return table.get(official, (official,))
 
 
 @functools.cache
 def _name_table(naming: str, flat: bool) -> dict[str, tuple[str, int]]:
-    """Module name in a file, `{}` for the block's number -> (official name, which part of it)."""
+    """Module name in a file, with `{}` for the number of the block -> (official name, index of the part)."""
     return {
         name.replace(".", "_") if flat else name: (official, part)
         for official in DIT_TO_DIFFUSERS
@@ -29,24 +33,24 @@ _BLOCK_NUMBER = re.compile(r"(?<=blocks[._])\d+")
 
 
 def block_template(name: str) -> str:
-    """A module name with `{}` for its block's number."""
+    """A module name with `{}` in place of the number of its block."""
     return _BLOCK_NUMBER.sub("{}", name, count=1)
 
 
 def _filled(template: str, like: str) -> str:
-    """A template with the block's number of the name `like`."""
+    """A template with the block number of the name `like` filled in."""
     number = _BLOCK_NUMBER.search(like)
     return template if number is None else template.format(number[0])
 
 
 def part_names(official: str, format_: Format) -> tuple[str, ...]:
-    """What a format calls a module, with prefix: one name, or one for each part."""
+    """The names of a module in a format, with prefix: one, or one for each part (q, k, v, mlp)."""
     names = [_filled(name, official) for name in _names_of(block_template(official), format_.naming)]
     return tuple(format_.prefix + (name.replace(".", "_") if format_.flat else name) for name in names)
 
 
 def official_part(name: str, format_: Format) -> tuple[str, int] | None:
-    """(official name, which part of it) of a module name in a file; None if the format has no such module."""
+    """(official name, index of the part) of a module name in a file; None if the format has no such module."""
     if not name.startswith(format_.prefix):
         return None
     name = name.removeprefix(format_.prefix)
@@ -55,7 +59,7 @@ def official_part(name: str, format_: Format) -> tuple[str, int] | None:
 
 
 def split_key(key: str) -> tuple[str, str] | None:
-    """(module, suffix) of a key; None if it ends in no suffix of an adapter."""
+    """(module, suffix) of a key; None if the key does not end in a suffix of `SUFFIXES`."""
     for suffix in SUFFIXES:
         if key.endswith(f".{suffix}"):
             return key.removesuffix(f".{suffix}"), suffix
@@ -63,10 +67,9 @@ def split_key(key: str) -> tuple[str, str] | None:
 
 
 def detect_format(keys: Sequence[str]) -> Format | None:
-    """The format that most of the keys follow; of formats that differ in alpha only, the one that is as the keys are.
+    """The format that fits most of the keys, or None if no key belongs to a HunyuanVideo LoRA.
 
-    Returns:
-        None: no key belongs to a HunyuanVideo LoRA.
+    Some formats differ only in whether they store alpha; there the presence of alpha in `keys` decides.
     """
     split = [pair for pair in map(split_key, keys) if pair is not None]
     has_alpha = any(suffix == "alpha" for _, suffix in split)

@@ -1,8 +1,8 @@
-"""One adapter on stacked rows (q, k, v, mlp) <-> an adapter for each part, exactly; and lower ranks by SVD.
+"""Splits the factors of a fused module (q, k, v, mlp) into parts and fuses them again, exactly; lowers ranks by SVD.
 
-Fused -> split: the parts share `down`, and each takes its rows of `up`. Split -> fused: where all parts have the same
-`down` the rows are stacked again; else the ranks add up, `down` stacked and `up` block-diagonal. Splitting leaves out
-ranks that are zero in a part, so that split -> fused -> split gives back the very same matrices.
+Fused to split: all parts get the same `down`, and each part gets its rows of `up`. Split to fused: if all parts have
+the same `down`, the rows of `up` are stacked; otherwise ranks add up: `down` is stacked and `up` is block-diagonal.
+Splitting drops ranks that are zero in a part, so that split -> fused -> split returns identical matrices.
 """
 
 import dataclasses
@@ -15,26 +15,33 @@ from networks.factors import Factors, LoraFactors
 
 
 def split_rows(factors: Factors, rows: Sequence[int]) -> list[Factors | None]:
-    """An adapter for each group of rows, None for a group that the update leaves alone while it changes others.
+    """Factors for each group of rows.
+
+    Args:
+        factors: the factors of the fused module.
+        rows: the number of rows of each group.
+
+    Returns:
+        None for a group in which the update is zero, if it is not zero in every group.
 
     Raises:
-        ValueError: a LoKr, or DoRA by columns.
+        ValueError: `rows` do not add up, or the factors are a LoKr or a DoRA by columns.
     """
     if sum(rows) != factors.out_features:
         raise ValueError(f"has {factors.out_features} rows, {' + '.join(map(str, rows))} are expected")
-    if factors.rows(0, 1) is None:
-        raise ValueError("is a LoKr, or a DoRA of columns, which cannot be cut into rows")
+    if not factors.has_separable_rows:
+        raise ValueError("is a LoKr, or a DoRA of columns, which cannot be split by rows")
     starts = [sum(rows[:index]) for index in range(len(rows))]
     whole = [factors.rows(start, start + count) for start, count in zip(starts, rows)]
     parts = [_without_zero_ranks(part) for part in whole]
     if factors.dora_scale is not None or not any(parts):
-        # Parts that stay whole would share `down`, and a file does not take one tensor under several names.
+        # These parts would share one `down` tensor; cloned, because a safetensors file cannot hold shared tensors.
         return [part or kept.map(torch.clone) for part, kept in zip(parts, whole)]
     return parts
 
 
 def _without_zero_ranks(factors: Factors) -> Factors | None:
-    """`factors` without the ranks whose columns are zero on every row side; None if all are."""
+    """`factors` without the ranks that add nothing (zero columns in every factor with rows); None if none adds."""
     pairs = factors.PAIRS
     used = torch.stack([getattr(factors, side).flatten(1).ne(0).any(0) for side, _ in pairs]).any(0)
     if not used.any():
@@ -47,10 +54,14 @@ def _without_zero_ranks(factors: Factors) -> Factors | None:
 
 
 def stack_rows(parts: Sequence[Factors | None], rows: Sequence[int]) -> Factors:
-    """One adapter on the stacked rows of several; a part that is None leaves its rows alone.
+    """The factors of the fused module; the update is zero in the rows of a part that is None.
+
+    Args:
+        parts: factors of each part.
+        rows: the number of rows of each part.
 
     Raises:
-        ValueError: the parts are of different kinds, do not fit `rows`, or DoRA parts are missing.
+        ValueError: the parts are of different kinds or do not fit `rows`, or only some parts are DoRA.
     """
     given = [part for part in parts if part is not None]
     if len({type(part) for part in given}) > 1 or not given[0].PAIRS:
@@ -58,7 +69,7 @@ def stack_rows(parts: Sequence[Factors | None], rows: Sequence[int]) -> Factors:
     for part, count in zip(parts, rows, strict=True):
         if part is not None and part.out_features != count:
             raise ValueError(f"has a part of {part.out_features} rows, {count} are expected")
-    stack = _stack_shared if _shared(given) else _stack_blocks
+    stack = _stack_shared if _share_columns(given) else _stack_block_diagonal
     return dataclasses.replace(stack(parts, rows), dora_scale=_stack_dora(parts))
 
 
@@ -67,11 +78,12 @@ def _stack_dora(parts: Sequence[Factors | None]) -> Tensor | None:
     if all(length is None for length in lengths):
         return None
     if any(length is None or length.shape[1] != 1 for length in lengths):
-        raise ValueError("has DoRA lengths for some of its parts only, or of columns")
+        raise ValueError("is DoRA in some of its parts only, or DoRA of columns")
     return torch.cat(lengths)
 
 
-def _shared(given: Sequence[Factors]) -> bool:
+def _share_columns(given: Sequence[Factors]) -> bool:
+    """Whether all parts have the same alpha and the same factors with columns (`down`)."""
     first = given[0]
     same_columns = (
         torch.equal(getattr(part, columns), getattr(first, columns)) for part in given[1:] for _, columns in first.PAIRS
@@ -89,7 +101,7 @@ def _stack_shared(parts: Sequence[Factors | None], rows: Sequence[int]) -> Facto
     return dataclasses.replace(first, **sides)
 
 
-def _stack_blocks(parts: Sequence[Factors | None], rows: Sequence[int]) -> Factors:
+def _stack_block_diagonal(parts: Sequence[Factors | None], rows: Sequence[int]) -> Factors:
     given = [part for part in parts if part is not None]
     rank = sum(part.rank for part in given)
     one_scale = len({part.scale for part in given}) == 1
@@ -112,7 +124,7 @@ def _stack_blocks(parts: Sequence[Factors | None], rows: Sequence[int]) -> Facto
 
 
 def fold_alpha(factors: Factors) -> Factors:
-    """The same update without alpha: alpha / rank goes wholly into one row side, rounded once to its dtype."""
+    """The same update without alpha: one factor is multiplied by alpha / rank, rounded once to its dtype."""
     if factors.scale == 1:
         return dataclasses.replace(factors, alpha=None)
     side = factors.PAIRS[0][0]
@@ -120,23 +132,23 @@ def fold_alpha(factors: Factors) -> Factors:
 
 
 def swap_halves(factors: Factors) -> Factors:
-    """Rows (shift, scale) <-> (scale, shift)."""
-    if factors.rows(0, 1) is None:
-        raise ValueError("is a LoKr, or a DoRA of columns, whose halves cannot be exchanged")
+    """Swaps the two halves of the rows: (shift, scale) <-> (scale, shift)."""
+    if not factors.has_separable_rows:
+        raise ValueError("is a LoKr, or a DoRA of columns, whose halves cannot be swapped")
     names = [side for side, _ in factors.PAIRS] + ["dora_scale"] * (factors.dora_scale is not None)
     return dataclasses.replace(factors, **{n: torch.cat(getattr(factors, n).chunk(2)[::-1]) for n in names})
 
 
 def truncated_svd(factors: LoraFactors, rank: int | None = None, energy: float = 1.0) -> LoraFactors:
-    """The nearest LoRA of lower rank, by the SVD of up @ down, which needs no matrix of the weight's size.
+    """The nearest LoRA of lower rank, by an SVD of up @ down that needs no matrix of the weight's size.
 
     Args:
         factors: the LoRA.
-        rank: the largest rank that may stay; None: any.
-        energy: share of the squared Frobenius norm that must stay (1: all).
+        rank: the largest rank of the result; None: no limit.
+        energy: share of the squared Frobenius norm that must be kept (1: all).
 
     Returns:
-        float32 factors with alpha = rank, the singular values spread evenly over both.
+        float32 factors with alpha = rank; both contain the square roots of the singular values.
     """
     up, down = factors.up.flatten(1).double() * factors.scale, factors.down.flatten(1).double()
     q_up, r_up = torch.linalg.qr(up)
@@ -155,9 +167,9 @@ def truncated_svd(factors: LoraFactors, rank: int | None = None, energy: float =
 
 
 def ranks_for_energy(values: Tensor, energy: float) -> int:
-    """How many of the descending singular values hold `energy` of the sum of squares; zeros are never counted.
+    """How many of the descending singular values are needed for the share `energy` of the sum of their squares.
 
-    A value below float32's resolution of the largest counts as zero.
+    Zeros are not counted, nor values below float32's resolution relative to the largest.
     """
     floor = values.max() * torch.finfo(torch.float32).eps if len(values) else 0.0
     nonzero = int((values > floor).sum())
@@ -168,7 +180,7 @@ def ranks_for_energy(values: Tensor, energy: float) -> int:
 
 
 def low_rank_approximation(update: Tensor, rank: int, dora_scale: Tensor | None = None) -> LoraFactors:
-    """The nearest LoRA of a matrix (out, in), by randomised SVD with power iterations."""
+    """The nearest LoRA of rank `rank` to a matrix (out, in), by randomised SVD with power iterations."""
     kept = min(rank, *update.shape)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)

@@ -139,7 +139,7 @@ def test_fp8_stays_fp8(tmp_path, monkeypatch, capsys, weights, lora, kind):
     path = FP8_LAYOUTS[kind](tmp_path, stored, scales)
     merged = tmp_path / "merged.safetensors"
     assert run(monkeypatch, "--dit", path, "--lora_weight", lora, "--save_merged_model", merged) == 0
-    assert "is fp8 and stays so" in capsys.readouterr().err
+    assert "is fp8 and stays fp8" in capsys.readouterr().err
     before, after = load_dit(path, dtype=torch.float32).state_dict(), load_dit(merged, dtype=torch.float32).state_dict()
     changed = updates(lora)
     for name, tensor in before.items():
