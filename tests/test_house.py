@@ -11,7 +11,6 @@ import textwrap
 import tokenize
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
@@ -41,15 +40,6 @@ KNOWN_VIOLATIONS: dict[str, list[str]] = {
 }
 
 Rule = Callable[[Path], list[str]]  # the violations in a source tree
-
-
-@dataclass(frozen=True)
-class Import:
-    """One imported module, where it is imported, and whether that happens when the importing module is imported."""
-
-    module: str
-    line: int
-    at_top: bool
 
 
 def module_name(path: Path, root: Path) -> str:
@@ -84,18 +74,17 @@ def import_statements(node: ast.AST, at_top: bool = True) -> Iterator[tuple[ast.
 
 
 @cache
-def imports_of(path: Path, root: Path) -> list[Import]:
+def imports_of(path: Path, root: Path) -> set[str]:
     """The modules of this tree that a file imports. `from a import b` means the module a.b where there is one."""
-    known, found = modules_in(root), []
-    for statement, at_top in import_statements(ast.parse(path.read_text("utf-8"))):
+    known, found = modules_in(root), set()
+    for statement, _ in import_statements(ast.parse(path.read_text("utf-8"))):
         if isinstance(statement, ast.Import):
-            names = [alias.name for alias in statement.names]
+            found.update(alias.name for alias in statement.names)
         else:
             source = _source_of(statement, path, root)
             below = [f"{source}.{alias.name}" for alias in statement.names]
-            names = [name if name in known else source for name in below]
-        found += [Import(name, statement.lineno, at_top) for name in dict.fromkeys(names) if name in known]
-    return found
+            found.update(name if name in known else source for name in below)
+    return found & known.keys()
 
 
 def _source_of(statement: ast.ImportFrom, path: Path, root: Path) -> str:
@@ -110,19 +99,16 @@ def upward_imports(root: Path) -> list[str]:
     for name, path in modules_in(root).items():
         room = room_of(name)
         for imported in imports_of(path, root) if room in FLOORS else ():
-            target = room_of(imported.module)
+            target = room_of(imported)
             inside = room == target != "scripts"
             if not inside and (target in OUTSIDE or FLOORS[target] >= FLOORS[room]):
-                wrong.append(f"{name} -> {imported.module}")
-    return sorted(set(wrong))
+                wrong.append(f"{name} -> {imported}")
+    return sorted(wrong)
 
 
 def import_circles(root: Path) -> list[str]:
-    """Groups of modules that import each other, directly or through others, when they are imported."""
-    direct = {
-        name: {imported.module for imported in imports_of(path, root) if imported.at_top and imported.module != name}
-        for name, path in modules_in(root).items()
-    }
+    """Groups of modules that import each other, directly or through others; imports inside functions count as well."""
+    direct = {name: imports_of(path, root) - {name} for name, path in modules_in(root).items()}
 
     def reached_from(start: str) -> set[str]:
         reached, waiting = set(), [start]

@@ -100,7 +100,8 @@ def documented_commands() -> list[str]:
 
 def with_files(words: list[str]) -> list[str]:
     """The words, with every file and folder that they name made in the current folder."""
-    words = [word.replace("*", "000001") for word in words]
+    # The shell replaces a pattern by the files that match; two will do.
+    words = [word.replace("*", number) for word in words for number in ("000001", "000002")[: 1 + ("*" in word)]]
     option = ""
     for word in words:
         if word.startswith("--"):
