@@ -1,13 +1,13 @@
-"""One command from a clone to a trained LoRA and a video, on any machine with Python 3.11.
+"""Trains a LoRA and generates a video with one command, on any machine with Python 3.11.
 
     python quickstart.py            # sets up .venv, then trains and tries a LoRA on a small model
     python quickstart.py test       # sets up .venv, then runs the tests
     python quickstart.py install    # sets up .venv only
 
-Standard library only. What is finished is kept; delete `.venv` or `quickstart_output` to begin anew.
+Only the standard library is needed. Finished stages are kept; delete `.venv` or `quickstart_output` to start over.
 """
 
-# So that Python 3.8 reads this file to the line that asks for a newer one.
+# With this, Python 3.8 can run this file up to the message that a newer version is needed.
 from __future__ import annotations
 
 import hashlib
@@ -31,7 +31,7 @@ MODELS = Path("examples/shapes/models")
 VIDEOS = ("without", "with", "converted")
 LABELS = ("without the LoRA", "with it")  # of the first two on the sheet
 FILES_OF_A_VIDEO = ("*.mp4", "*_latent.safetensors")
-# Latents have a standard deviation of about 1; those of the same video differ by float32's rounding only.
+# Latents have a standard deviation of about 1. Two generations of the same video differ only by float32 rounding.
 LARGEST_DIFFERENCE = 1e-3
 PROMPT = "A zorb moves to the left on a black background."
 
@@ -42,7 +42,7 @@ def executable(name: str) -> Path:
 
 
 def install() -> None:
-    """Creates .venv and installs the tested versions, unless exactly that has been done before."""
+    """Creates .venv and installs the tested versions, unless this has been done before with the same versions."""
     wanted = hash_of(os.fsencode(ROOT), *((ROOT / name).read_bytes() for name in REQUIREMENTS))
     stamp = VENV / "installed.sha256"
     if stamp.exists() and stamp.read_text() == wanted:
@@ -57,9 +57,9 @@ def install() -> None:
 
 
 def is_whole() -> bool:
-    """Whether .venv has programs that run in it.
+    """Whether .venv is complete, which is whether its pip runs and is in this folder.
 
-    It has none where python3-venv is missing, or after Ctrl+C; and they name another folder if this one was moved.
+    pip is missing without python3-venv or after Ctrl+C, and it is in another folder if this one was moved.
     """
     try:
         pip = subprocess.run([executable("pip"), "--version"], capture_output=True, text=True)
@@ -76,7 +76,7 @@ def make_environment() -> None:
 
 
 def lock() -> TextIO:
-    """A file that stays locked until this process ends: two quick starts at once would undo each other's work."""
+    """A file that stays locked until this process ends, because two quick starts at once would disturb each other."""
     file = (ROOT / ".quickstart.lock").open("w")
     try:
         if os.name == "nt":
@@ -88,17 +88,17 @@ def lock() -> TextIO:
 
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError):
-        fail("another quickstart.py runs in this folder; wait until it has ended", 2)
+        fail("another quickstart.py is running in this folder; wait until it has ended", 2)
     except OSError:  # a network drive that cannot lock
         pass
     return file
 
 
 def run(command: list) -> None:
-    """Runs a command in the project's root and ends this program with its exit code if it fails."""
+    """Runs a command in the root folder. If it fails, this program ends with the same exit code."""
     code = subprocess.run([str(word) for word in command], cwd=ROOT).returncode
     if code:
-        sys.exit(code if code > 0 else 128 - code)  # ended by a signal: as a shell says it
+        sys.exit(code if code > 0 else 128 - code)  # a shell reports signal N as 128 + N
 
 
 def fail(message: str, code: int = 1) -> NoReturn:
@@ -108,7 +108,7 @@ def fail(message: str, code: int = 1) -> NoReturn:
 
 @dataclass
 class Stage:
-    """One step of the road: a command, and the files in its folder that it leaves."""
+    """One stage: a command, and the patterns of the files that it writes into its folder."""
 
     name: str
     command: list
@@ -118,7 +118,7 @@ class Stage:
 
     @property
     def shown(self) -> str:
-        """The command as it can be pasted."""
+        """The command, ready to paste into a shell."""
         return " ".join(map(quoted, self.command))
 
     def products(self) -> list[Path]:
@@ -128,7 +128,7 @@ class Stage:
         return all(found(self.folder, pattern) for pattern in self.patterns)
 
     def run(self) -> None:
-        """Runs it anew: what an earlier run may have left in part is deleted."""
+        """Runs the command, after deleting what an incomplete run may have left."""
         print(f"\n=== {self.name}\n{self.shown}", flush=True)
         for path in self.products():
             (ROOT / path).unlink()
@@ -138,7 +138,7 @@ class Stage:
 
 
 def quoted(word: object) -> str:
-    """A word of a command as a shell takes it."""
+    """A word of a command, quoted for a shell if it contains a space."""
     text = Path(word).as_posix() if isinstance(word, Path) else str(word)
     return f'"{text}"' if " " in text else text
 
@@ -162,27 +162,27 @@ SAMPLING = (
 
 
 def stages() -> list[Stage]:
-    """Every stage from clips to videos with a LoRA. Each command can be pasted and run alone."""
+    """All stages, from making clips to generating videos with a LoRA. Each command can be pasted and run alone."""
     sheet = [f"{label}={(OUTPUT / 'videos' / name).as_posix()}" for label, name in zip(LABELS, VIDEOS, strict=False)]
     return [
         Stage(
-            "dataset: twelve clips of a thing that the small model has never seen, a zorb, and more that it knows",
+            "dataset: twelve clips of an object that the small model has never seen, a zorb, and clips that it knows",
             ["python", "-m", "examples.shapes.proof", DATASET, "--dataset_only"],
             DATASET,
             ("dataset.toml", "*/dataset.toml", "*/videos/*.*"),
         ),
         *training_stages(DATASET / "dataset.toml"),
         video_stage("4. generate a video without the LoRA", "without"),
-        video_stage("   and the same with it", "with", TRAINED),
+        video_stage("   generate the same video with the LoRA", "with", TRAINED),
         Stage(
-            "   both on one sheet",
+            "   put both videos on one sheet",
             ["python", "-m", "examples.shapes.sheet", OUTPUT / "before_and_after", *sheet],
             OUTPUT,
             ("before_and_after.png", "before_and_after.mp4"),
         ),
         conversion_stage("5. convert the LoRA for ComfyUI", TRAINED, CONVERTED, "other"),
-        conversion_stage("   and back", CONVERTED, BACK, "default"),
-        video_stage("   and generate with what came back", "converted", BACK),
+        conversion_stage("   convert it back", CONVERTED, BACK, "default"),
+        video_stage("   generate with the LoRA that was converted back", "converted", BACK),
     ]
 
 
@@ -231,18 +231,18 @@ def hash_of(*contents: bytes) -> str:
 
 
 def found(folder: Path, pattern: str) -> list[Path]:
-    """Files below the project's root, as paths relative to it."""
+    """Files in a folder of the project, as paths relative to the root folder."""
     return sorted(path.relative_to(ROOT) for path in (ROOT / folder).glob(pattern))
 
 
 def latents(path: Path) -> array:
-    """The float32 numbers behind the header of a safetensors file."""
+    """The float32 numbers after the header of a safetensors file."""
     content = (ROOT / path).read_bytes()
     return array("f", content[8 + int.from_bytes(content[:8], "little") :])
 
 
 def training_losses() -> tuple[float, float] | None:
-    """Mean loss of the first and of the last tenth of the training steps."""
+    """Mean loss over the first and over the last tenth of the training steps."""
     log = ROOT / OUTPUT / "lora" / "train_log.jsonl"
     if not log.exists():
         return None
@@ -253,7 +253,7 @@ def training_losses() -> tuple[float, float] | None:
 
 
 def report(done: list[Stage]) -> None:
-    """What each stage wrote, how long it took, and how to run it alone."""
+    """Prints what each stage wrote, how long it took, and its command."""
     print("\n\nstage | seconds | files")
     for stage in done:
         products = stage.products()
@@ -273,7 +273,7 @@ def report(done: list[Stage]) -> None:
 
 
 def check_conversion() -> None:
-    """Says that the LoRA that came back from ComfyUI's format makes the same video, or ends with exit code 1."""
+    """Checks that the LoRA makes the same video after conversion for ComfyUI and back; if not, exit code 1."""
     with_it, converted = (latents(found(OUTPUT / "videos" / name, FILES_OF_A_VIDEO[1])[0]) for name in VIDEOS[1:])
     differences = [abs(a - b) for a, b in zip(with_it, converted, strict=True)]
     worst = max(differences, key=lambda difference: (math.isnan(difference), difference))
@@ -283,19 +283,19 @@ def check_conversion() -> None:
     print(f"\nconverted for ComfyUI and back, the LoRA makes the same video: {largest}")
 
 
-def travel(road: list[Stage]) -> None:
-    """Runs what is left of the road. What was finished with the same commands and models, stage by stage, is kept."""
+def run_stages(stages: list[Stage]) -> None:
+    """Runs the stages in order. Keeps the first ones if they finished earlier with the same commands and models."""
     stamp = ROOT / OUTPUT / "finished.sha256"
     earlier = stamp.read_text().split() if stamp.exists() else []
     models = hash_of(*(path.read_bytes() for path in sorted((ROOT / MODELS).rglob("*")) if path.is_file()))
     finished: list[str] = []
-    for stage in road:
-        # The dataset's file holds absolute paths.
+    for stage in stages:
+        # The folder counts, because the dataset config contains absolute paths.
         finished.append(hash_of(models.encode(), os.fsencode(ROOT), stage.shown.encode()))
         if finished[-1] in earlier and stage.is_complete():
             print(f"\n=== {stage.name}: done before, kept", flush=True)
             continue
-        earlier = []  # what follows was made from what is now made anew
+        earlier = []  # the later stages depend on this one, so they run again too
         stamp.parent.mkdir(exist_ok=True)
         stamp.write_text("\n".join(finished[:-1]))
         stage.run()
@@ -303,9 +303,9 @@ def travel(road: list[Stage]) -> None:
 
 
 def demo() -> None:
-    road = stages()
-    travel(road)
-    report(road)
+    all_stages = stages()
+    run_stages(all_stages)
+    report(all_stages)
 
 
 def main() -> None:
@@ -317,14 +317,14 @@ def main() -> None:
     action = sys.argv[1] if len(sys.argv) > 1 else "demo"
     if len(sys.argv) > 2 or action not in actions:
         fail(f"'{' '.join(sys.argv[1:])}' is unknown; use no argument, test or install", 2)
-    if sys.version_info < (3, 11):  # noqa: UP036 - the one file that an older Python can start
+    if sys.version_info < (3, 11):  # noqa: UP036 - an older Python can start this file
         fail(f"Python 3.11 or newer is needed, this is {sys.version.split()[0]}", 2)
     try:
         with lock():
             install()
             actions[action]()
     except KeyboardInterrupt:
-        fail("interrupted; run again, what is finished is kept", 130)
+        fail("interrupted; run again to continue after the last finished stage", 130)
     except OSError as error:
         fail(f"{error.filename or ROOT}: {error.strerror or error}", 2)
 

@@ -14,7 +14,7 @@ import pytest
 
 import quickstart
 from examples.shapes import proof, sheet
-from quickstart import Stage, check_conversion, found, stages, travel
+from quickstart import Stage, check_conversion, found, run_stages, stages
 from tests.test_readme import SCRIPTS, StopHereError, parse
 
 OF_SCRIPTS = [stage for stage in stages() if set(stage.command) & set(SCRIPTS)]
@@ -75,19 +75,19 @@ def test_accelerate_takes_its_options():
 
 
 @pytest.fixture
-def road(tmp_path, monkeypatch):
+def fake(tmp_path, monkeypatch):
     """Three stages in an empty project."""
     monkeypatch.setattr(quickstart, "ROOT", tmp_path)
     (tmp_path / quickstart.MODELS).mkdir(parents=True)
     (tmp_path / quickstart.MODELS / "dit").write_text("old")
-    road = FakeRoad(
+    fake = FakeStages(
         [Stage(name, ["python", name], quickstart.OUTPUT, (f"{name}_[0-9]", f"{name}_more")) for name in "abc"]
     )
-    monkeypatch.setattr(quickstart, "run", road.run_one)
-    return road
+    monkeypatch.setattr(quickstart, "run", fake.run_one)
+    return fake
 
 
-class FakeRoad:
+class FakeStages:
     """Stages that leave two files each."""
 
     def __init__(self, stages: list[Stage]):
@@ -102,54 +102,54 @@ class FakeRoad:
         if name == self.stops_in:
             raise KeyboardInterrupt
 
-    def travel(self) -> str:
+    def run_stages(self) -> str:
         """The stages that ran."""
         self.run = ""
         try:
-            travel(self.stages)
+            run_stages(self.stages)
         except KeyboardInterrupt:
             self.run += "!"
         return self.run
 
 
-def test_what_is_finished_is_kept(road):
-    assert [road.travel(), road.travel()] == ["abc", ""]
+def test_what_is_finished_is_kept(fake):
+    assert [fake.run_stages(), fake.run_stages()] == ["abc", ""]
 
 
-def test_a_stage_that_was_interrupted_begins_anew(road):
-    road.stops_in = "b"
-    assert road.travel() == "ab!"
-    road.stops_in = ""
-    assert road.travel() == "bc"
+def test_a_stage_that_was_interrupted_begins_anew(fake):
+    fake.stops_in = "b"
+    assert fake.run_stages() == "ab!"
+    fake.stops_in = ""
+    assert fake.run_stages() == "bc"
     assert [path.name for path in found(quickstart.OUTPUT, "b_*")] == ["b_1", "b_more"]
-    assert road.travel() == ""
+    assert fake.run_stages() == ""
 
 
-def test_a_repeated_stage_that_was_interrupted_begins_anew(road):
-    road.travel()
+def test_a_repeated_stage_that_was_interrupted_begins_anew(fake):
+    fake.run_stages()
     (quickstart.ROOT / quickstart.OUTPUT / "b_more").unlink()
-    road.stops_in = "b"
-    assert road.travel() == "b!"
-    road.stops_in = ""
-    assert road.travel() == "bc"
+    fake.stops_in = "b"
+    assert fake.run_stages() == "b!"
+    fake.stops_in = ""
+    assert fake.run_stages() == "bc"
 
 
-def test_another_command_repeats_its_stage_and_what_follows(road):
-    road.travel()
-    road.stages[1].command.append("--other")
-    assert [road.travel(), road.travel()] == ["bc", ""]
+def test_another_command_repeats_its_stage_and_what_follows(fake):
+    fake.run_stages()
+    fake.stages[1].command.append("--other")
+    assert [fake.run_stages(), fake.run_stages()] == ["bc", ""]
 
 
-def test_other_models_repeat_everything(road):
-    road.travel()
+def test_other_models_repeat_everything(fake):
+    fake.run_stages()
     (quickstart.ROOT / quickstart.MODELS / "dit").write_text("new")
-    assert [road.travel(), road.travel()] == ["abc", ""]
+    assert [fake.run_stages(), fake.run_stages()] == ["abc", ""]
 
 
-def test_a_deleted_product_is_made_again(road):
-    road.travel()
+def test_a_deleted_product_is_made_again(fake):
+    fake.run_stages()
     (quickstart.ROOT / quickstart.OUTPUT / "b_more").unlink()
-    assert road.travel() == "bc"
+    assert fake.run_stages() == "bc"
 
 
 @pytest.fixture
@@ -265,7 +265,7 @@ def test_two_at_once_do_not_disturb_each_other(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(quickstart, "ROOT", tmp_path)
     with quickstart.lock(), pytest.raises(SystemExit, match=r"^2$"):
         quickstart.lock()
-    assert "another quickstart.py runs in this folder" in capsys.readouterr().err
+    assert "another quickstart.py is running in this folder" in capsys.readouterr().err
     quickstart.lock().close()
 
 
