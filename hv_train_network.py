@@ -287,7 +287,7 @@ def with_settings(options: Options, settings: "Settings") -> Options:
 
 def load_model(options: Options, accelerator: "Accelerator") -> "HYVideoDiffusionTransformer":
     """The frozen DiT with --base_weights merged; the blocks that will be swapped are on the CPU."""
-    from hunyuan_model.checkpoints import beside_swapped, load_dit, open_dit, read_dit_config
+    from hunyuan_model.checkpoints import block_swap_placement, load_dit, open_dit, read_dit_config
     from modules.training.hunyuan_video import verify_attention
     from networks.merging import weight_changes
     from utils.device_utils import default_dtype
@@ -297,8 +297,8 @@ def load_model(options: Options, accelerator: "Accelerator") -> "HYVideoDiffusio
     dtype = default_dtype(options.dit.dit_dtype, device, on_gpu="bfloat16")
     verify_attention(options, accelerator, dtype)
     changes = weight_changes(open_dit(path).shapes, merges) if merges else None
-    place, attention = beside_swapped(read_dit_config(path), swap, device), options.attention.mode
-    return load_dit(path, place, dtype, options.memory.fp8_base, attention, compute=device, changes=changes)
+    place, attention = block_swap_placement(read_dit_config(path), swap, device), options.attention.mode
+    return load_dit(path, place, dtype, options.memory.fp8_base, attention, compute_device=device, changes=changes)
 
 
 def create_trained(

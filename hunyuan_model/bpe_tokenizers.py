@@ -1,7 +1,7 @@
 """The two kinds of tokenizer of HunyuanVideo's text encoders, built from a vocabulary and its merges.
 
-All but the vocabulary is as in the published `tokenizer.json` files: Llama 3 is byte-level BPE over its own
-pre-tokenizer pattern, CLIP is lower-case byte-level BPE whose words end in `</w>`.
+Everything but the vocabulary is as in the published `tokenizer.json` files. Llama 3 is byte-level BPE with a pattern of
+its own that splits text into words. CLIP is lower-case byte-level BPE; a word's last token ends in `</w>`.
 """
 
 from collections.abc import Mapping, Sequence
@@ -32,18 +32,18 @@ Merges = Sequence[tuple[str, str]]
 
 
 def llama_pre_tokenizer() -> pre_tokenizers.PreTokenizer:
-    """Cuts text into words, then words into bytes."""
+    """Splits text into words, spaces included, and words into bytes."""
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     split = pre_tokenizers.Split(Regex(LLAMA_PATTERN), behavior="isolated")
     return pre_tokenizers.Sequence([split, byte_level])
 
 
 def llama_tokenizer(tokens: Sequence[str], merges: Merges) -> Tokenizer:
-    """A Llama 3 tokenizer, special tokens after the others, which puts `<|begin_of_text|>` first.
+    """A Llama 3 tokenizer, which puts `<|begin_of_text|>` before every text. Special tokens have the highest ids.
 
     Args:
         tokens: byte-level tokens in the order of their ids.
-        merges: pairs of tokens, those merged first in front.
+        merges: pairs of tokens in the order in which they are merged.
     """
     tokenizer = Tokenizer(BPE({token: index for index, token in enumerate(tokens)}, merges, ignore_merges=True))
     tokenizer.pre_tokenizer = llama_pre_tokenizer()
@@ -64,17 +64,17 @@ def llama_tokenizer(tokens: Sequence[str], merges: Merges) -> Tokenizer:
 
 
 def clip_pre_tokenizer() -> pre_tokenizers.PreTokenizer:
-    """Cuts text into words without spaces, then words into bytes."""
+    """Splits text into words without the spaces between them, and words into bytes."""
     split = pre_tokenizers.Split(Regex(CLIP_PATTERN), behavior="removed", invert=True)
     return pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(add_prefix_space=False)])
 
 
 def clip_tokenizer(ids: Mapping[str, int], merges: Merges) -> Tokenizer:
-    """A CLIP tokenizer, which puts the text between `<|startoftext|>` and `<|endoftext|>`.
+    """A CLIP tokenizer, which puts every text between `<|startoftext|>` and `<|endoftext|>`.
 
     Args:
-        ids: byte-level tokens and their ids, the two special ones among them.
-        merges: pairs of tokens, those merged first in front.
+        ids: ids of the byte-level tokens and of the two special tokens.
+        merges: pairs of tokens in the order in which they are merged.
     """
     start, end = CLIP_SPECIAL_TOKENS
     model = BPE(dict(ids), merges, unk_token=end, continuing_subword_prefix="", end_of_word_suffix=END_OF_WORD)

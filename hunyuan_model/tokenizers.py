@@ -1,7 +1,7 @@
-"""Tokenizers of the two text encoders, read from their files alone and proven before they are used.
+"""Tokenizers of the two text encoders, read from their files and checked before they are used.
 
 transformers 5 can replace the pre-tokenizer of a byte-level Llama 3 tokenizer, so that spaces vanish without an error
-(its issue 45488). So no tokenizer class of it is used here, and a file that was saved in that state is refused.
+(its issue 45488). This module therefore uses the package tokenizers alone, and refuses a file saved in that state.
 """
 
 import hashlib
@@ -17,7 +17,7 @@ from hunyuan_model import bpe_tokenizers
 from utils.errors import UserError, one_line
 from utils.files import read_text
 
-# Templates of HunyuanVideo (hyvideo/constants.py); the number is that of the tokens before the prompt with Llama 3.
+# The text around a video's prompt (hyvideo/constants.py of HunyuanVideo), and how many tokens stand before the prompt.
 VIDEO_TEMPLATE = (
     "<|start_header_id|>system<|end_header_id|>\n\nDescribe the video by detailing the following aspects: "
     "1. The main content and theme of the video."
@@ -27,43 +27,41 @@ VIDEO_TEMPLATE = (
     "5. camera angles, movements, and transitions used in the video:<|eot_id|>"
     "<|start_header_id|>user<|end_header_id|>\n\n{}<|eot_id|>"
 )
-IMAGE_TEMPLATE = (
-    "<|start_header_id|>system<|end_header_id|>\n\nDescribe the image by detailing the color, shape, size, texture, "
-    "quantity, text, spatial relationships of the objects and background:<|eot_id|>"
-    "<|start_header_id|>user<|end_header_id|>\n\n{}<|eot_id|>"
-)
-LLAMA_3_PREFIX = {VIDEO_TEMPLATE: 95, IMAGE_TEMPLATE: 36}
-LLAMA_3_TOKENS = 128_000
-LLM_TOKENS = 256
-CLIP_TOKENS = 77
+VIDEO_PREFIX_TOKENS = 95
+LLAMA_3_VOCABULARY_SIZE = 128_000
+# Longer prompts are cut. The LLM's tokens are counted without those before the prompt.
+LLM_MAX_TOKENS = 256
+CLIP_MAX_TOKENS = 77
 
 LLM_REPOSITORY = "xtuner/llava-llama-3-8b-v1_1-transformers"
 CLIP_REPOSITORY = "openai/clip-vit-large-patch14"
+# Special tokens that a tokenizer must have to be the one of this text encoder.
 LLM_MARKERS = ("<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")
 CLIP_MARKERS = ("<|startoftext|>", "<|endoftext|>")
-# The first that a tokenizer knows pads; padded positions are masked, so that the choice has no influence.
+# The first of these that a tokenizer has is its padding token. Padding is masked, so the choice does not matter.
 PADDING = ("<pad>", "<|finetune_right_pad_id|>", "<|end_of_text|>", "<|endoftext|>")
-# Tokenizers in the older form, two files, that diffusers' folders hold for CLIP.
-VOCABULARY = "vocab.json"
+# diffusers' folders hold CLIP's tokenizer in an older form: two files, vocab.json and merges.txt.
+VOCABULARY_FILE = "vocab.json"
+# This sentence is encoded and decoded to test a tokenizer.
 ROUND_TRIP = "a cat walks on the grass"
 
 
 class PromptTokenizer:
-    """Turns prompts into token ids of one length, right padded.
+    """Turns prompts into token ids, padded on the right to one length.
 
     Args:
         path: a `tokenizer.json`, or the `vocab.json` of a CLIP tokenizer with `merges.txt` beside it.
         template: text around the prompt, with `{}` for the prompt.
-        max_tokens: tokens kept after those that the template puts before the prompt.
-        markers: special tokens by which the kind of tokenizer is known.
+        max_tokens: tokens to keep, not counting those that the template puts before the prompt.
+        markers: special tokens that the tokenizer must have.
 
     Raises:
-        UserError: unreadable, of another kind, or broken so that text would silently be corrupted.
+        UserError: unreadable, of another model, or broken in a way that would corrupt text without an error.
     """
 
     def __init__(self, path: str | Path, template: str, max_tokens: int, markers: Sequence[str]) -> None:
         self.path = Path(path)
-        self._tokenizer = _parsed(self.path)
+        self._tokenizer = _load(self.path)
         self.fingerprint = fingerprint(self.path, template)
         missing = [token for token in markers if self._tokenizer.token_to_id(token) is None]
         if missing:
@@ -75,11 +73,11 @@ class PromptTokenizer:
 
         self._before, self._after = template.split("{}")
         self.prefix_length = len(self._tokenizer.encode(self._before).ids) if self._before else 0
-        expected = LLAMA_3_PREFIX.get(template)
-        if expected and self.size >= LLAMA_3_TOKENS and self.prefix_length != expected:
+        is_llama_3 = template == VIDEO_TEMPLATE and self.size >= LLAMA_3_VOCABULARY_SIZE
+        if is_llama_3 and self.prefix_length != VIDEO_PREFIX_TOKENS:
             raise UserError(
-                f"{self.path}: the prompt template takes {self.prefix_length} tokens, {expected} with a sound Llama 3 "
-                f"tokenizer; use the tokenizer.json of {LLM_REPOSITORY}"
+                f"{self.path}: the prompt template takes {self.prefix_length} tokens, {VIDEO_PREFIX_TOKENS} with the "
+                f"original Llama 3 tokenizer; use the tokenizer.json of {LLM_REPOSITORY}"
             )
         self._fix_length(self.prefix_length + max_tokens)
 
@@ -99,7 +97,7 @@ class PromptTokenizer:
         return torch.tensor([each.ids for each in encodings]), torch.tensor([each.attention_mask for each in encodings])
 
     def truncated(self, prompts: Sequence[str]) -> list[str]:
-        """For each prompt the end that does not fit and is not seen by the model; empty where all of it fits."""
+        """For each prompt the end that is cut because it is too long; an empty string if nothing is cut."""
         return [
             self._cut_end(prompt, encoding) for prompt, encoding in zip(prompts, self._encode(prompts), strict=True)
         ]
@@ -114,30 +112,32 @@ class PromptTokenizer:
         return self._tokenizer.encode_batch([self._before + prompt + self._after for prompt in prompts])
 
 
-def llm_tokenizer(path: str | Path, template: str = VIDEO_TEMPLATE) -> PromptTokenizer:
+def llm_tokenizer(path: str | Path) -> PromptTokenizer:
     """The Llama 3 tokenizer of text encoder 1."""
-    return PromptTokenizer(path, template, LLM_TOKENS, LLM_MARKERS)
+    return PromptTokenizer(path, VIDEO_TEMPLATE, LLM_MAX_TOKENS, LLM_MARKERS)
 
 
 def clip_tokenizer(path: str | Path) -> PromptTokenizer:
     """The CLIP tokenizer of text encoder 2."""
-    return PromptTokenizer(path, "{}", CLIP_TOKENS, CLIP_MARKERS)
+    return PromptTokenizer(path, "{}", CLIP_MAX_TOKENS, CLIP_MARKERS)
 
 
 def fingerprint(path: str | Path, template: str) -> str:
-    """Identifies a tokenizer and the template that it is used with, without loading it."""
+    """Identifies a tokenizer file and its template, from the text of the file."""
     return hashlib.sha256((template + read_text(path, "tokenizer")).encode()).hexdigest()[:16]
 
 
 def find_tokenizer(model: str | Path, given: str | Path | None, repository: str) -> Path:
     """The file of the tokenizer that belongs to a text encoder: `tokenizer.json`, or CLIP's `vocab.json`.
 
-    Looked for in this order: what the user gave; the model's folder, or `tokenizer` beside a folder `text_encoder`;
-    for a single file the folder of its name and its own; the Hugging Face cache, and huggingface.co.
+    If the user gave none, the search goes on in this order:
+    1. model is a folder: that folder, then the one beside it with `tokenizer` for `text_encoder` in its name;
+       model is a file: the folder of the same name without the suffix, then the file's own folder;
+    2. the Hugging Face cache, then huggingface.co.
 
     Args:
         model: folder or file of the text encoder.
-        given: folder or file of the user's choice.
+        given: folder or file that the user chose.
         repository: name on huggingface.co.
 
     Raises:
@@ -157,7 +157,7 @@ def find_tokenizer(model: str | Path, given: str | Path | None, repository: str)
 
 
 def _in_folder(folder: Path) -> Path | None:
-    return next((path for name in ("tokenizer.json", VOCABULARY) if (path := folder / name).is_file()), None)
+    return next((path for name in ("tokenizer.json", VOCABULARY_FILE) if (path := folder / name).is_file()), None)
 
 
 def _from_hub(model: Path, repository: str) -> Path:
@@ -165,27 +165,27 @@ def _from_hub(model: Path, repository: str) -> Path:
 
     try:
         return Path(hf_hub_download(repository, "tokenizer.json"))
-    except Exception as error:  # the hub's, its HTTP client's and the network's errors have no common ancestor
+    except Exception as error:  # errors of the hub, its HTTP client and the network have no common base class
         raise UserError(
             f"{model}: no tokenizer.json beside it, and none from huggingface.co ({type(error).__name__}); download "
             f"tokenizer.json of {repository} and give it with --tokenizer1 (LLM) or --tokenizer2 (CLIP)"
         ) from None
 
 
-def _parsed(path: Path) -> Tokenizer:
+def _load(path: Path) -> Tokenizer:
     text = read_text(path, "tokenizer")
     try:
-        if path.name == VOCABULARY:
+        if path.name == VOCABULARY_FILE:
             return bpe_tokenizers.clip_tokenizer(json.loads(text), _merges(path.with_name("merges.txt")))
         return Tokenizer.from_str(text)
     except UserError:
         raise
-    except Exception as error:  # the library raises plain Exception
+    except Exception as error:  # the package tokenizers raises plain Exception
         raise UserError(f"{path}: not a tokenizer: {one_line(repr(error))[:200]}") from None
 
 
 def _merges(path: Path) -> list[tuple[str, ...]]:
-    """The pairs of a merges.txt, whose first line is a version."""
+    """The pairs in a merges.txt. Its first line is a version."""
     lines = read_text(path, "merges of the tokenizer").split("\n")
     return [tuple(line.split()) for line in lines if line.strip() and not line.startswith("#version")]
 
@@ -195,6 +195,6 @@ def _check_round_trip(path: Path, tokenizer: Tokenizer) -> None:
     text = tokenizer.decode(ids).replace("</w>", " ").strip()
     if text != ROUND_TRIP:
         raise UserError(
-            f"{path}: broken tokenizer: '{ROUND_TRIP}' comes back as '{one_line(text)[:60]}' (transformers 5 saves "
-            "Llama 3 tokenizers so); download the original tokenizer.json again"
+            f"{path}: broken tokenizer: '{ROUND_TRIP}' becomes '{one_line(text)[:60]}' when it is encoded "
+            "and decoded (transformers 5 saves Llama 3 tokenizers this way); download the original tokenizer.json again"
         )

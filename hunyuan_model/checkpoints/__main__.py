@@ -7,18 +7,21 @@ python -m hunyuan_model.checkpoints --check FILE...    # and is every tensor the
 import argparse
 from pathlib import Path
 
+from hunyuan_model import checkpoints
 from hunyuan_model.checkpoints.identification import CLIP, DIT, LLM, VAE, identify
-from hunyuan_model.checkpoints.load import load_dit, load_text_encoder_1, load_text_encoder_2, load_vae
 from utils.cli import print_table, run_script
 from utils.errors import UserError
 
-_LOADERS = {DIT: load_dit, VAE: load_vae, LLM: load_text_encoder_1, CLIP: load_text_encoder_2}
+# Names, not functions: only text encoders need transformers, which takes seconds to import.
+_LOADERS = {DIT: "load_dit", VAE: "load_vae", LLM: "load_text_encoder_1", CLIP: "load_text_encoder_2"}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("files", nargs="+", type=Path, help="model files or folders")
-    parser.add_argument("--check", action="store_true", help="load each on the CPU: every tensor in shape and finite")
+    parser.add_argument(
+        "--check", action="store_true", help="also load each on the CPU: is every tensor there, in shape and finite?"
+    )
     options = parser.parse_args()
     files = [identify(path) for path in options.files]
     rows = [
@@ -31,7 +34,7 @@ def main() -> None:
         if not file.prefixes:
             raise UserError(f"{file.path}: {file.what}: not a model of HunyuanVideo")
         for part in file.prefixes:
-            _LOADERS[part](file.path)
+            getattr(checkpoints, _LOADERS[part])(file.path)
 
 
 if __name__ == "__main__":

@@ -91,18 +91,19 @@ def load_merged_dit(options: GenerationOptions, device: torch.device) -> HYVideo
     """
     lora, speed = options.lora, options.speed
     path, loras = options.dit.dit, lora.merged()
-    place = checkpoints.beside_swapped(checkpoints.read_dit_config(path), options.swap.blocks_to_swap or 0, device)
+    config, swapped = checkpoints.read_dit_config(path), options.swap.blocks_to_swap or 0
+    placement = checkpoints.block_swap_placement(config, swapped, device)
     tensors = checkpoints.open_dit(path)
     beside = speed.fp8 and tensors.file.fp8 != "none"
     changes = weight_changes(tensors.shapes, loras, lora.exclude_single_blocks) if loras and not beside else None
     model = checkpoints.load_dit(
         path,
-        place,
+        placement,
         _dit_dtype(options, device),
         speed.fp8,
         speed.attn_mode,
         speed.split_attn,
-        compute=device,
+        compute_device=device,
         changes=changes,
     )
     if loras and beside:

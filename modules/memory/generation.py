@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from hunyuan_model.block_swap import max_blocks_to_swap, swapped_blocks
 from hunyuan_model.checkpoints import read_dit_config, read_vae_config
-from hunyuan_model.tokenizers import LLM_TOKENS
+from hunyuan_model.tokenizers import LLM_MAX_TOKENS
 from modules.generation.options import GenerationOptions
 from modules.generation.outputs import Job
 from modules.generation.requests import Request
@@ -70,7 +70,7 @@ def _plan_sampling(
 
     @functools.cache
     def measured(fp8: bool) -> ModelUsage:
-        usage = measure_dit(config, (batch, config.in_channels, *shape[2:]), LLM_TOKENS, dtype, fp8)
+        usage = measure_dit(config, (batch, config.in_channels, *shape[2:]), LLM_MAX_TOKENS, dtype, fp8)
         return usage if speed.step_cache is None else add_step_cache_memory(usage, calls)
 
     def predicted(settings: plan.Settings) -> plan.Prediction:

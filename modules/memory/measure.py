@@ -14,7 +14,7 @@ from hunyuan_model.checkpoints.identification import identify
 from hunyuan_model.layers import rotary_frequencies
 from hunyuan_model.models import ROPE_THETA, HunyuanVideoConfig, HYVideoDiffusionTransformer
 from hunyuan_model.quantization import FP8, Fp8Linear
-from hunyuan_model.tokenizers import LLAMA_3_PREFIX, LLM_TOKENS, VIDEO_TEMPLATE
+from hunyuan_model.tokenizers import LLM_MAX_TOKENS, VIDEO_PREFIX_TOKENS
 from hunyuan_model.vae import TIME_TILE, AutoencoderKLCausal3D, VaeConfig
 from hunyuan_model.vae_tiling import SPACE_COMPRESSION, pixel_size
 from modules.memory.meter import MemoryMeter, ModelUsage, measure_block, nbytes, without_data
@@ -117,7 +117,7 @@ def measure_text_encoder_1(path: Path, dtype: torch.dtype, fp8: bool, captions: 
         UserError: the file is no Llama.
     """
     llm = empty_text_encoder_1(identify(path), fp8).eval()
-    L = LLAMA_3_PREFIX[VIDEO_TEMPLATE] + LLM_TOKENS
+    L = VIDEO_PREFIX_TOKENS + LLM_MAX_TOKENS
     with without_data(dtype), torch.no_grad():
         weights = {
             name: torch.empty(tensor.shape, dtype=FP8 if tensor.dtype == FP8 else dtype)

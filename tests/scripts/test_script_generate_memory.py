@@ -126,11 +126,11 @@ def test_only_swapped_blocks_pass_through_main_memory(tiny_models, monkeypatch):
     """The meta device takes the place of a GPU; nothing can be computed on it."""
     from hunyuan_model import checkpoints
     from hunyuan_model.block_swap import swapped_blocks
-    from hunyuan_model.checkpoints.load import _Weights
+    from hunyuan_model.checkpoints.stored_tensors import StoredTensors
     from modules.generation.models import load_merged_dit
     from modules.generation.options import parse_generation_options
 
-    monkeypatch.setattr(_Weights, "_finite", lambda self, name, tensor: tensor)
+    monkeypatch.setattr(StoredTensors, "_require_finite", lambda self, name, tensor: tensor)
     monkeypatch.setattr(checkpoints, "load_dit", lambda *words, load=checkpoints.load_dit, **_: load(*words))
     models = [f"--{name}={path}" for name, path in vars(tiny_models).items()]
     words = [*models, "--prompt=a cat", "--save_path=out", "--blocks_to_swap=4", "--fp8"]

@@ -8,7 +8,7 @@ import torch
 import modules.training.loop
 from hunyuan_model import checkpoints
 from hunyuan_model.block_swap import swapped_blocks
-from hunyuan_model.checkpoints.load import _Weights
+from hunyuan_model.checkpoints.stored_tensors import StoredTensors
 from hv_train_network import Options, load_model
 from tests.training_world import command, train, write_world
 from utils.errors import UserError
@@ -66,7 +66,7 @@ def test_running_out_on_the_largest_batch_says_what_to_try(world, tiny_models, t
 def test_only_swapped_blocks_pass_through_main_memory(world, tiny_models, tmp_path, monkeypatch, words):
     """The meta device takes the place of a GPU; nothing can be computed on it."""
     monkeypatch.setattr("hunyuan_model.attention.verify_attention", lambda *_: 0.0)
-    monkeypatch.setattr(_Weights, "_finite", lambda self, name, tensor: tensor)
+    monkeypatch.setattr(StoredTensors, "_require_finite", lambda self, name, tensor: tensor)
     monkeypatch.setattr(checkpoints, "load_dit", lambda *words, load=checkpoints.load_dit, **_: load(*words))
     argv = [str(word) for word in command(world, tiny_models.dit, tmp_path, "--blocks_to_swap", 2, *words)]
     dit = load_model(Options.parse("", argv), SimpleNamespace(device=torch.device("meta"), mixed_precision="no"))

@@ -306,7 +306,7 @@ def _llm_case(tiny_models, folder: Path, change: Callable[[Weights, dict], None]
 LLM_CASES: dict[str, tuple[Callable[[Weights, dict], None], str]] = {
     "missing layer": (lambda w, c: w.pop("model.layers.1.mlp.up_proj.weight"), "layers.1.mlp.up_proj.weight"),
     "config of another size": (lambda w, c: c.update(hidden_size=128), "has shape"),
-    "config of nonsense": (lambda w, c: c.update(num_attention_heads="many"), "sizes make no model"),
+    "config of nonsense": (lambda w, c: c.update(num_attention_heads="many"), "no model can be built from its sizes"),
     "NaN": (lambda w, c: w["model.embed_tokens.weight"].view(-1)[:1].fill_(float("nan")), "holds NaN"),
     "no embedding": (lambda w, c: w.pop("model.embed_tokens.weight"), "'model.embed_tokens.weight' is missing"),
 }
