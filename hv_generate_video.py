@@ -15,7 +15,7 @@ Models are loaded one after the other: text encoders, DiT, VAE. Latents are save
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
-from modules.generation.options import parse_generation_options
+from modules.generation.settings import parse_generation_options
 from utils.cli import print_table, run_script
 from utils.errors import UserError
 

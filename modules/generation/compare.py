@@ -13,10 +13,11 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from modules.generation.jobs import time_stamp
-from modules.generation.options import GenerationOptions, drawn_seed, page_settings
+from modules.generation.jobs import drawn_seed, time_stamp
+from modules.generation.options import GenerationOptions
 from modules.generation.outputs import Job
 from modules.generation.requests import Request
+from modules.generation.settings import page_settings
 from modules.generation.variants import conditioned
 from utils.video_io import write_frames, write_image
 

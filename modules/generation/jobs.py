@@ -6,15 +6,17 @@ decides how the video looks. By its key a later run with the same prompt file fi
 
 import dataclasses
 import hashlib
+import random
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from hunyuan_model.checkpoints import read_vae_config
-from modules.generation.options import GenerationOptions, drawn_seed, video_settings
+from modules.generation.options import GenerationOptions
 from modules.generation.outputs import Job, OutputFolder, load_latents, remove_leftovers, sampled_stem
 from modules.generation.requests import Request, parse_line
+from modules.generation.settings import video_settings
 from modules.generation.variants import conditioned
 from utils.errors import UserError
 from utils.processes import process_share
@@ -112,6 +114,11 @@ def decoding_job(path: Path, settings: Mapping[str, object], index: int, fps: in
         raise UserError(f"{path}: its settings say fps {saved}, a whole number is expected; give --fps")
     name = f"{stem(time_stamp(), index, int(seed) if seed.isdecimal() else None)}_{path.stem.removesuffix('_latent')}"
     return Job(Request(fps=fps or int(saved)), name, settings if metadata and settings else None)
+
+
+def drawn_seed() -> int:
+    """A random seed."""
+    return random.SystemRandom().randrange(2**32)
 
 
 def time_stamp() -> str:

@@ -1,11 +1,7 @@
-"""The options of hv_generate_video.py: what to make, from which LoRAs, how fast, and where it goes."""
+"""The options of hv_generate_video.py: what to make, from which LoRAs, how fast, and where to write it."""
 
 import dataclasses
-import random
-import shlex
-import subprocess
 import sys
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,54 +17,60 @@ from modules.options import (
     VaeOptions,
     require,
 )
-from utils.cli import option, parse_options
+from utils.cli import option
 from utils.errors import UserError
 from utils.files import refuse_overwriting
-
-MEDIA_SUFFIXES = (".mp4", ".png", ".safetensors")
 
 
 @dataclass(frozen=True, kw_only=True)
 class PromptOptions:
     """what to make"""
 
-    prompt: str | None = option(None, help="what the video shows")
-    negative_prompt: str | None = option(None, help="what it is steered away from; used with --guidance_scale above 1")
+    prompt: str | None = option(None, help="text that describes the video")
+    negative_prompt: str | None = option(
+        None, help="text that the video is steered away from; used unless --guidance_scale is 1"
+    )
     from_file: Path | None = option(
         None,
-        help="many prompts (.txt, .toml, .json; lines as `A cat --w 960 --h 544 --f 49 --d 42`), finished ones are "
-        "skipped; or an .mp4, .png or latent .safetensors of ours, whose settings are run again",
+        help="file of prompts (.txt, .toml, .json; a line is like `A cat --w 960 --h 544 --f 49 --d 42`), of which "
+        "finished ones are skipped; or an .mp4, .png or latent .safetensors of this script, to make it again",
         path="file",
     )
-    interactive: bool = option(False, help="read prompt after prompt from the terminal, with every model kept loaded")
+    interactive: bool = option(False, help="read prompts from the terminal one by one; all models stay loaded")
     video_size: tuple[int, int] = option((256, 256), help="height and width in pixels, multiples of 16", minimum=1)
     video_length: int = option(129, help="frames, 4n + 1", minimum=1)
     fps: int | None = option(
-        None, help="frames per second of the file (default: 24, or what saved latents say)", minimum=1
+        None, help="frames per second of the video (default: 24, or the setting inside saved latents)", minimum=1
     )
     infer_steps: int = option(50, help="denoising steps", minimum=1, maximum=MAX_STEPS)
-    seed: int | None = option(None, help="seed of the noise; drawn and reported when omitted", minimum=0)
-    embedded_cfg_scale: float = option(6.0, help="guidance of the distilled model (embedded)", minimum=0)
-    guidance_scale: float = option(
-        1.0, help="classifier-free guidance; 1 is none, else two predictions a step", minimum=0
+    seed: int | None = option(
+        None, help="seed of the noise; drawn at random when omitted, and part of the file name", minimum=0
     )
-    flow_shift: float = option(7.0, help="7 at 50 steps, 17 below 20 steps", minimum=1e-6)
+    embedded_cfg_scale: float = option(6.0, help="embedded guidance, an input of the distilled model", minimum=0)
+    guidance_scale: float = option(
+        1.0, help="classifier-free guidance; 1 is none, other values need two predictions per step", minimum=0
+    )
+    flow_shift: float = option(7.0, help="flow shift; 7 is good for 50 steps, 17 for fewer than 20", minimum=1e-6)
     video_path: Path | None = option(None, help="video to start from (video to video)", path="file")
-    strength: float = option(0.8, help="how much of that video is replaced, 0 to 1", minimum=0, maximum=1)
+    strength: float = option(
+        0.8, help="share of the denoising steps that are run on that video, above 0 and up to 1", minimum=0, maximum=1
+    )
     image_path: Path | None = option(None, help="first frame, for SkyReels-V1-I2V (32 input channels)", path="file")
-    strict: bool = option(False, help="refuse sizes and lengths that the model does not have instead of rounding them")
+    strict: bool = option(
+        False, help="refuse sizes and lengths that the model does not support, instead of rounding them"
+    )
 
     def __post_init__(self) -> None:
         sources = [f"--{name}" for name in ("prompt", "from_file", "interactive") if getattr(self, name)]
         if len(sources) > 1:
             raise UserError(f"{' and '.join(sources)} exclude each other; give one")
         if self.strength == 0:
-            raise UserError("--strength 0 leaves the video as it is; give a number above 0")
+            raise UserError("--strength 0 would not change the video; give a number above 0")
         if self.seed is not None and self.seed >= 2**63:
             raise UserError(f"--seed {self.seed}: seeds are below 2^63")
 
     def request(self) -> Request:
-        """The options as a request; lines of a prompt file start from it."""
+        """The options as a request. It is also the default for the lines of a prompt file."""
         return Request(
             prompt=self.prompt or "",
             negative_prompt=self.negative_prompt or "",
@@ -87,12 +89,12 @@ class PromptOptions:
         )
 
     def requests(self) -> list[Request]:
-        """Everything that is to be made, with valid sizes; what was rounded is printed."""
+        """The videos to make, with valid sizes; prints a warning for each value that was rounded."""
         requests = [self.request()] if self.from_file is None else read_prompt_file(self.from_file, self.request())
         return [self.valid(request, f"video {index}: ") for index, request in enumerate(requests, start=1)]
 
     def valid(self, request: Request, place: str = "") -> Request:
-        """The request with a size that the model has; see --strict."""
+        """The request with its size rounded to one that the model supports; with --strict a UserError instead."""
         request, warnings = with_valid_size(request, self.strict)
         for warning in warnings:
             print(f"warning: {place}{warning}", file=sys.stderr)
@@ -105,13 +107,15 @@ class LoraOptions:
 
     lora_weight: list[Path] = option([], help="LoRA, LoHa or LoKr files in any format", path="file")
     lora_multiplier: list[float] = option([], help="one per --lora_weight, or one for all; 1.0 when omitted")
-    exclude_single_blocks: bool = option(False, help="leave the single blocks without LoRA")
-    lycoris: bool = option(False, help="accepted; LoHa and LoKr are merged without the lycoris package")
-    save_merged_model: Path | None = option(None, help="write the DiT with the LoRAs merged (.safetensors) and stop")
+    exclude_single_blocks: bool = option(False, help="do not apply LoRAs to the single blocks")
+    lycoris: bool = option(False, help="has no effect: LoHa and LoKr are always merged, without the lycoris package")
+    save_merged_model: Path | None = option(
+        None, help="write the DiT with the LoRAs merged to this .safetensors file, and end"
+    )
     compare: bool = option(
         False,
-        help="one labelled page (mp4 and PNG) of every --lora_weight at every --lora_multiplier for every prompt, "
-        "with one seed, beside the model without LoRA",
+        help="make one labelled page (mp4 and PNG): every --lora_weight at every --lora_multiplier for every prompt, "
+        "next to the model without LoRA, all with the same seed",
     )
 
     def __post_init__(self) -> None:
@@ -126,7 +130,7 @@ class LoraOptions:
             )
 
     def merged(self) -> list[tuple[Path, float]]:
-        """Every LoRA file with its multiplier; none where they are compared one by one."""
+        """The LoRA files to merge, with multipliers. With --compare none: there they compute beside the weights."""
         if self.compare:
             return []
         multipliers = self.lora_multiplier or [1.0]
@@ -140,22 +144,31 @@ class SpeedOptions:
     """memory and speed"""
 
     attn_mode: str = option("torch", help="attention; torch and sdpa are the same", choices=list(ATTENTION_MODES))
-    split_attn: bool = option(False, help="one prompt per call of the model; implies --split_uncond")
-    split_uncond: bool = option(False, help="two calls with one video instead of one with two; half the activations")
-    fp8: bool = option(False, help="keep the Linear weights of the DiT's blocks as float8, half the memory of bfloat16")
-    fp8_fast: bool = option(False, help="multiply in float8 as well (needs --fp8 and an RTX 40, H100 or newer GPU)")
+    split_attn: bool = option(False, help="call the model with one prompt at a time; implies --split_uncond")
+    split_uncond: bool = option(
+        False,
+        help="with classifier-free guidance, two calls of the model with batch 1 instead of one with batch 2, which "
+        "halves the memory of activations",
+    )
+    fp8: bool = option(
+        False, help="store the Linear weights of the DiT's blocks as float8, half the memory of bfloat16"
+    )
+    fp8_fast: bool = option(False, help="also multiply in float8 (needs --fp8 and an RTX 40, H100 or newer GPU)")
     step_cache: float | None = option(
         None,
-        help="leave out the blocks of steps that change less than this, e.g. 0.1; faster, slightly different videos",
+        help="skip most blocks in steps that change less than this, e.g. 0.1; faster, but videos differ slightly",
         minimum=0,
     )
     vram_gb: float | None = option(
         None,
-        help="choose --fp8, --blocks_to_swap, --fp8_llm and the VAE's tiles to fit so many GiB; 0: what is free",
+        help="choose --fp8, --blocks_to_swap, --fp8_llm and the VAE's tiles so that this many GiB of GPU memory "
+        "suffice; 0: all that is free",
         minimum=0,
     )
-    dry_run: bool = option(False, help="print the memory that is needed, and end")
-    compile_args: list[str] = option([], help="deprecated: backend, mode, dynamic, fullgraph of --compile in one")
+    dry_run: bool = option(False, help="print how much memory is needed, and end")
+    compile_args: list[str] = option(
+        [], help="deprecated, use --compile_backend and so on: backend, mode, dynamic, fullgraph"
+    )
 
     @property
     def plans(self) -> bool:
@@ -184,10 +197,14 @@ class SpeedOptions:
 class OutputOptions:
     """what is written"""
 
-    save_path: Path | None = option(None, help="folder for videos, images and latents")
-    output_type: str = option("video", help="both is video and latent", choices=("video", "images", "latent", "both"))
-    no_metadata: bool = option(False, help="leave the settings out of the files")
-    latent_path: list[Path] = option([], help="decode these saved latents and stop; needs --vae only", path="file")
+    save_path: Path | None = option(None, help="output folder for videos, images and latents")
+    output_type: str = option(
+        "video", help="what to write; both is video and latent", choices=("video", "images", "latent", "both")
+    )
+    no_metadata: bool = option(False, help="do not store the settings inside the files")
+    latent_path: list[Path] = option(
+        [], help="decode these saved latents, and end; the only model it needs is --vae", path="file"
+    )
 
 
 @dataclass(frozen=True)
@@ -215,7 +232,7 @@ class GenerationOptions:
         if self.output.latent_path:
             require(self.vae, "vae")
             if self.output.output_type == "latent":
-                raise UserError("--latent_path with --output_type latent has nothing to do; use video or images")
+                raise UserError("--latent_path with --output_type latent: there is nothing to do; use video or images")
             return
         require(self.dit, "dit")
         require(self.text, "text_encoder1", "text_encoder2")
@@ -247,7 +264,7 @@ class GenerationOptions:
             raise UserError("--compare writes videos; leave --output_type latent out")
 
     def compilation(self) -> CompileOptions:
-        """The options of torch.compile, also where they were given by the deprecated --compile_args."""
+        """The options of torch.compile, with the values of the deprecated --compile_args if it is given."""
         if not self.speed.compile_args:
             return self.compile
         backend, mode, dynamic, fullgraph = self.speed.compile_args
@@ -260,7 +277,7 @@ class GenerationOptions:
         )
 
     def settings(self) -> dict[str, object]:
-        """Every option that differs from its default, as it could stand in a config file."""
+        """Every option that differs from its default, as a --config_file would have it."""
         settings = {}
         for group in vars(self).values():
             for field in dataclasses.fields(group):
@@ -275,109 +292,3 @@ def _plain(value: object) -> object:
     if isinstance(value, (list, tuple)):
         return [_plain(item) for item in value]
     return str(value) if isinstance(value, Path) else value
-
-
-# Options that say where and how to run and what to write, not what the video is.
-_WHERE = ("device", "save_path", "output_type", "latent_path", "no_metadata", "save_merged_model", "interactive")
-_PLAN = ("vram_gb", "dry_run")
-_SOURCES = ("prompt", "from_file", "compare")
-
-
-def page_settings(options: GenerationOptions, seed: int) -> dict[str, object]:
-    """What it takes to make a page of --compare again."""
-    return {name: value for name, value in options.settings().items() if name not in _WHERE + _PLAN} | {"seed": seed}
-
-
-def video_settings(options: GenerationOptions, request: Request) -> dict[str, object]:
-    """What it takes to make this video again: the options that made it, with the request's own values on top."""
-    settings = {name: value for name, value in options.settings().items() if name not in _WHERE + _PLAN + _SOURCES}
-    own = {
-        "prompt": request.prompt,
-        "negative_prompt": request.negative_prompt,
-        "video_size": [request.height, request.width],
-        "video_length": request.frames,
-        "seed": request.seed,
-        "infer_steps": request.steps,
-        "embedded_cfg_scale": request.guidance,
-        "guidance_scale": request.cfg_scale,
-        "flow_shift": request.flow_shift,
-        "fps": request.fps,
-        "video_path": request.video_path,
-        "strength": request.strength,
-        "image_path": request.image_path,
-    }
-    needless = {"strength"} if request.video_path is None else set()
-    return settings | {name: value for name, value in own.items() if value not in (None, "") and name not in needless}
-
-
-def parse_generation_options(description: str, argv: Sequence[str] | None = None) -> GenerationOptions:
-    """The command line; `--from_file` with a file of ours stands for the settings inside it."""
-    argv = list(sys.argv[1:] if argv is None else argv)
-    groups = [field.type for field in dataclasses.fields(GenerationOptions)]
-    path = _media_source(argv)
-    if path is None:
-        return GenerationOptions(*parse_options(description, *groups, argv=argv))
-    from modules.generation.outputs import read_settings
-
-    if not path.is_file():
-        raise UserError(f"--from_file {path}: no such file")
-    made_by = {field.name for group in groups for field in dataclasses.fields(group)}.difference(_WHERE, _PLAN)
-    settings = {name: value for name, value in read_settings(path).items() if name in made_by}
-    return GenerationOptions(*parse_options(description, *groups, argv=[*_words(path, settings, argv), *argv]))
-
-
-def _media_source(argv: list[str]) -> Path | None:
-    """Takes `--from_file X` out of argv and returns X where it is a video, image or latent of ours."""
-    for index, word in enumerate(argv):
-        name, equals, value = word.partition("=")
-        if name == "--from_file":
-            value = value if equals else "".join(argv[index + 1 : index + 2])
-            if value.lower().endswith(MEDIA_SUFFIXES):
-                del argv[index : index + (1 if equals else 2)]
-                return Path(value)
-    return None
-
-
-def _words(path: Path, settings: Mapping[str, object], argv: Sequence[str]) -> list[str]:
-    """Settings as command-line words, without those that the command line itself gives.
-
-    Raises:
-        UserError: a value would be read as another option.
-    """
-    typed = {word.partition("=")[0] for word in argv}
-    words: list[str] = []
-    for name, value in settings.items():
-        if f"--{name}" in typed:
-            continue
-        if value is True:
-            words.append(f"--{name}")
-        elif isinstance(value, list):
-            if any(isinstance(item, str) and item.startswith("-") for item in value):
-                raise UserError(f"{path}: its setting {name} = {value} is not what hv_generate_video.py writes")
-            words += [f"--{name}", *map(str, value)]
-        else:
-            words.append(f"--{name}={value}")
-    return words
-
-
-def decode_command(options: GenerationOptions, latents: Path) -> str:
-    """The command that decodes saved latents as these options would have."""
-    vae, output = options.vae, options.output
-    given = {
-        "vae": vae.vae,
-        "vae_dtype": vae.vae_dtype,
-        "vae_chunk_size": vae.vae_chunk_size,
-        "vae_spatial_tile_sample_min_size": vae.tile_size,
-        "device": options.device.device,
-        "output_type": "images" if output.output_type == "images" else None,
-        "latent_path": latents,
-        "save_path": output.save_path,
-    }
-    words = [word for name, value in given.items() if value is not None for word in (f"--{name}", str(value))]
-    join = subprocess.list2cmdline if sys.platform == "win32" else shlex.join
-    return join(["python", "hv_generate_video.py", *words])
-
-
-def drawn_seed() -> int:
-    """A seed for those who gave none."""
-    return random.SystemRandom().randrange(2**32)

@@ -19,10 +19,11 @@ from hunyuan_model.vae import SCALING_FACTOR
 from modules.blocks.step_cache import StepCache
 from modules.generation.decoding import Decoder, lazy_vae
 from modules.generation.models import lazy_dit, verify_attention
-from modules.generation.options import GenerationOptions, decode_command
+from modules.generation.options import GenerationOptions
 from modules.generation.outputs import Job, OutputFolder, load_latents
 from modules.generation.requests import Request
 from modules.generation.sampler import Conditioning, NonFiniteError, sample_latents
+from modules.generation.settings import decode_command
 from modules.generation.source_pixels import source_pixels
 from modules.generation.text_encoding import encode_texts, lazy_text_encoders
 from modules.memory.plan import out_of_memory_in_one_line

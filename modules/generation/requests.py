@@ -1,8 +1,8 @@
-"""Requests: what one video is to be, on a command line, in a prompt file or as one line of text.
+"""Requests: the prompt, size, seed and other values of one video, and the prompt files that they are read from.
 
-A line is a prompt with options behind it, `A cat walks --w 960 --h 544 --f 49 --d 42`; a file holds one line per
-video (.txt, `#` starts a comment), a TOML table `[prompt]` with `[[prompt.subset]]` entries, or a JSON list. Training
-previews (`--sample_prompts`) and generation (`--from_file`, `--interactive`) read the same syntax.
+A line is a prompt followed by options: `A cat walks --w 960 --h 544 --f 49 --d 42`. A prompt file is a .txt with one
+line per video (`#` starts a comment), a .toml with a table `[prompt]` and `[[prompt.subset]]` entries, or a .json list.
+Training previews (`--sample_prompts`) and generation (`--from_file`, `--interactive`) use the same syntax.
 """
 
 import dataclasses
@@ -15,14 +15,24 @@ from pathlib import Path
 from utils.errors import UserError, did_you_mean, one_line
 from utils.files import read_text, read_toml, user_path
 
-SIZE_STEP = 16  # pixels: the VAE shrinks by 8 and the DiT's patches cover 2 latents
+SIZE_STEP = 16  # pixels: one latent is 8 pixels wide, one patch of the DiT 2 latents
 FRAME_STEP = 4  # video frames per latent frame after the first
 MAX_STEPS = 1000
 
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """One video to be made. Sizes are pixels, `frames` is 4n + 1, `guidance` is embedded, `cfg_scale` true CFG."""
+    """One video to be made.
+
+    Attributes:
+        width, height: pixels.
+        frames: 4n + 1.
+        seed: None until one is drawn.
+        guidance: embedded guidance.
+        cfg_scale: classifier-free guidance; 1 is none.
+        video_path, strength: a video to start from, and the share of the denoising steps that are run on it.
+        image_path: the first frame, for image-to-video models.
+    """
 
     prompt: str = ""
     negative_prompt: str = ""
@@ -44,11 +54,11 @@ class Request:
         return (self.frames - 1) // FRAME_STEP + 1
 
 
-# What a line of --sample_prompts means where it is silent: the reference tool's defaults.
+# Defaults of the lines of --sample_prompts: those of the reference tool.
 PREVIEW_DEFAULTS = Request(frames=1, steps=20, flow_shift=14.5)
 
 # Short names of the reference tool's prompt lines, long names of its TOML and JSON prompts, and our options' names.
-# `guidance_scale` means embedded guidance here, as in every prompt file of the reference tool.
+# As in the reference tool's prompt files, `guidance_scale` is embedded guidance here.
 KEYS = {
     "prompt": "prompt",
     "n": "negative_prompt",
@@ -86,10 +96,10 @@ _OPTION = re.compile(r"(?:^|\s)--(?=[A-Za-z])")
 
 
 def parse_line(line: str, defaults: Request) -> Request:
-    """A prompt with options behind it; what it does not say is taken from `defaults`.
+    """The request of one line; values that the line does not give are taken from `defaults`.
 
     Raises:
-        UserError: an unknown option, or a value that is not what the option takes.
+        UserError: an unknown option, or a wrong value.
     """
     prompt, *options = _OPTION.split(line.strip())
     words = {} if not prompt.strip() else {"prompt": prompt.strip()}
@@ -102,7 +112,7 @@ def parse_line(line: str, defaults: Request) -> Request:
 
 
 def from_words(words: Mapping[str, object], defaults: Request, dashes: str = "") -> Request:
-    """A request from {name: value}, names as in `KEYS`; `dashes` is how names look in error messages."""
+    """A request from {name: value} with names as in `KEYS`; `dashes` are put before names in error messages."""
     values = {_field(name, dashes): _converted(name, value, dashes) for name, value in words.items()}
     request = dataclasses.replace(defaults, **values)
     if not request.prompt:
@@ -112,14 +122,14 @@ def from_words(words: Mapping[str, object], defaults: Request, dashes: str = "")
 
 def _field(name: str, dashes: str = "") -> str:
     if name in OTHER_MODELS:
-        raise UserError(f"{dashes}{name} ({OTHER_MODELS[name]}) belongs to another model than HunyuanVideo")
+        raise UserError(f"{dashes}{name} ({OTHER_MODELS[name]}) is an option of other models, not of HunyuanVideo")
     if name not in KEYS:
         raise UserError(f"unknown option {dashes}{name}{did_you_mean(name, list(KEYS))}")
     return KEYS[name]
 
 
 def _converted(name: str, value: object, dashes: str) -> object:
-    """The value of one option in the type of its field."""
+    """The value of one option, converted to the type of its field."""
     field, shown = KEYS[name], f"{dashes}{name} {value}".strip()
     if isinstance(value, (bool, list, dict)) or value is None or value == "":
         raise UserError(f"{shown}: a value is expected" if value in (None, "") else f"{shown}: one value is expected")
@@ -142,7 +152,7 @@ def _converted(name: str, value: object, dashes: str) -> object:
 
 
 def _in_range(field: str, number: float, shown: str) -> float:
-    if field == "steps":  # the reference tool clamps, so that files made for it keep working
+    if field == "steps":  # clamped as in the reference tool, so that files made for it work
         return min(max(number, 1), MAX_STEPS)
     if not abs(number) < float("inf") or number < _MINIMUM.get(field, 0) or (field == "flow_shift" and number == 0):
         raise UserError(f"{shown}: out of range")
@@ -154,10 +164,10 @@ def _in_range(field: str, number: float, shown: str) -> float:
 
 
 def read_prompt_file(path: str | Path, defaults: Request) -> list[Request]:
-    """The requests of a prompt file, in its order.
+    """The requests of a prompt file, in the order of the file.
 
     Raises:
-        UserError: names the file and the line or entry.
+        UserError: something is wrong; names the file and the line or entry.
     """
     path = Path(path)
     readers = {".txt": _text_entries, ".toml": _toml_entries, ".json": _json_entries}
@@ -178,7 +188,7 @@ Entries = list[tuple[str, str | Mapping[str, object]]]
 
 
 def _text_entries(path: Path) -> Entries:
-    # `splitlines` would also cut at separators that word processors put inside of a paragraph.
+    # `splitlines` would also split at separators that word processors put inside a paragraph.
     lines = enumerate(read_text(path, "prompt file").split("\n"), start=1)
     return [(f"line {number}", line) for number, line in lines if line.strip() and not line.lstrip().startswith("#")]
 
@@ -213,10 +223,10 @@ def _merged_entries(path: Path, common: Mapping[str, object], entries: list) -> 
 
 
 def with_valid_size(request: Request, strict: bool = False) -> tuple[Request, list[str]]:
-    """The request with width, height and frames moved to the nearest that the model has, and a warning for each.
+    """The request with width, height and frames rounded to what the model supports, and a warning for each.
 
     Raises:
-        UserError: with `strict`, instead of moving anything.
+        UserError: with `strict`, if anything would be rounded.
     """
     nearest = {
         "width": max(SIZE_STEP, _nearest(request.width, SIZE_STEP)),
@@ -224,11 +234,11 @@ def with_valid_size(request: Request, strict: bool = False) -> tuple[Request, li
         "frames": _nearest(request.frames - 1, FRAME_STEP) + 1,
     }
     rules = {"width": f"a multiple of {SIZE_STEP}", "height": f"a multiple of {SIZE_STEP}", "frames": "4n + 1"}
-    moved = [name for name, value in nearest.items() if value != getattr(request, name)]
-    complaints = [f"{name} {getattr(request, name)} is not {rules[name]}" for name in moved]
-    if strict and moved:
-        raise UserError(f"{complaints[0]}; the nearest is {nearest[moved[0]]}")
-    warnings = [f"{text}: {nearest[name]} is used" for name, text in zip(moved, complaints, strict=True)]
+    rounded = [name for name, value in nearest.items() if value != getattr(request, name)]
+    complaints = [f"{name} {getattr(request, name)} is not {rules[name]}" for name in rounded]
+    if strict and rounded:
+        raise UserError(f"{complaints[0]}; the nearest is {nearest[rounded[0]]}")
+    warnings = [f"{text}: {nearest[name]} is used" for name, text in zip(rounded, complaints, strict=True)]
     return dataclasses.replace(request, **nearest), warnings
 
 

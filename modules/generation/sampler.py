@@ -1,6 +1,6 @@
-"""The denoising loop. Generation and training previews call the same one, so a preview equals a generated video.
+"""The denoising loop. Generation and training previews share it, so a preview equals the generated video.
 
-Latents are in the scaled space of the DiT, (1, C, f, h, w), float32 through the whole loop.
+Latents (1, C, f, h, w) are in the scaled space of the DiT, and float32 in the whole loop.
 """
 
 from collections.abc import Callable
@@ -23,12 +23,12 @@ BeforeStep = Callable[[int, int], None]
 
 
 class NonFiniteError(UserError):
-    """NaN or infinity appeared while sampling; the message names where and the likely cause."""
+    """A result holds NaN or infinity; the message says where, and what is likely to be the cause."""
 
 
 @dataclass(frozen=True)
 class Conditioning:
-    """An encoded prompt."""
+    """An encoded prompt, or a batch of them."""
 
     text_states: Tensor  # 1 L D
     text_mask: Tensor  # 1 L
@@ -38,7 +38,7 @@ class Conditioning:
         return Conditioning(self.text_states.to(device), self.text_mask.to(device), self.text_states_2.to(device))
 
     def arguments(self) -> tuple[Tensor, Tensor, Tensor]:
-        """In the order in which a DiT takes them."""
+        """The tensors in the order in which the DiT takes them."""
         return self.text_states, self.text_mask, self.text_states_2
 
 
@@ -46,9 +46,9 @@ def denoise(velocity: Velocity, x: Tensor, sigmas: Tensor, before_step: BeforeSt
     """Euler steps from sigmas[0] to sigmas[-1].
 
     Args:
-        velocity: the model with its conditioning.
-        x: (B, C, f, h, w) float32 at sigmas[0]; pure noise where that is 1.
-        sigmas: (steps + 1,) float32, falling.
+        velocity: the model with its conditioning bound.
+        x: (B, C, f, h, w) float32 at sigmas[0]; pure noise if that is 1.
+        sigmas: (steps + 1,) float32, decreasing.
         before_step: called with (step, steps) before each step.
 
     Raises:
@@ -85,7 +85,7 @@ def guided(conditional: Velocity, unconditional: Velocity, scale: float) -> Velo
 
 
 def guided_in_one_batch(model: Velocity, scale: float) -> Velocity:
-    """As `guided`, with both predictions from one call: model takes a batch of two, unconditional first."""
+    """Like `guided`, but `model` makes both predictions in one call with batch 2, the unconditional one first."""
 
     def velocity(x: Tensor, timestep: Tensor) -> Tensor:
         v_u, v_c = model(x.repeat(2, 1, 1, 1, 1), timestep.repeat(2)).float().chunk(2)
@@ -113,16 +113,16 @@ def sample_latents(
     image: Tensor | None = None,
     before_step: BeforeStep | None = None,
 ) -> Tensor:
-    """An encoded prompt -> latents (1, C, f, h, w), float32, finite, in the scaled space.
+    """Samples latents (1, C, f, h, w), float32 and finite, in the scaled space.
 
     Args:
         model: a DiT with `config.out_channels` and `config.guidance_embed`, called as
             model(x, timestep, text_states, text_mask, text_states_2, guidance).
-        request: sizes, steps, guidance, shift and the seed, which must be drawn by now.
-        positive, negative: encoded prompts; negative is needed where request.cfg_scale is not 1.
-        split_uncond: two calls per step with batch 1 instead of one with batch 2.
-        source: scaled latents of a video to start from, as far as request.strength says.
-        image: (1, C', f, h, w), concatenated to the latents at every step (image to video).
+        request: its seed is not None.
+        positive, negative: encoded prompts; `negative` is needed unless request.cfg_scale is 1.
+        split_uncond: with classifier-free guidance, two calls per step with batch 1 instead of one with batch 2.
+        source: scaled latents (1, C, f, h, w) of a video to start from; request.strength says how much is changed.
+        image: (1, C', f, h, w), concatenated to the latents at every step, for image to video.
         before_step: called with (step, steps) before each step.
 
     Raises:
@@ -162,9 +162,10 @@ def stacked(*prompts: Conditioning) -> Conditioning:
 
 
 def starting_point(noise: Tensor, request: Request, source: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Where the loop begins: x (1, C, f, h, w) and the sigmas from there to 0.
+    """The latents x (1, C, f, h, w) that the loop starts with, and the sigmas from there to 0.
 
-    With source latents the first steps are left out, so that about `strength` of the way to noise is gone back.
+    Without source latents x is the noise. With them the loop starts at a later step: x is the source mixed with noise
+    at the sigma of that step, and `request.strength` is the share of steps that are left.
     """
     sigmas = sigmas_for_steps(request.steps, request.flow_shift)
     if source is None:

@@ -1,4 +1,4 @@
-"""The video and the image that a generated video starts from."""
+"""The video or the image that a generated video starts from."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,7 +15,7 @@ from utils.video_io import read_frames
 
 
 def source_pixels(request: Request) -> tuple[Tensor | None, Tensor | None]:
-    """The video and the image that a request starts from, at its size: (3, F, H, W) and (3, 1, H, W) in 0..1.
+    """Reads and resizes the video (3, F, H, W) and the image (3, 1, H, W) of a request, in 0..1; None without one.
 
     Raises:
         UserError: a file cannot be decoded, or the video is too short.

@@ -1,4 +1,4 @@
-"""Text to video or image to video: what a DiT expects of a request."""
+"""Text-to-video and image-to-video DiTs, and what each requires of a request."""
 
 import dataclasses
 import functools
@@ -10,21 +10,21 @@ from modules.options import DitOptions
 from utils.errors import UserError
 
 TEXT_TO_VIDEO_CHANNELS, SKYREELS_I2V_CHANNELS = 16, 32
-SKYREELS_TRIGGER = "FPS-24, "  # every caption that SkyReels-V1 was trained on begins with it
+SKYREELS_TRIGGER = "FPS-24, "  # all captions in the training data of SkyReels-V1 begin with it
 
 
 def conditioned(request: Request, dit: DitOptions) -> Request:
-    """The request as this DiT needs it: with an image and its trigger words, or without an image.
+    """The request for this DiT. A SkyReels-V1-I2V model requires an image, and its trigger is added to the prompt.
 
     Raises:
-        UserError: request and DiT do not go together.
+        UserError: the DiT needs an image that the request does not have, or the other way round.
     """
     channels = dit_input_channels(dit.dit)
     if dit.dit_in_channels not in (None, channels):
         raise UserError(f"--dit_in_channels {dit.dit_in_channels}: {dit.dit} has {channels}")
     if channels == SKYREELS_I2V_CHANNELS:
         if request.image_path is None:
-            raise UserError(f"{dit.dit}: SkyReels-V1-I2V makes videos of an image; give --image_path")
+            raise UserError(f"{dit.dit}: SkyReels-V1-I2V makes videos from an image; give --image_path")
         prompt = request.prompt.removeprefix(SKYREELS_TRIGGER)
         return dataclasses.replace(request, prompt=SKYREELS_TRIGGER + prompt)
     if channels != TEXT_TO_VIDEO_CHANNELS:
@@ -36,5 +36,5 @@ def conditioned(request: Request, dit: DitOptions) -> Request:
 
 @functools.cache
 def dit_input_channels(path: Path) -> int:
-    """From the file's header."""
+    """The number of input channels, from the header of the file."""
     return read_dit_config(path).in_channels

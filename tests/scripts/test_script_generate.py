@@ -1,5 +1,6 @@
-"""hv_generate_video.py on the small models: what it writes, that it repeats itself, and what it refuses."""
+"""hv_generate_video.py on the small models: its files, that it is deterministic, and what it does after an error."""
 
+import inspect
 import json
 import re
 import subprocess
@@ -117,7 +118,7 @@ def test_alone_in_a_batch_and_with_block_swap_the_latents_are_the_same(generate,
 
 
 def test_what_fails_does_not_stop_the_rest_and_is_made_by_the_next_run(generate, tmp_path, monkeypatch, capfd):
-    """A line whose LLM output is NaN, then a second run with it repaired."""
+    """In the first run, the LLM's output for one line is NaN; in the second it is sound."""
     from hunyuan_model.text_encoder import LlmTextEncoder
     from utils.errors import UserError
 
@@ -224,7 +225,7 @@ def test_a_failed_decode_keeps_the_latents_and_tells_the_command(generate, monke
 
 
 def test_what_the_machine_lacks_is_one_line_for_each_video(generate, monkeypatch, tmp_path, capfd):
-    """Memory for the source, sound numbers from its encoder, space on the disk."""
+    """Out of memory for the source, NaN from its encoder, a full disk."""
     from hunyuan_model.vae import AutoencoderKLCausal3D
     from utils.errors import UserError
     from utils.video_io import save_video
@@ -407,3 +408,18 @@ def test_one_model_is_in_memory_at_a_time(generate, loras, monkeypatch, tmp_path
     order = ["load_text_encoder_1", "load_text_encoder_2", "load_vae", "load_dit", "load_vae"]
     assert [name for name, _ in loaded] == order
     assert alive == [[]] * 5
+
+
+def test_four_calls_lead_from_the_script_to_the_euler_step(generate, monkeypatch):
+    from modules.generation import sampler
+
+    seen = []
+
+    def watched(*arguments, step=sampler.euler_step):
+        frames = [frame for frame in inspect.stack() if Path(frame.filename).is_relative_to(ROOT)]
+        seen.append([frame.function for frame in frames[:5]])
+        return step(*arguments)
+
+    monkeypatch.setattr(sampler, "euler_step", watched)
+    generate("--prompt=cat", "--output_type=latent")
+    assert seen[0] == ["watched", "denoise", "sample_latents", "sample", "make_videos"]

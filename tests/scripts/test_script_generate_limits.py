@@ -112,7 +112,7 @@ def test_wrong_invocations_are_one_line_before_anything_is_loaded(tiny_models, t
 def test_the_settings_of_a_strangers_file_say_what_to_make_and_nothing_else(tiny_models, tmp_path):
     import torch
 
-    from modules.generation.options import parse_generation_options
+    from modules.generation.settings import parse_generation_options
     from utils.errors import UserError
     from utils.safetensors_utils import save_file
 

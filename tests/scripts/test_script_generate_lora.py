@@ -10,9 +10,9 @@ from tests.saved_files import frames, only, saved_latents
 
 @pytest.fixture
 def sampling_dit(tiny_models):
-    """The DiT as the script would sample with it, for these options."""
+    """Options -> the DiT as the script samples with it."""
     from modules.generation.models import load_sampling_dit
-    from modules.generation.options import parse_generation_options
+    from modules.generation.settings import parse_generation_options
 
     def load(*words: object):
         models = [f"--{name}={path}" for name, path in vars(tiny_models).items()]

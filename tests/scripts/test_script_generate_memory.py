@@ -128,7 +128,7 @@ def test_only_swapped_blocks_pass_through_main_memory(tiny_models, monkeypatch):
     from hunyuan_model.block_swap import swapped_blocks
     from hunyuan_model.checkpoints.stored_tensors import StoredTensors
     from modules.generation.models import load_merged_dit
-    from modules.generation.options import parse_generation_options
+    from modules.generation.settings import parse_generation_options
 
     monkeypatch.setattr(StoredTensors, "_require_finite", lambda self, name, tensor: tensor)
     monkeypatch.setattr(checkpoints, "load_dit", lambda *words, load=checkpoints.load_dit, **_: load(*words))
@@ -144,7 +144,7 @@ def test_only_swapped_blocks_pass_through_main_memory(tiny_models, monkeypatch):
 
 def test_a_merge_before_fp8_never_holds_the_wide_weights(tiny_models, loras, tmp_path):
     from modules.generation.models import load_merged_dit
-    from modules.generation.options import parse_generation_options
+    from modules.generation.settings import parse_generation_options
     from modules.memory.meter import MemoryMeter, nbytes
     from utils.safetensors_utils import save_file
 

@@ -1,0 +1,114 @@
+"""The settings inside generated files: written from options, and read back into options by --from_file."""
+
+import dataclasses
+import shlex
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from modules.generation.options import GenerationOptions
+from modules.generation.requests import Request
+from utils.cli import parse_options
+from utils.errors import UserError
+
+MEDIA_SUFFIXES = (".mp4", ".png", ".safetensors")
+# Options about where to run and what to write, which do not describe the video.
+_WHERE = ("device", "save_path", "output_type", "latent_path", "no_metadata", "save_merged_model", "interactive")
+_PLAN = ("vram_gb", "dry_run")
+_SOURCES = ("prompt", "from_file", "compare")
+
+
+def page_settings(options: GenerationOptions, seed: int) -> dict[str, object]:
+    """The options that make a page of --compare again."""
+    return {name: value for name, value in options.settings().items() if name not in _WHERE + _PLAN} | {"seed": seed}
+
+
+def video_settings(options: GenerationOptions, request: Request) -> dict[str, object]:
+    """The options that make this video again: those of the run, and the values of the request."""
+    settings = {name: value for name, value in options.settings().items() if name not in _WHERE + _PLAN + _SOURCES}
+    own = {
+        "prompt": request.prompt,
+        "negative_prompt": request.negative_prompt,
+        "video_size": [request.height, request.width],
+        "video_length": request.frames,
+        "seed": request.seed,
+        "infer_steps": request.steps,
+        "embedded_cfg_scale": request.guidance,
+        "guidance_scale": request.cfg_scale,
+        "flow_shift": request.flow_shift,
+        "fps": request.fps,
+        "video_path": request.video_path,
+        "strength": request.strength,
+        "image_path": request.image_path,
+    }
+    unused = {"strength"} if request.video_path is None else set()
+    return settings | {name: value for name, value in own.items() if value not in (None, "") and name not in unused}
+
+
+def parse_generation_options(description: str, argv: Sequence[str] | None = None) -> GenerationOptions:
+    """The command line. `--from_file` with a video, image or latent file stands for the settings inside it."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    groups = [field.type for field in dataclasses.fields(GenerationOptions)]
+    path = _media_source(argv)
+    if path is None:
+        return GenerationOptions(*parse_options(description, *groups, argv=argv))
+    from modules.generation.outputs import read_settings
+
+    if not path.is_file():
+        raise UserError(f"--from_file {path}: no such file")
+    made_by = {field.name for group in groups for field in dataclasses.fields(group)}.difference(_WHERE, _PLAN)
+    settings = {name: value for name, value in read_settings(path).items() if name in made_by}
+    return GenerationOptions(*parse_options(description, *groups, argv=[*_words(path, settings, argv), *argv]))
+
+
+def _media_source(argv: list[str]) -> Path | None:
+    """Removes `--from_file X` from argv and returns X if it is a video, image or latent file, by its suffix."""
+    for index, word in enumerate(argv):
+        name, equals, value = word.partition("=")
+        if name == "--from_file":
+            value = value if equals else "".join(argv[index + 1 : index + 2])
+            if value.lower().endswith(MEDIA_SUFFIXES):
+                del argv[index : index + (1 if equals else 2)]
+                return Path(value)
+    return None
+
+
+def _words(path: Path, settings: Mapping[str, object], argv: Sequence[str]) -> list[str]:
+    """Settings as command-line words, without those that are on the command line `argv`.
+
+    Raises:
+        UserError: a value would be parsed as another option.
+    """
+    typed = {word.partition("=")[0] for word in argv}
+    words: list[str] = []
+    for name, value in settings.items():
+        if f"--{name}" in typed:
+            continue
+        if value is True:
+            words.append(f"--{name}")
+        elif isinstance(value, list):
+            if any(isinstance(item, str) and item.startswith("-") for item in value):
+                raise UserError(f"{path}: its setting {name} = {value} is not what hv_generate_video.py writes")
+            words += [f"--{name}", *map(str, value)]
+        else:
+            words.append(f"--{name}={value}")
+    return words
+
+
+def decode_command(options: GenerationOptions, latents: Path) -> str:
+    """The command line that decodes saved latents with the VAE options and the output type of this run."""
+    vae, output = options.vae, options.output
+    given = {
+        "vae": vae.vae,
+        "vae_dtype": vae.vae_dtype,
+        "vae_chunk_size": vae.vae_chunk_size,
+        "vae_spatial_tile_sample_min_size": vae.tile_size,
+        "device": options.device.device,
+        "output_type": "images" if output.output_type == "images" else None,
+        "latent_path": latents,
+        "save_path": output.save_path,
+    }
+    words = [word for name, value in given.items() if value is not None for word in (f"--{name}", str(value))]
+    join = subprocess.list2cmdline if sys.platform == "win32" else shlex.join
+    return join(["python", "hv_generate_video.py", *words])
