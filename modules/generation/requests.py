@@ -122,7 +122,7 @@ def from_words(words: Mapping[str, object], defaults: Request, dashes: str = "")
 
 def _field(name: str, dashes: str = "") -> str:
     if name in OTHER_MODELS:
-        raise UserError(f"{dashes}{name} ({OTHER_MODELS[name]}) is an option of other models, not of HunyuanVideo")
+        raise UserError(f"{dashes}{name} ({OTHER_MODELS[name]}) belongs to another model than HunyuanVideo")
     if name not in KEYS:
         raise UserError(f"unknown option {dashes}{name}{did_you_mean(name, list(KEYS))}")
     return KEYS[name]
