@@ -1,11 +1,12 @@
-"""The dataset config: a TOML or JSON file becomes checked, frozen settings.
+"""Reads the dataset config, a TOML or JSON file, and checks it.
 
-Every key is described in dataset_config.md. Nothing here looks at media files, so that a training machine that holds
-only the caches can read the same config.
+dataset_config.md describes every key. No media file is looked at, so the same config works on a training machine that
+has only the caches.
 """
 
 import json
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -15,7 +16,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from utils.errors import UserError, did_you_mean
 from utils.files import clean_path, read_text, read_toml, user_path
 
-SIZE_STEP = 16  # 8 pixels per latent, 2 latents per token of the DiT
+SIZE_STEP = 16  # pixels: the VAE shrinks sides by 8, and a token of the DiT covers 2x2 latents
 SECTIONS = ("general", "datasets", "validation")
 IMAGE_KEYS = ("image_directory", "image_jsonl_file")
 VIDEO_KEYS = ("video_directory", "video_jsonl_file")
@@ -36,7 +37,7 @@ GENERAL_KEYS = (
     "enable_bucket",
     "bucket_no_upscale",
 )
-# Keys of the reference tool that its other models need; a shared config may carry them.
+# Keys that the reference tool has for its other models; they are accepted, so that one config serves both tools.
 OTHER_MODELS_KEYS = (
     "control_directory",
     "multiple_target",
@@ -54,7 +55,7 @@ MODE_OF_KEY = {"frame_stride": "slide", "frame_sample": "uniform", "max_frames":
 
 
 def valid_frames(frames: int) -> int:
-    """The largest 4k + 1 <= frames: the clip lengths that the VAE's 4x temporal compression takes."""
+    """The largest number 4k + 1 that is at most `frames`; the VAE, which shrinks time by 4, takes such lengths only."""
     return (frames - 1) // 4 * 4 + 1
 
 
@@ -62,7 +63,7 @@ def _path(value: Any) -> Any:
     if not isinstance(value, str):
         return value
     if any(ord(character) < 32 for character in value):
-        raise ValueError("the path holds a control character; write Windows paths with / or in 'single quotes'")
+        raise ValueError("the path contains a control character; write Windows paths with / or in 'single quotes'")
     if not clean_path(value):
         raise ValueError("the path is empty")
     return user_path(value)
@@ -80,7 +81,7 @@ Side = Annotated[int, Field(ge=SIZE_STEP)]
 
 
 class DatasetSettings(BaseModel):
-    """One [[datasets]] entry with the values of [general] filled in."""
+    """One entry of [[datasets]] or [[validation]], completed with the values of [general]."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
@@ -141,7 +142,7 @@ class DatasetSettings(BaseModel):
         return self.image_directory or self.image_jsonl_file or self.video_directory or self.video_jsonl_file
 
     def effective(self) -> dict[str, Any]:
-        """The settings that apply to this dataset, as plain values in the order of the documentation."""
+        """The settings that apply to this dataset, as JSON values in the order of dataset_config.md."""
         hidden = () if self.is_video else CLIP_KEYS
         values = self.model_dump(mode="json", exclude_none=True)
         return {key: value for key, value in values.items() if key not in hidden}
@@ -154,14 +155,14 @@ class DatasetConfig:
     path: Path
     datasets: tuple[DatasetSettings, ...]
     validation: tuple[DatasetSettings, ...]
-    notes: tuple[str, ...]  # settings that have no effect, one sentence each
+    notes: tuple[str, ...]  # one sentence for each setting without effect
 
     @property
     def every_dataset(self) -> tuple[DatasetSettings, ...]:
         return self.datasets + self.validation
 
     def effective_text(self) -> str:
-        """The settings as they apply, in the form of the TOML file."""
+        """The settings that apply to each dataset, written like the TOML file."""
         blocks = []
         for heading, members in (("datasets", self.datasets), ("validation", self.validation)):
             for settings in members:
@@ -173,40 +174,50 @@ class DatasetConfig:
 
 
 @dataclass(frozen=True)
-class _Place:
-    """A section of the file, for messages with line numbers."""
+class _Section:
+    """A section of the file, for error messages with line numbers.
+
+    Attributes:
+        text: of the whole file.
+        index: number of the section among those of the same name, from 0; None for [general].
+    """
 
     path: Path
     text: str
-    section: str
+    name: str
     index: int | None = None
 
+    @property
+    def heading(self) -> str:
+        return f"[{self.name}]" if self.index is None else f"[[{self.name}]] number {self.index + 1}"
+
     def error(self, key: str | None, message: str) -> UserError:
-        line = _line_of(self.text, self.path.suffix.lower() == ".json", self.section, self.index, key)
-        heading = f"[{self.section}]" if self.index is None else f"[[{self.section}]] number {self.index + 1}"
+        """An error about a key of this section, or about the section itself."""
+        line = self._line_in_json(key) if self.path.suffix.lower() == ".json" else self._line_in_toml(key)
         where = f"{self.path}, line {line}" if line else f"{self.path}"
-        return UserError(f"{where}: {heading}: {message}")
+        return UserError(f"{where}: {self.heading}: {message}")
 
+    def _line_in_toml(self, key: str | None) -> int | None:
+        """The line of `key`, or of the section's heading, counted from 1; None if not found."""
+        number, inside, line_of_section = -1, False, None
+        for line_number, line in enumerate(self.text.splitlines(), 1):
+            heading = re.match(r"\s*\[+\s*([\w.]+)\s*\]+", line)
+            if heading:
+                number += heading[1] == self.name and self.index is not None
+                inside = heading[1] == self.name and (self.index is None or number == self.index)
+                line_of_section = line_number if inside else line_of_section
+            elif inside and key and re.match(rf'\s*["\']?{re.escape(key)}["\']?\s*=', line):
+                return line_number
+        return line_of_section
 
-def _line_of(text: str, is_json: bool, section: str, index: int | None, key: str | None) -> int | None:
-    """The line on which `key` of a section stands (or the section itself), counted from 1; None if not found."""
-    if is_json:
-        starts = [match.start() for match in re.finditer(rf'"{section}"\s*:', text)]
+    def _line_in_json(self, key: str | None) -> int:
+        """The line of `key`, or of the section's opening brace, counted from 1."""
+        starts = [match.start() for match in re.finditer(rf'"{self.name}"\s*:', self.text)]
         position = starts[0] if starts else 0
-        for _ in range((index or 0) + 1 if index is not None else 0):
-            position = max(text.find("{", position + 1), position)
-        found = re.compile(rf'"{re.escape(key)}"\s*:').search(text, position) if key else None
-        return text.count("\n", 0, found.start() if found else position) + 1
-    number, inside, line_of_section = -1, False, None
-    for line_number, line in enumerate(text.splitlines(), 1):
-        heading = re.match(r"\s*\[+\s*([\w.]+)\s*\]+", line)
-        if heading:
-            number += heading[1] == section and index is not None
-            inside = heading[1] == section and (index is None or number == index)
-            line_of_section = line_number if inside else line_of_section
-        elif inside and key and re.match(rf'\s*["\']?{re.escape(key)}["\']?\s*=', line):
-            return line_number
-    return line_of_section
+        for _ in range(0 if self.index is None else self.index + 1):
+            position = max(self.text.find("{", position + 1), position)
+        found = re.compile(rf'"{re.escape(key)}"\s*:').search(self.text, position) if key else None
+        return self.text.count("\n", 0, found.start() if found else position) + 1
 
 
 def _parse(path: Path) -> tuple[dict[str, Any], str]:
@@ -220,39 +231,39 @@ def _parse(path: Path) -> tuple[dict[str, Any], str]:
         raise UserError(f"{path}, line {error.lineno}: dataset config is not valid JSON: {error.msg}{hint}") from None
 
 
-def _check_keys(place: _Place, values: Any, allowed: tuple[str, ...]) -> None:
+def _check_keys(section: _Section, values: Any, allowed: tuple[str, ...]) -> None:
     if not isinstance(values, dict):
-        raise place.error(None, "a table of keys is expected")
+        raise section.error(None, "a table of keys is expected")
     for key in values:
         if key in allowed or key in OTHER_MODELS_KEYS:
             continue
-        if place.section == "general" and key in DatasetSettings.model_fields:
-            raise place.error(key, f"'{key}' belongs into [[datasets]]; [general] takes {', '.join(allowed)}")
+        if section.name == "general" and key in DatasetSettings.model_fields:
+            raise section.error(key, f"'{key}' belongs in [[datasets]]; [general] takes {', '.join(allowed)}")
         hint = did_you_mean(key, list(allowed))
-        raise place.error(key, f"unknown key '{key}'{hint}; allowed: {', '.join(allowed)}")
+        raise section.error(key, f"unknown key '{key}'{hint}; allowed: {', '.join(allowed)}")
 
 
-def _check_intent(place: _Place, own: dict[str, Any]) -> None:
-    """Refuses a dataset that is both, neither, or an image dataset with settings for videos."""
+def _check_media_keys(section: _Section, own: dict[str, Any]) -> None:
+    """Refuses a dataset with no media key, with several, or with images and keys for videos."""
     given = [key for key in own if key in (*IMAGE_KEYS, *VIDEO_KEYS)]
     if not given:
-        raise place.error(None, f"one of {', '.join((*IMAGE_KEYS, *VIDEO_KEYS))} is required")
+        raise section.error(None, f"one of {', '.join((*IMAGE_KEYS, *VIDEO_KEYS))} is required")
     if len(given) > 1:
-        raise place.error(given[1], f"{' and '.join(given)} contradict each other; keep one, or make two datasets")
+        raise section.error(given[1], f"{' and '.join(given)} contradict each other; keep one, or make two datasets")
     clip_keys = [key for key in CLIP_KEYS if key in own]
     if given[0] in IMAGE_KEYS and clip_keys:
         video_key = given[0].replace("image", "video")
-        raise place.error(
+        raise section.error(
             clip_keys[0],
             f"{clip_keys[0]} makes this a video dataset, but {given[0]} makes it an image dataset; "
             f"write {video_key}, or remove {clip_keys[0]}",
         )
     if given[0].endswith("jsonl_file") and "cache_directory" not in own:
-        raise place.error(given[0], f"cache_directory is required with {given[0]}")
+        raise section.error(given[0], f"cache_directory is required with {given[0]}")
 
 
 def _explain(error: dict[str, Any], value: Any) -> str:
-    """What was found and what was expected, from one pydantic error of a key with this value."""
+    """A message from a pydantic error: the key with its value, and what was expected."""
     context = error.get("ctx", {})
     expected = {
         "int_type": "a whole number is expected",
@@ -275,26 +286,26 @@ def _explain(error: dict[str, Any], value: Any) -> str:
     return f"{key} = {value!r}: {expected}"
 
 
-def _check_size(place: _Place, settings: DatasetSettings) -> None:
+def _check_size(section: _Section, settings: DatasetSettings) -> None:
     if settings.enable_bucket or not any(side % SIZE_STEP for side in settings.resolution):
         return
     nearest = [max(SIZE_STEP, round(side / SIZE_STEP) * SIZE_STEP) for side in settings.resolution]
-    raise place.error(
+    raise section.error(
         "resolution",
-        f"resolution = {list(settings.resolution)}: multiples of {SIZE_STEP} are expected, "
-        f"for example {nearest}; with enable_bucket = true any size will do",
+        f"resolution = {list(settings.resolution)}: multiples of {SIZE_STEP} are expected, for example {nearest}; "
+        "with enable_bucket = true any size is allowed",
     )
 
 
-def _settings(place: _Place, general: dict[str, Any], own: dict[str, Any], notes: list[str]) -> DatasetSettings:
-    _check_keys(place, own, tuple(DatasetSettings.model_fields))
-    _check_intent(place, own)
+def _settings(section: _Section, general: dict[str, Any], own: dict[str, Any], notes: list[str]) -> DatasetSettings:
+    _check_keys(section, own, tuple(DatasetSettings.model_fields))
+    _check_media_keys(section, own)
     merged = {key: value for key, value in (general | own).items() if key not in OTHER_MODELS_KEYS}
     if "cache_directory" not in merged:
         merged["cache_directory"] = merged.get("image_directory") or merged.get("video_directory")
 
-    def origin(key: str) -> _Place:
-        return place if key in own else _Place(place.path, place.text, "general")
+    def origin(key: str) -> _Section:
+        return section if key in own else _Section(section.path, section.text, "general")
 
     try:
         settings = DatasetSettings(**merged)
@@ -304,19 +315,22 @@ def _settings(place: _Place, general: dict[str, Any], own: dict[str, Any], notes
         raise origin(key).error(key, _explain(first, merged[key])) from None
     _check_size(origin("resolution"), settings)
 
-    heading = f"[[{place.section}]] number {place.index + 1}"
+    notes += _settings_without_effect(section.heading, own, settings)
+    return settings
+
+
+def _settings_without_effect(heading: str, own: dict[str, Any], settings: DatasetSettings) -> Iterator[str]:
     for key in own:
         if key in OTHER_MODELS_KEYS:
-            notes.append(f"{heading}: {key} is for other models and has no effect")
+            yield f"{heading}: {key} is a key for other models and has no effect"
         elif MODE_OF_KEY.get(key, settings.frame_extraction) != settings.frame_extraction:
-            notes.append(f'{heading}: {key} has no effect without frame_extraction = "{MODE_OF_KEY[key]}"')
+            yield f'{heading}: {key} has no effect without frame_extraction = "{MODE_OF_KEY[key]}"'
     if "target_frames" in own and settings.frame_extraction == "full":
-        notes.append(f'{heading}: target_frames has no effect with frame_extraction = "full"')
+        yield f'{heading}: target_frames has no effect with frame_extraction = "full"'
     if settings.is_video and "target_frames" not in own and settings.frame_extraction != "full":
-        notes.append(f"{heading}: target_frames is not set, so each clip is a single frame")
+        yield f"{heading}: target_frames is not set, so each clip is a single frame"
     if settings.bucket_no_upscale and not settings.enable_bucket:
-        notes.append(f"{heading}: bucket_no_upscale has no effect without enable_bucket = true")
-    return settings
+        yield f"{heading}: bucket_no_upscale has no effect without enable_bucket = true"
 
 
 def _check_cache_directories(path: Path, config: DatasetConfig) -> None:
@@ -335,7 +349,7 @@ def load_dataset_config(path: str | Path) -> DatasetConfig:
     """Reads and checks a dataset config.
 
     Raises:
-        UserError: file, line, key, what was found and what is allowed.
+        UserError: names the file, the line and the key, what was found and what is allowed.
     """
     path = Path(path)
     raw, text = _parse(path)
@@ -348,16 +362,16 @@ def load_dataset_config(path: str | Path) -> DatasetConfig:
                 f"{path}: unknown section or key '{key}'{hint}; allowed: [general], [[datasets]], [[validation]]"
             )
     general = raw.get("general", {})
-    _check_keys(_Place(path, text, "general"), general, GENERAL_KEYS)
+    _check_keys(_Section(path, text, "general"), general, GENERAL_KEYS)
     notes: list[str] = []
     parsed: dict[str, tuple[DatasetSettings, ...]] = {}
-    for section in ("datasets", "validation"):
-        entries = raw.get(section, [])
+    for name in ("datasets", "validation"):
+        entries = raw.get(name, [])
         if not isinstance(entries, list):
-            raise UserError(f"{path}: {section} must be a list: write [[{section}]] with two brackets")
-        places = [_Place(path, text, section, index) for index in range(len(entries))]
-        parsed[section] = tuple(
-            _settings(place, general, own, notes) for place, own in zip(places, entries, strict=True)
+            raise UserError(f"{path}: {name} must be a list: write [[{name}]] with two brackets")
+        sections = [_Section(path, text, name, index) for index in range(len(entries))]
+        parsed[name] = tuple(
+            _settings(section, general, own, notes) for section, own in zip(sections, entries, strict=True)
         )
     if not parsed["datasets"]:
         raise UserError(f"{path}: no [[datasets]] entry; see dataset/dataset_config.md for an example")

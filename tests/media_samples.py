@@ -1,4 +1,4 @@
-"""Small media whose every frame can be told by its content: blocks of black and white that spell its number."""
+"""Small images and videos for tests. Each frame shows its number as a binary code of black and white blocks."""
 
 import struct
 from fractions import Fraction
@@ -12,7 +12,7 @@ BITS = 8
 
 
 def numbered_frame(number: int, width: int = 128, height: int = 64) -> np.ndarray:
-    """(H, W, 3) uint8: in the middle two rows of four blocks, white where a bit of `number` is set."""
+    """(H, W, 3) uint8: two rows of four blocks in the middle; a block is white if its bit of `number` is set."""
     pixels = np.full((height, width, 3), 96, np.uint8)
     block = height // 4
     for bit in range(BITS):
@@ -23,7 +23,7 @@ def numbered_frame(number: int, width: int = 128, height: int = 64) -> np.ndarra
 
 
 def number_of(pixels: np.ndarray) -> int:
-    """The number that a frame spells, whatever its size."""
+    """The number that a frame shows; the frame may have been resized."""
     height, width = pixels.shape[:2]
     block = height / 4
     number = 0
@@ -68,7 +68,7 @@ def write_video(
 
 
 def turn_video(path: Path, matrix: tuple[int, int, int, int]) -> None:
-    """Writes (a, b, c, d) of the display matrix of an mp4, ISO 14496-12 `tkhd`; (0, 1, -1, 0) asks for 90 clockwise."""
+    """Sets (a, b, c, d) of the display matrix of an mp4 (ISO 14496-12, `tkhd`); (0, 1, -1, 0) is 90 degrees clockwise."""
     data = bytearray(path.read_bytes())
     start = data.index(b"tkhd") + 4 + 40  # version, flags, times, track, duration, reserved, layer, group, volume
     for offset, value in zip((0, 4, 12, 16), matrix, strict=True):

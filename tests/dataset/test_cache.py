@@ -20,8 +20,6 @@ from dataset.cache import (
     write_latent_cache,
     write_text_cache,
 )
-from dataset.manifest import Manifest
-from dataset.sources import file_identity
 
 PROVENANCE = {"source": [10, 20], "bucket": [960, 544], "vae": "x"}
 SHAPE = (7, 68, 120)
@@ -148,30 +146,6 @@ def test_writers_refuse_values_that_are_not_finite(tmp_path: Path) -> None:
     assert not (tmp_path / "a").exists()
 
 
-def test_soundness_is_read_once_and_again_after_a_change(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = write(tmp_path / "a")
-    manifest = Manifest(tmp_path, "latents")
-    assert manifest.is_intact(path)
-    manifest.save()
-    reloaded = Manifest.load(tmp_path, "latents")
-    with monkeypatch.context() as patch:
-        patch.setattr("dataset.manifest.load_file", lambda path: pytest.fail("read again"))
-        assert reloaded.is_intact(path)
-    latents = torch.zeros(16, *SHAPE)
-    latents[3, 2, 1, 0] = float("inf")
-    save_file({"latents_7x68x120_float32": latents}, path)
-    assert not reloaded.is_intact(path)
-
-
-def test_a_damaged_manifest_is_an_empty_one(tmp_path: Path) -> None:
-    manifest = Manifest(tmp_path, "latents", {"a": {}}, {})
-    manifest.save()
-    assert Manifest.load(tmp_path, "latents").sources == {"a": {}}
-    for text in ("", "{", "[]", '{"version": 1}', '{"version": 99, "sources": {}, "sound": {}}'):
-        manifest.path.write_text(text)
-        assert Manifest.load(tmp_path, "latents").sources == {}
-
-
 def test_orphans_are_caches_of_no_item(tmp_path: Path) -> None:
     for name in (
         "a_0064x0064_hv.safetensors",
@@ -189,18 +163,3 @@ def test_leftovers_of_own_files_go_and_others_stay(tmp_path: Path) -> None:
         (tmp_path / name).touch()
     remove_partial_files(tmp_path, [tmp_path / "a_hv.safetensors"])
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a_hv.safetensors", "b_hv.safetensors.123.partial"]
-
-
-def test_identity_is_of_the_content(tmp_path: Path) -> None:
-    data = bytes(range(256)) * 20_000
-    for name in ("a", "b"):
-        (tmp_path / name).write_bytes(data)
-    assert file_identity(tmp_path / "a") == file_identity(tmp_path / "b")
-    (tmp_path / "b").write_bytes(data[:-1] + b"x")
-    assert file_identity(tmp_path / "a") != file_identity(tmp_path / "b")
-    folder = tmp_path / "f"
-    folder.mkdir()
-    (folder / "x").write_bytes(b"1")
-    before = file_identity(folder)
-    (folder / "y").write_bytes(b"2")
-    assert file_identity(folder) != before

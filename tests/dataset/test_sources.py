@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from dataset.config_utils import DatasetSettings
-from dataset.sources import LONGEST_NAME, cache_names, explain_empty, list_sources
+from dataset.sources import LONGEST_NAME, cache_names, explain_empty, file_identity, list_sources
 from tests.media_samples import write_caption, write_image
 from tests.platforms import needs_posix
 
@@ -169,3 +169,18 @@ def test_an_empty_dataset_is_explained(tmp_path: Path) -> None:
     text = explain_empty(settings(tmp_path, **keys))
     assert "1 images and 0 videos" in text and "write image_directory" in text
     assert "no such file" in explain_empty(settings(tmp_path / "gone"))
+
+
+def test_identity_is_of_the_content(tmp_path: Path) -> None:
+    data = bytes(range(256)) * 20_000
+    for name in ("a", "b"):
+        (tmp_path / name).write_bytes(data)
+    assert file_identity(tmp_path / "a") == file_identity(tmp_path / "b")
+    (tmp_path / "b").write_bytes(data[:-1] + b"x")
+    assert file_identity(tmp_path / "a") != file_identity(tmp_path / "b")
+    folder = tmp_path / "f"
+    folder.mkdir()
+    (folder / "x").write_bytes(b"1")
+    before = file_identity(folder)
+    (folder / "y").write_bytes(b"2")
+    assert file_identity(folder) != before

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.media_world import MediaWorld, write_media
 from tests.training_world import World, write_small_dit, write_world
 
 SMALL = ["--video_size", "32", "48", "--video_length", "5", "--infer_steps", "3", "--device", "cpu"]
@@ -57,3 +58,20 @@ def world(tmp_path_factory) -> World:
 @pytest.fixture(scope="module")
 def dit(tmp_path_factory) -> Path:
     return write_small_dit(tmp_path_factory.mktemp("dit"))
+
+
+@pytest.fixture
+def media(tmp_path, tiny_models, monkeypatch, capsys) -> MediaWorld:
+    """Three images and two videos, and cache_latents.py: `run` calls its main in this process, returns its output."""
+    import cache_latents
+
+    config = write_media(tmp_path)
+
+    def run(*more: object) -> str:
+        monkeypatch.setattr(sys, "argv", world.command(*more)[1:])
+        capsys.readouterr()
+        cache_latents.main()
+        return capsys.readouterr().out
+
+    world = MediaWorld(tmp_path, config, tiny_models.vae, run)
+    return world
