@@ -68,7 +68,7 @@ def write_video(
 
 
 def turn_video(path: Path, matrix: tuple[int, int, int, int]) -> None:
-    """Sets (a, b, c, d) of the display matrix of an mp4 (ISO 14496-12, `tkhd`); (0, 1, -1, 0) is 90 degrees clockwise."""
+    """Sets (a, b, c, d) of the display matrix of an mp4 (ISO 14496-12, `tkhd`); (0, 1, -1, 0) is 90° clockwise."""
     data = bytearray(path.read_bytes())
     start = data.index(b"tkhd") + 4 + 40  # version, flags, times, track, duration, reserved, layer, group, volume
     for offset, value in zip((0, 4, 12, 16), matrix, strict=True):
