@@ -18,8 +18,13 @@ from typing import Any
 
 import torch
 
+import hv_train_network
 from benchmarks.comparison import Comparison, print_comparisons
 from benchmarks.throughput import now, timed
+from examples.tiny_models import write_tiny_models
+from modules.flow_matching import interpolate, velocity_target, weighted_mse
+from modules.training import loop
+from tests.training_world import command, write_world
 
 LIMIT = 1.25
 FIRST = 5  # steps that warm up
@@ -46,8 +51,6 @@ class Alternation:
         self.started = now(device)
 
     def step(self, model: Any, batch: Any, latents: Any, noise: Any, sigma: Any, parameters: list) -> None:
-        from modules.flow_matching import interpolate, velocity_target, weighted_mse
-
         velocity = model.velocity(interpolate(latents, noise, sigma), sigma, batch)
         weighted_mse(velocity, velocity_target(latents, noise)).mean().backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
@@ -57,9 +60,6 @@ class Alternation:
 
 def measure(words: list[str]) -> Alternation:
     """Runs the script with a bare step between its steps."""
-    import hv_train_network
-    from modules.training import loop as loop
-
     alternation, after_step = Alternation(), loop.after_step
 
     def after(trainer: Any, summary: Any) -> None:
@@ -79,9 +79,6 @@ def main(argv: Sequence[str] | None = None) -> list[Comparison]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=100, help="steps that are measured (default: 100)")
     options = parser.parse_args(argv)
-
-    from examples.tiny_models import write_tiny_models
-    from tests.training_world import command, write_world
 
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)

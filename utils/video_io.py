@@ -52,7 +52,7 @@ def write_frames(
 
     Args:
         frames: (H, W, 3) uint8 each, at least one; H and W are even.
-        fps: frames per second; stored exactly as a fraction with a denominator of at most 1001.
+        fps: frames per second, stored as the nearest fraction with a denominator of at most 1001.
         metadata: stored as JSON in the comment tag.
     """
     rate = Fraction(fps).limit_denominator(1001)
