@@ -25,12 +25,11 @@ import types
 import typing
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import Any, NoReturn
 
 from utils.errors import UserError, did_you_mean, one_line
 from utils.files import read_toml, user_path
 
-T = TypeVar("T")
 _UNSET = object()
 # A full, broken or read-only disk, a missing permission and an impossible path are not bugs of ours.
 _DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.EACCES, errno.EPERM)

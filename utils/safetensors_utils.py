@@ -141,7 +141,7 @@ def streamed_file(
     """Writes a file tensor by tensor, so that it is never in memory as a whole. Yields `write(name, tensor)`.
 
     The file gets its name when all tensors are written. Its bytes are those that the reference implementation writes.
-    That one is not used, because a killed process would leave its temporary file under a name nobody recognises.
+    That one is not used: a killed process would leave its temporary file under a name that cannot be recognised.
 
     Args:
         path: the file.
