@@ -1,11 +1,11 @@
-"""cache_latents.py against its limits: memory that does not grow, decoding hidden behind encoding, nothing done twice.
+"""Limits of cache_latents.py: constant memory, decoding in parallel with encoding, and no work done twice.
 
     python -m benchmarks.caching
     python -m benchmarks.caching memory     # peak of 50 clips of 5 s at 960x544, above torch and the model
-    python -m benchmarks.caching overlap    # wall time against the longer of decoding and encoding alone
-    python -m benchmarks.caching again      # 300 cached clips: the second run, beyond imports
+    python -m benchmarks.caching overlap    # wall time against decoding or encoding alone, the longer of both
+    python -m benchmarks.caching again      # time of a second run over 300 cached clips, without imports
 
-The VAE is a stand-in that averages blocks of pixels, so that what is measured is everything around it. Linux only.
+The VAE is replaced by averages of blocks of pixels, so that everything except the VAE is measured. Linux only.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""What a benchmark hands back: a number of ours beside the one that it is measured by."""
+"""The result of a benchmark: our number and a reference."""
 
 import importlib
 from collections.abc import Sequence
@@ -14,9 +14,9 @@ class Comparison:
     """`ours` against `reference`, both in `unit`; medians where runs were repeated.
 
     Attributes:
-        work: what was done, and what of it was measured.
+        work: what was done and what was measured.
         against: what the reference is.
-        limit: the largest ratio that is wanted, None where no more is wanted than to know.
+        limit: the largest acceptable ratio; None if there is no limit.
     """
 
     work: str
@@ -28,7 +28,7 @@ class Comparison:
 
     @property
     def row(self) -> tuple[str, ...]:
-        """Cells below HEADER."""
+        """The cells of the table, in the order of HEADER."""
         return (
             self.work,
             f"{self.ours:,.4g} {self.unit}".rstrip(),
@@ -39,7 +39,7 @@ class Comparison:
 
 
 def print_comparisons(title: str, comparisons: Sequence[Comparison]) -> None:
-    """One line each."""
+    """Prints one line for each comparison."""
     print_table(title, [comparison.row for comparison in comparisons], HEADER)
 
 

@@ -1,4 +1,4 @@
-"""The DiT against diffusers' on the same weights, in one run, and against this machine's matrix-product rate.
+"""Time of the DiT, relative to diffusers with the same weights and to the machine's rate of matrix products.
 
     python -m benchmarks.dit_speed
 
@@ -43,7 +43,7 @@ def diffusers_twin(model: HYVideoDiffusionTransformer) -> HunyuanVideoTransforme
 
 
 def with_backward(model: Callable[..., Tensor], given: dict[str, Tensor], latents: str) -> Callable[[], None]:
-    """Forward and backward to the latents, as in LoRA training, where the weights are frozen."""
+    """Forward, and backward to the latents; the weights are frozen, as in LoRA training."""
     x = given[latents].clone().requires_grad_()
 
     def run() -> None:

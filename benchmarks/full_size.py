@@ -2,10 +2,10 @@
 
     python -m benchmarks.full_size            # 15 minutes and 21 GB of main memory on 2 cores
 
-The files have the official names and shapes, and weights of zero, which take no place on the disk. So no picture comes
-out, but every byte is held and moved as with the published weights: a LoRA is trained for a step on the DiT of 12.8
-billion parameters in fp8, which then makes a video, once whole and once with as many blocks swapped as --vram_gb 12
-chooses. malloc hands memory back as in `benchmarks.planner_memory`. Linux only.
+The model files have the official names and shapes. Their weights are zero and take no space on the disk. The output is
+no picture, but memory is used as with the published weights. A LoRA is trained for one step on the DiT of 12.8 billion
+parameters in fp8. Then two videos are made: one without block swap, and one with the number of swapped blocks that
+--vram_gb 12 chooses. malloc returns memory as in `benchmarks.planner_memory`. Linux only.
 """
 
 import argparse
@@ -49,7 +49,7 @@ IN_BYTES = {"MiB": GIB / 1024, "GiB": GIB}
 
 
 def write_zeros(path: Path, word: str, shapes: Mapping[str, Sequence[int]]) -> None:
-    """A safetensors file of 16-bit zeros, all of them a hole in the file."""
+    """Writes a safetensors file of 16-bit zeros as a sparse file."""
     header, end = {}, 0
     for name, shape in shapes.items():
         start, end = end, end + 2 * math.prod(shape)
@@ -61,7 +61,7 @@ def write_zeros(path: Path, word: str, shapes: Mapping[str, Sequence[int]]) -> N
 
 
 def commands(folder: Path) -> dict[str, list[str]]:
-    """The command of each stage, by what it does."""
+    """The command of each stage, by name."""
     for name, (word, shapes) in MODELS.items():
         write_zeros(folder / f"{name}.safetensors", word, shapes)
     (folder / "images").mkdir()
@@ -93,7 +93,7 @@ def commands(folder: Path) -> dict[str, list[str]]:
 
 
 def peak(command: Sequence[str]) -> tuple[int, str]:
-    """The most that was resident in a script or in a process that it started, in bytes, and what it printed."""
+    """The peak resident bytes of a script or a process that it started, and the text that it printed."""
     with tempfile.TemporaryFile() as printed:
         process = subprocess.Popen([sys.executable, *command], cwd=ROOT, env=os.environ | MALLOC, stdout=printed)
         _, status, usage = os.wait4(process.pid, 0)
@@ -105,7 +105,7 @@ def peak(command: Sequence[str]) -> tuple[int, str]:
 
 
 def predicted(plan: str) -> float:
-    """Bytes of tensors that a printed plan counts, on the device and beside it."""
+    """The bytes of tensors in a printed plan, on the device and in main memory."""
     rows = re.findall(r"(GPU memory|main memory for)\b.*? +([\d.]+) ([MG]iB)", plan)
     sizes = [(name, float(number) * IN_BYTES[unit]) for name, number, unit in rows]
     largest = max(size for name, size in sizes if name == "GPU memory")

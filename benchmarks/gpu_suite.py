@@ -1,11 +1,11 @@
-"""The 13B model with random weights on a GPU: step time, rate, peak memory, and the planner's word beside each.
+"""The 13B model with random weights on a GPU: step time, rate, and peak memory against the planner's prediction.
 
     python -m benchmarks.gpu_suite --output benchmarks/results
     python -m benchmarks.gpu_suite --only "image.*fp8"      # some settings, by a regular expression
 
 A step is that of the trainer with --mixed_precision bf16: autocast, clipping, AdamW of a LoRA. Writes a JSON file named
-after the GPU and prints a table for the README. Every setting is written as soon as it is measured, and a setting that
-the file has is not measured again: a run that was stopped goes on.
+after the GPU and prints a table for the README. Every setting is saved as soon as it is measured, and saved settings
+are not measured again, so a stopped run can be continued.
 """
 
 import argparse
@@ -42,7 +42,7 @@ SHAPES = {  # latents (B, C, f, h, w)
     "video 544x960x33": (1, 16, 9, 68, 120),
     "video 544x960x129": (1, 16, 33, 68, 120),
 }
-# The first step warms up; the longer a step is, the less chance is in it.
+# The first step warms up. A longer step varies less.
 STEPS = {"image 960x544": 4, "video 544x960x33": 3, "video 544x960x129": 2}
 
 
@@ -65,7 +65,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Result:
-    """What was measured of a step, and what the planner had said.
+    """The measurements of a step and the prediction of the planner.
 
     Attributes:
         operations: floating-point operations of the blocks.
@@ -82,7 +82,7 @@ class Result:
 
 @dataclass(frozen=True)
 class Machine:
-    """What the GPU can do at most: floating-point operations, and bytes from main memory, per second."""
+    """The limits of the GPU: floating-point operations, and bytes copied from main memory, per second."""
 
     device: str
     torch: str
@@ -91,7 +91,7 @@ class Machine:
 
 
 def cases() -> list[Case]:
-    """Every shape plain and as lean as its users need it."""
+    """Every shape without memory savings, and with those that its users need."""
     stills = [Case("image 960x544", fp8, kind, 0) for fp8 in (False, True) for kind in KINDS]
     swaps = [Case(shape, fp8, "full", swap) for shape in SHAPES for fp8 in (False, True) for swap in (0, 20, 36)]
     return list(dict.fromkeys(stills + swaps))
@@ -100,7 +100,7 @@ def cases() -> list[Case]:
 def random_dit(
     config: HunyuanVideoConfig, device: torch.device, fp8: bool, dtype: torch.dtype, swapped: Collection[int] = ()
 ) -> HYVideoDiffusionTransformer:
-    """Random weights, the blocks' quantised if `fp8`, made on the device block by block; swapped ones leave at once."""
+    """A DiT with random weights, made on the device block by block; swapped blocks are moved to main memory at once."""
     with torch.device("meta"):
         dit = HYVideoDiffusionTransformer(config).to(dtype).requires_grad_(False)
     for module in [dit.img_in, dit.txt_in, dit.time_in, dit.vector_in, dit.guidance_in, dit.final_layer]:
@@ -115,7 +115,7 @@ def random_dit(
 
 
 def fill(module: nn.Module, device: torch.device) -> None:
-    """Random weights for a module that has none yet."""
+    """Fills a module on the meta device with random weights."""
     module.to_empty(device=device)
     for parameter in module.parameters():
         parameter.normal_(std=0.02)
@@ -135,7 +135,7 @@ def batch(config: HunyuanVideoConfig, shape: tuple[int, ...], device: torch.devi
 
 @dataclass(frozen=True)
 class Training:
-    """A step that trains a LoRA on a DiT with AdamW, the number of trained elements, and what block swap copies."""
+    """A training step of a LoRA with AdamW, the number of trained elements, and the bytes that block swap copies."""
 
     step: Callable[[], None]
     trained: int
@@ -150,7 +150,7 @@ def start_training(
     dtype: torch.dtype = torch.bfloat16,
     autocast: bool = False,
 ) -> Training:
-    """Builds what a training run with these settings builds."""
+    """Builds the same objects as a training run with these settings."""
     swapped = swapped_blocks(case.swap, config.depth_double, config.depth_single)
     dit = random_dit(config, device, case.fp8, dtype, swapped)
     release_memory(device)
@@ -208,7 +208,7 @@ def predicted(
     trained: int,
     dtype: torch.dtype = torch.bfloat16,
 ) -> Prediction:
-    """What the planner says of such a run."""
+    """What the planner predicts for such a run."""
 
     def apply(dit: HYVideoDiffusionTransformer) -> nn.Module:
         return prepare(dit, case.checkpointing, RANK)
@@ -238,7 +238,7 @@ def main(argv: Sequence[str] | None = None) -> list[Comparison]:
         try:
             results[case] = measure(case, config, device)
             write_results(path, machine, results.values())
-        except Exception as error:  # whatever one setting meets, the others are still to be measured
+        except Exception as error:  # an error of one setting must not stop the others
             if is_out_of_memory(error):
                 tqdm.write(f"out of memory: {case}")
             else:
@@ -252,20 +252,20 @@ def main(argv: Sequence[str] | None = None) -> list[Comparison]:
 
 
 def read_results(path: Path) -> dict[Case, Result]:
-    """What earlier runs have measured."""
+    """The results of earlier runs."""
     entries = json.loads(path.read_text(encoding="utf-8"))["results"] if path.exists() else []
     results = [Result(**entry | {"case": Case(**entry["case"])}) for entry in entries]
     return {result.case: result for result in results}
 
 
 def write_results(path: Path, machine: Machine, results: Collection[Result]) -> None:
-    """All that was measured so far, as JSON."""
+    """Writes all results so far as JSON."""
     record = asdict(machine) | {"results": [asdict(result) for result in results]}
     write_text(path, json.dumps(record, indent=1) + "\n")
 
 
 def print_results(machine: Machine, results: dict[Case, Result]) -> None:
-    """A line for each setting."""
+    """Prints a line for each setting."""
     rows = []
     for case, result in results.items():
         speed = f"{result.seconds:.2f}", f"{result.operations / result.seconds / machine.matrix_product_rate:.2f}"

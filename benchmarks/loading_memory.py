@@ -1,8 +1,8 @@
 """Peak resident memory of loading a DiT on the CPU, against the size of the loaded model.
 
 Writes a DiT of the official width (hidden 3072) with a few random blocks, about 3 GB in bfloat16, as safetensors and
-as .pt, and loads each in a process of its own, to bfloat16 and to fp8. Measured is VmHWM, the most that was ever
-resident, anonymous memory and mapped file pages alike, less what the process held before it loaded (Python, torch).
+as .pt, and loads each in a process of its own, to bfloat16 and to fp8. The result is VmHWM, the peak of the resident
+memory including mapped file pages, minus the resident memory before loading (Python, torch).
 Linux only.
 
     python -m benchmarks.loading_memory            # 6 GB of free disk, 4 GB of memory
@@ -29,7 +29,7 @@ MB = 1e6
 
 
 def resident(field: str) -> int:
-    """Bytes of VmRSS (now) or VmHWM (most ever) of this process."""
+    """VmRSS (now) or VmHWM (peak) of this process, in bytes."""
     status = Path("/proc/self/status").read_text(encoding="utf-8")
     return int(re.search(rf"{field}:\s+(\d+) kB", status)[1]) * 1024
 

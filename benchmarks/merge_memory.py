@@ -1,7 +1,7 @@
 """Peak resident memory of merge_lora.py on a DiT of the official width with a few random blocks, 4.9 GB in bfloat16.
 
-The merge runs in a process of its own. Measured is VmHWM, the most that was ever resident, less what a Python process
-holds that has imported torch. The result is compared with W + alpha / rank * up @ down, computed tensor by tensor.
+The merge runs in a process of its own. The result is VmHWM, the peak of the resident memory, minus the resident memory
+of Python with torch. The merged weights are compared with W + alpha / rank * up @ down, computed tensor by tensor.
 Linux only.
 
     python -m benchmarks.merge_memory            # 13 GB of free disk, 2 GB of memory
@@ -55,7 +55,7 @@ def merge_and_measure(words: list[str]) -> None:
 
 
 def share_equal(dit: Path, lora_path: Path, merged: Path) -> float:
-    """The share of numbers that are those of merging in memory, bit for bit."""
+    """The share of numbers that are bit for bit equal to those of a merge in memory."""
     lora, equal, count = load_file(lora_path), 0, 0
     for (name, before), (_, after) in zip(iterate_tensors(dit), iterate_tensors(merged), strict=True):
         native = "lora_unet_" + name.removesuffix(".weight").replace(".", "_")

@@ -2,12 +2,12 @@
 
     python -m benchmarks.planner_memory            # 10 minutes and 3 GB on 2 cores
 
-A DiT of 2 double and 4 single blocks of hidden size 2048 with a LoRA takes two steps with AdamW. Measured is VmHWM,
-the most that was resident in them, less VmRSS before the model was made. Linux only.
+A LoRA on a DiT of 2 double and 4 single blocks of hidden size 2048 takes two steps with AdamW. The result is VmHWM, the
+peak of the resident memory, minus VmRSS before the model is made. Linux only.
 
-malloc is told to hand memory back as soon as a tensor is freed. Left alone it keeps much of it: up to half again of
-what was predicted. What remains unknown to the planner is the workspace of matrix products. Beside fp8 weights the rest
-is float32: multiplying bfloat16 by float32, as widening does, torch makes hidden copies on a CPU and none on a GPU.
+malloc is set to return memory to the system as soon as a tensor is freed. By default it keeps up to half as much again
+as the prediction. The planner does not know the workspace of matrix products. With fp8 weights, everything else is
+float32, because torch makes hidden copies on a CPU, but not on a GPU, when it multiplies bfloat16 by float32.
 """
 
 import argparse
@@ -53,7 +53,7 @@ def measure(case: Case) -> None:
     before = resident("VmRSS")
     dtype = torch.float32 if case.fp8 else torch.bfloat16
     training = start_training(case, CONFIG, SHAPES[case.shape], CPU, dtype)
-    Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # VmHWM starts anew
+    Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # resets VmHWM
     for _ in range(2):
         training.step()
     prediction = predicted(case, CONFIG, SHAPES[case.shape], training.trained, dtype)

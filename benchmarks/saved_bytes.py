@@ -2,8 +2,8 @@
 
     python -m benchmarks.saved_bytes
 
-510 image tokens, 64 of 256 text tokens valid, bfloat16, LoRA of rank 32 on all targets. Every storage that is still
-alive after the forward pass counts once and whole, parameters excluded.
+510 image tokens, 64 of 256 text tokens valid, bfloat16, LoRA of rank 32 on all targets. Every storage that is alive
+after the forward pass is counted once, at its full size; parameters are not counted.
 """
 
 import argparse
@@ -35,7 +35,7 @@ def new_model(dtype: torch.dtype = torch.bfloat16) -> HYVideoDiffusionTransforme
 
 
 def inputs(grid: tuple[int, int, int], valid_text: int, dtype: torch.dtype) -> dict[str, Tensor]:
-    """Latents of f x h x w and 256 text tokens of which `valid_text` count."""
+    """Latents of f x h x w and 256 text tokens, of which `valid_text` are valid."""
     return {
         "x": torch.randn(1, 16, *grid, dtype=dtype),
         "timestep": torch.tensor([500.0]),
@@ -47,7 +47,7 @@ def inputs(grid: tuple[int, int, int], valid_text: int, dtype: torch.dtype) -> d
 
 
 class _Allocations(TorchDispatchMode):
-    """Remembers every storage that an operation makes, to see afterwards which of them are still alive."""
+    """Remembers every storage that an operation makes, to find out later which are still alive."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -64,9 +64,9 @@ class _Allocations(TorchDispatchMode):
 
 
 def kept_bytes(checkpointing: str) -> tuple[int, dict[tuple, int]]:
-    """Bytes alive after the forward pass for the sake of the backward pass, and the same by shape and dtype.
+    """Bytes that are kept alive for the backward pass, in total and by shape and dtype.
 
-    Saved-tensor hooks alone would not see what checkpointing keeps aside; storages that live on cannot hide.
+    Saved-tensor hooks would not see what checkpointing keeps by itself, so storages are counted instead.
     """
     model = new_model()
     network = prepare(model, checkpointing, rank=32)

@@ -1,4 +1,4 @@
-"""Seconds, operations and rates: what benchmarks of speed are made of."""
+"""Times, operation counts and rates for benchmarks of speed."""
 
 import time
 from collections.abc import Callable
@@ -9,21 +9,21 @@ from hunyuan_model.models import HunyuanVideoConfig
 
 
 def now(device: torch.device) -> float:
-    """Seconds of a clock, once the device has done what it was given."""
+    """The time in seconds, after the device has finished its work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()
 
 
 def timed(run: Callable[[], object], device: torch.device) -> float:
-    """Seconds until the device has done it."""
+    """Seconds until the device has finished this work."""
     start = now(device)
     run()
     return now(device) - start
 
 
 def matrix_product_rate(device: torch.device, dtype: torch.dtype, tokens: int) -> float:
-    """Floating-point operations per second that the device really does, in a product of a block's MLP."""
+    """Floating-point operations per second, measured with a matrix product of the size of a block's MLP."""
     config = HunyuanVideoConfig()
     a = torch.randn(tokens, config.hidden_size, device=device, dtype=dtype)
     b = torch.randn(config.hidden_size, config.mlp_hidden, device=device, dtype=dtype)
@@ -41,9 +41,9 @@ def copy_bandwidth(device: torch.device) -> float:
 def forward_operations(config: HunyuanVideoConfig, tokens: int) -> tuple[int, int]:
     """Floating-point operations of all blocks in a forward pass: of the linear layers, and of attention.
 
-    In both kinds of block every token, image or text, meets 4 D^2 weights around attention and 2 D M of the MLP.
-    Modulation, of one vector for all tokens, is left out. A backward pass to the inputs alone, the weights being
-    frozen, has as many in the linear layers and twice as many in attention.
+    In both kinds of blocks, every image or text token is multiplied by 4 D^2 weights around attention and 2 D M weights
+    of the MLP. Modulation is not counted, because it is computed for one vector only. With frozen weights, a backward
+    pass has the same number of operations in the linear layers and twice the number in attention.
     """
     blocks, D = config.depth_double + config.depth_single, config.hidden_size
     weights = 4 * D**2 + 2 * D * config.mlp_hidden

@@ -1,7 +1,7 @@
-"""What the training loop costs beside the model: wall time of a step of hv_train_network.py against the bare step.
+"""The overhead of the training loop: time of a step of hv_train_network.py against a bare step.
 
-The bare step is forward, backward, clipping and optimizer of a batch of the same small model, with the noise drawn
-beforehand. One of each is run in turn, so that a busy machine slows both.
+A bare step is forward, backward, clipping and optimizer for a batch of the same small model; the noise is drawn before
+it. Both kinds of steps alternate, so that a busy machine slows both.
 
     python -m benchmarks.training_overhead [--steps 100]
 """
@@ -31,7 +31,7 @@ FIRST = 5  # steps that warm up
 
 
 class Alternation:
-    """Runs a bare step after each step of the loop and takes the time of both."""
+    """Runs a bare step after each step of the loop and measures the time of both."""
 
     def __init__(self) -> None:
         self.whole: list[float] = []

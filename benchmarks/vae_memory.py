@@ -2,9 +2,9 @@
 
     python -m benchmarks.vae_memory                # 17 x 256 x 256, no tiling; about 20 minutes and 8 GB on 2 cores
 
-Every run is a process of its own: VmHWM, the most that was ever resident, less VmRSS with the model loaded. Runs of
-ours and of diffusers alternate; memory is the worst of all runs, time the median. The limits are those of the default
-size. Linux only.
+Every run is a process of its own. Its memory is VmHWM, the peak of the resident memory, minus VmRSS with the model
+loaded. Our runs and those of diffusers alternate. The result is the largest memory and the median time. The limits are
+for the default size. Linux only.
 """
 
 import argparse
@@ -60,7 +60,7 @@ def measure(contender: str, operation: str, frames: int, size: int, chunk_size: 
     """Prints peak bytes above the loaded model and seconds; saves the output."""
     model = new_model(contender, chunk_size)
     with torch.no_grad():
-        run_once(model, operation, frames=1, size=32)  # the libraries' own first-use memory and time
+        run_once(model, operation, frames=1, size=32)  # memory and time of the libraries' first use
         loaded, start = resident("VmRSS"), time.perf_counter()
         output = run_once(model, operation, frames, size)
         seconds = time.perf_counter() - start
