@@ -1,7 +1,7 @@
 """What LoRA, LoHa and LoKr share: applied to a DiT from outside, trained, saved and loaded in the same way."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from networks.files.format_table import NATIVE
 from networks.files.lora_files import load_native, native_tensors, save_native
 from networks.targets import find_targets, is_linear, read_arguments
 from utils.errors import UserError
+from utils.wrap_forward import WrapperKind, wrap_forward
 
 DEFAULT_RANK = 4
 SMALL_SCALE = 0.1
@@ -53,23 +54,27 @@ class AdapterModule(nn.Module):
         self.scale = float(alpha) / rank
         # In a tuple, because nn.Module would register a plain attribute as a submodule.
         self._target = (target,)
-        self._target_forward = target.forward
 
     @property
     def target(self) -> nn.Module:
         return self._target[0]
 
     def apply_to_target(self) -> None:
-        self.target.forward = self.forward
+        """From now on the target's output has the update added."""
+        wrap_forward(self.target, WrapperKind.OUTPUT_CHANGE, self.run_target)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """x (..., in_features) -> (..., out_features)"""
-        y = self._target_forward(x)
+        """What the target would return with this adapter applied: x (..., in_features) -> (..., out_features)."""
+        return self.run_target(self.target.forward, x)
+
+    def run_target(self, target_forward: Callable, x: torch.Tensor) -> torch.Tensor:
+        """Runs the target on x (..., in_features) and adds the update: (..., out_features)."""
+        y = target_forward(x)
         if self.training and self.module_dropout and torch.rand(()) < self.module_dropout:
             return y
-        return self.adapted(x, y)
+        return self.add_update(target_forward, x, y)
 
-    def adapted(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    def add_update(self, target_forward: Callable, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         """The target's output `y` for `x`, with the update added."""
         return y + self.update(x, self.scale * self.multiplier).to(y.dtype)
 

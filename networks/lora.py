@@ -5,7 +5,7 @@ norm of each row of W separately from its direction: W' = dora_scale * (W + upda
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -53,16 +53,16 @@ class LoraModule(AdapterModule):
             inner = inner * self.keep_mask([len(inner), *[1] * (inner.dim() - 2), self.rank], inner)
         return F.linear(inner, self.lora_up.weight.to(inner.dtype))
 
-    def adapted(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    def add_update(self, target_forward: Callable, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         if self.dora_scale is None:
-            return super().adapted(x, y)
+            return super().add_update(target_forward, x, y)
         bias = 0.0 if self.target.bias is None else self.target.bias.to(y.dtype)
-        stretch = (self.dora_scale.flatten() / self.direction_norm(x.dtype)).to(y.dtype)  # (out,)
+        stretch = (self.dora_scale.flatten() / self.direction_norm(target_forward, x.dtype)).to(y.dtype)  # (out,)
         change = (y - bias + self.update(x, self.scale).to(y.dtype)) * stretch + bias - y
         return y + self.multiplier * change
 
     @torch.no_grad()
-    def direction_norm(self, dtype: torch.dtype) -> torch.Tensor:
+    def direction_norm(self, target_forward: Callable, dtype: torch.dtype) -> torch.Tensor:
         """The norms |W + update| of the rows (out,), treated as constants by the gradient (section 4.3 of the paper).
 
         Computed as the root of |W|^2 + 2 W.update + |update|^2, which needs no matrix of W's size: W @ down.T is the
@@ -71,7 +71,7 @@ class LoraModule(AdapterModule):
         # Detached: autocast before torch 2.13 caches the casts made here, and `update` would reuse them without grad.
         down, up = self.lora_down.weight.detach(), self.lora_up.weight.detach() * self.scale
         bias = 0.0 if self.target.bias is None else self.target.bias
-        projected = (self._target_forward(down.to(dtype)) - bias).T.float()  # (out, rank)
+        projected = (target_forward(down.to(dtype)) - bias).T.float()  # (out, rank)
         with torch.autocast(down.device.type, enabled=False):
             square = self.target_norm**2 + 2 * (projected * up).sum(1) + ((up @ (down @ down.T)) * up).sum(1)
         return square.clamp_min(torch.finfo(torch.float32).tiny).sqrt()

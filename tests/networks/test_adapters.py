@@ -221,7 +221,7 @@ def test_dora_under_autocast_has_lengths_in_float32_and_a_gradient_for_every_fac
     adapter = lora.LoraModule(target, 4, 4.0, use_dora=True)
     nn.init.normal_(adapter.lora_up.weight)
     with torch.autocast("cpu", torch.bfloat16):
-        length = adapter.direction_norm(torch.float32)
+        length = adapter.direction_norm(target.forward, torch.float32)
         adapter.dora_scale.data += 1
         adapter(torch.randn(2, 64)).sum().backward()
     update = adapter.lora_up.weight @ adapter.lora_down.weight
@@ -315,7 +315,23 @@ def test_multiplier_and_two_networks(dit):
     second.set_multiplier(0.0)
     assert torch.equal(run(dit), plain)
     first.set_multiplier(0.7)
-    assert not torch.equal(run(dit), plain)
+    changed = run(dit)
+    assert not torch.equal(changed, plain)
+    second.set_multiplier(0.7)
+    assert not torch.equal(run(dit), changed)
+
+
+def test_two_networks_on_one_model_add_up():
+    target = nn.Linear(6, 5)
+    adapters = [lora.LoraModule(target, 2, 2.0) for _ in range(2)]
+    x = torch.randn(3, 6)
+    with torch.no_grad():
+        plain = target(x)
+        for adapter in adapters:
+            adapter.lora_up.weight.normal_()
+            adapter.apply_to_target()
+        expected = plain + sum(adapter.update(x, adapter.scale) for adapter in adapters)
+        assert torch.allclose(target(x), expected, atol=1e-5)
 
 
 @pytest.mark.parametrize("kind", ["lora", "dora", "lokr"])
