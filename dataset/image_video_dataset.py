@@ -1,24 +1,16 @@
-"""Batches for training, read from cache files only.
-
-The items of a dataset are those of its media folder or JSONL file; where that does not exist on this machine, those of
-the manifest that cache_latents.py wrote into the cache directory. Other files in the cache directory are ignored.
-"""
+"""Batches for training, read from cache files only."""
 
 import hashlib
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
-from dataset.cache import CacheStatus, check_latents, check_text, read_latent_cache, read_text_cache, text_cache_path
+from dataset.cache import read_latent_cache, read_text_cache
 from dataset.config_utils import DatasetConfig, DatasetSettings
-from dataset.items import Item, MediaInfo, item_provenance, plan_items
-from dataset.manifest import Manifest, failed_items
-from dataset.sources import list_sources
+from dataset.training_items import CachedItems, TrainingItem, cached_items
 from utils.errors import UserError
 
 
@@ -32,33 +24,6 @@ class Batch:
     text_states_2: torch.Tensor  # (B, D2) float32
     names: list[str]
     bucket: str  # width x height x frames, pixels
-
-
-@dataclass(frozen=True)
-class TrainingItem:
-    """The cache files of one item."""
-
-    name: str
-    source: str
-    latents: Path
-    text: Path
-    bucket: str
-    positions: int  # f * h * w of the latents, to find the largest batch
-
-
-@dataclass
-class CachedItems:
-    """What a look at the caches of a dataset found.
-
-    Attributes:
-        items: those whose caches can be used.
-        problems: why training cannot start, one line for each caching script that must run.
-        notes: what the user should know, such as files that are left out.
-    """
-
-    items: list[TrainingItem] = field(default_factory=list)
-    problems: list[str] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -210,97 +175,3 @@ def _subset(items: list[TrainingItem], subset: str, validation_split: float) -> 
     count = min(round(len(sources) * validation_split) or 1, len(sources) - 1) if validation_split > 0 else 0
     held_out = set(sources[: max(count, 0)])
     return [item for item in items if (item.source in held_out) == (subset == "validation")]
-
-
-class _CacheProblems:
-    """Collects why caches of a dataset cannot be used, for one line that names the script to run."""
-
-    def __init__(self, script: str) -> None:
-        self.script = script
-        self.names: dict[str, list[str]] = defaultdict(list)  # by reason
-
-    def add(self, reason: str, name: str) -> None:
-        self.names[reason].append(name)
-
-    def lines(self, directory: Path) -> list[str]:
-        parts = [
-            f"{why}: {names[0]}" + (f" and {len(names) - 1} more" if len(names) > 1 else "")
-            for why, names in self.names.items()
-        ]
-        return [f"{directory}: caches cannot be used ({'; '.join(parts)}); run {self.script}"] if parts else []
-
-
-def cached_items(settings: DatasetSettings, show_progress: bool = False) -> CachedItems:
-    """Finds the items of a dataset and checks the header of each of their cache files."""
-    directory, cached = settings.cache_directory, CachedItems()
-    manifest = Manifest.load(directory, "latents")
-    if not manifest.sources:
-        cached.problems.append(
-            f"{directory}: hv_latents.manifest.json is missing, so no caches are known here; "
-            "run cache_latents.py, which also accepts existing caches of musubi-tuner"
-        )
-        return cached
-    listed = {source.name: source for source in list_sources(settings)}
-    failed, trusted_texts = failed_items(directory), Manifest.load(directory, "text").trusted
-    latent_problems = _CacheProblems("cache_latents.py")
-    text_problems = _CacheProblems("cache_text_encoder_outputs.py")
-    by_musubi, left_out = 0, []
-    progress = tqdm(
-        listed or manifest.sources,
-        desc=f"{directory}: checking caches",
-        unit="file",
-        leave=False,
-        delay=2,
-        disable=not show_progress,
-    )
-    for name in progress:
-        source, entry = listed.get(name), manifest.sources.get(name)
-        cached_elsewhere = source is not None and source.absent and entry is not None and "probe" in entry
-        if source and source.problem and not cached_elsewhere:
-            left_out.append(source.problem)
-            continue
-        if entry is None or not (source is None or source.absent or source.is_described_by(entry)):
-            latent_problems.add("not cached" if entry is None else "the media file changed", name)
-            continue
-        if "probe" not in entry:
-            left_out.append(entry["problem"])
-            continue
-        text = text_cache_path(directory, name)
-        caption = source.caption if source else None
-        status = check_text(text, caption, {}, trust_name=trusted_texts.get(text.name) == {"caption": caption})
-        if not status.kept:
-            text_problems.add(status.reason, name)
-        for item, item_status in _checked_items(settings, name, manifest, latent_problems):
-            by_musubi += item_status.by_musubi
-            if item_status.kept:
-                cached.items.append(_training_item(item, text))
-            elif failed.get(item.name) != entry["stamp"]:
-                latent_problems.add(item_status.reason, item.name)
-    cached.problems += latent_problems.lines(directory) + text_problems.lines(directory)
-    if left_out:
-        cached.notes.append(
-            f"{directory}: {len(left_out)} listed files cannot be used and are left out; the first: {left_out[0]}"
-        )
-    if by_musubi:
-        cached.notes.append(f"{directory}: {by_musubi} latent caches were made by musubi-tuner and are used")
-    return cached
-
-
-def _checked_items(
-    settings: DatasetSettings, name: str, manifest: Manifest, problems: _CacheProblems
-) -> Iterator[tuple[Item, CacheStatus]]:
-    entry = manifest.sources[name]
-    try:
-        plan = plan_items(settings, name, MediaInfo.from_json(entry["probe"]))
-    except ValueError as error:
-        problems.add(str(error), name)
-        return
-    for item in plan.items:
-        expected = item_provenance(item, settings, entry["stamp"])
-        is_trusted = manifest.trusted.get(item.path.name) == expected
-        yield item, check_latents(item.path, item.latent_shape, expected, trust_name=is_trusted)
-
-
-def _training_item(item: Item, text: Path) -> TrainingItem:
-    f, h, w = item.latent_shape
-    return TrainingItem(item.name, item.source, item.path, text, item.bucket_name, f * h * w)

@@ -172,7 +172,7 @@ def _source_at(path: Path, listed: str, is_video: bool, caption: str = "") -> So
         problem = f"{path}: cannot be read: {error}"
     if NOT_UTF8.search(listed):
         printable = str(path).encode(errors="backslashreplace").decode()
-        problem = f"{printable}: rename it: its name is not UTF-8"
+        problem = f"{printable}: the name is not UTF-8; rename the file"
     kind = "image" if not is_video else "frames" if path.is_dir() else "video"
     return Source(path, "", kind, listed, caption, size, mtime_ns, problem, absent)
 
@@ -215,7 +215,7 @@ def _from_jsonl(settings: DatasetSettings) -> Iterator[Source]:
             continue
         missing = [word for word in (key, "caption") if not isinstance(entry, dict) or not _is_text(entry.get(word))]
         if missing:
-            yield replace(unusable, problem=f'{place}: "{missing[0]}" is missing or no text')
+            yield replace(unusable, problem=f'{place}: "{missing[0]}" is missing or not a text')
             continue
         path = user_path(entry[key])
         beside = file.parent / path

@@ -133,7 +133,7 @@ def test_a_name_that_is_not_utf8_is_a_problem_that_can_be_printed(tmp_path: Path
     sources = list_sources(settings(tmp_path))
     assert [source.name for source in sources if source.problem is None] == ["good"]
     problems = [source.problem for source in sources if source.problem]
-    assert len(problems) == 2 and all("rename it: its name is not UTF-8" in text for text in problems)
+    assert len(problems) == 2 and all("the name is not UTF-8; rename the file" in text for text in problems)
     "".join(problems).encode()
 
     half = "half \ud800.png"
@@ -142,7 +142,7 @@ def test_a_name_that_is_not_utf8_is_a_problem_that_can_be_printed(tmp_path: Path
         json.dumps({"image_path": half, "caption": ""}) + "\n" + json.dumps({"image_path": "\0", "caption": ""})
     )
     sources = list_sources(settings(tmp_path, image_directory=None, image_jsonl_file=str(file)))
-    assert '"image_path" is missing or no text' in sources[0].problem and "cannot be read" in sources[1].problem
+    assert '"image_path" is missing or not a text' in sources[0].problem and "cannot be read" in sources[1].problem
 
 
 def test_a_folder_of_frames_counts_only_with_a_caption(tmp_path: Path) -> None:

@@ -108,13 +108,13 @@ def test_a_name_that_is_not_utf8_is_listed_and_skipped(media: MediaWorld) -> Non
         write_caption(write_image(path))
     except OSError:
         pytest.skip("this file system takes UTF-8 alone")
-    assert "caf\\udce9.png: rename it" in media.run(
+    assert "caf\\udce9.png: the name is not UTF-8" in media.run(
         "--debug_mode", "html", "--debug_output", media.folder / "page.html"
     )
     output = media.run()
-    assert counts(output)[0] == [3, 0, 0, 1, 0] and "caf\\udce9.png: rename it: its name is not UTF-8" in output
+    assert counts(output)[0] == [3, 0, 0, 1, 0] and "caf\\udce9.png: the name is not UTF-8; rename the file" in output
     write_text_caches(media)
-    assert "rename it" in TrainingDataset(load_dataset_config(media.config), seed=0).notes[0]
+    assert "rename the file" in TrainingDataset(load_dataset_config(media.config), seed=0).notes[0]
 
 
 def test_no_usable_item_is_one_line(media: MediaWorld) -> None:

@@ -7,7 +7,7 @@ import pytest
 import torch
 from tqdm import tqdm
 
-from dataset import image_video_dataset
+from dataset import training_items
 from modules.memory.meter import MemoryMeter
 from modules.training import hunyuan_video
 from tests.training_world import write_world
@@ -31,7 +31,7 @@ def test_only_the_first_process_says_what_is_worth_a_note(
 @pytest.mark.parametrize("rank", [0, 1])
 def test_each_cache_is_looked_at_once_for_both_sets(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, rank: int) -> None:
     """And with a bar in the first process alone."""
-    looked, hidden, check = [], [], image_video_dataset.check_latents
+    looked, hidden, check = [], [], training_items.check_latents
 
     def noting(path: Path, *arguments, **options) -> object:
         looked.append(path.name)
@@ -46,8 +46,8 @@ def test_each_cache_is_looked_at_once_for_both_sets(monkeypatch: pytest.MonkeyPa
         validation=SimpleNamespace(validation_split=0.4),
     )
     monkeypatch.setenv("RANK", str(rank))
-    monkeypatch.setattr(image_video_dataset, "check_latents", noting)
-    monkeypatch.setattr(image_video_dataset, "tqdm", bar)
+    monkeypatch.setattr(training_items, "check_latents", noting)
+    monkeypatch.setattr(training_items, "tqdm", bar)
     train_set, validation_set = hunyuan_video.load_datasets(options, seed=0)
     assert (train_set.num_items, validation_set.num_items) == (3, 2)
     assert len(looked) == 5 and hidden == [rank > 0]
