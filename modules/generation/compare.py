@@ -18,7 +18,7 @@ from modules.generation.options import GenerationOptions
 from modules.generation.outputs import Job
 from modules.generation.requests import Request
 from modules.generation.settings import page_settings
-from modules.generation.variants import conditioned
+from modules.generation.variants import request_for_dit
 from utils.video_io import write_frames, write_image
 
 LARGEST_PAGE = 3840  # pixels on the longer side; hardware decoders in browsers take at most 4096
@@ -67,7 +67,7 @@ class Comparison:
             for path, multiplier in [(None, 0.0), *itertools.product(options.lora.lora_weight, _multipliers(options))]:
                 name = f"{stem}_{len(cells):03d}"
                 loras = [] if path is None else [(path, multiplier)]
-                cells[index, path, multiplier] = Job(conditioned(request, options.dit), name, loras=loras)
+                cells[index, path, multiplier] = Job(request_for_dit(request, options.dit), name, loras=loras)
         return cls(options, requests, stem, seed, cells)
 
     @property

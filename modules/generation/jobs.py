@@ -17,7 +17,7 @@ from modules.generation.options import GenerationOptions
 from modules.generation.outputs import Job, OutputFolder, load_latents, remove_leftovers, sampled_stem
 from modules.generation.requests import Request, parse_line
 from modules.generation.settings import video_settings
-from modules.generation.variants import conditioned
+from modules.generation.variants import request_for_dit
 from utils.errors import UserError
 from utils.processes import process_share
 
@@ -38,7 +38,7 @@ def new_job(
         request = dataclasses.replace(request, seed=int(sampled.split("_")[-2]))
     elif request.seed is None:
         request = dataclasses.replace(request, seed=drawn_seed())
-    request = conditioned(request, options.dit)
+    request = request_for_dit(request, options.dit)
     name = sampled or stem(time_stamp(), index, request.seed, key)
     return Job(request, name, None if options.output.no_metadata else video_settings(options, request))
 

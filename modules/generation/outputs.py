@@ -31,8 +31,8 @@ class Job:
         stem: what the names of its files begin with.
         settings: saved inside its files; None with --no_metadata.
         latents: saved latents (1, C, f, h, w) that are only to be decoded; None for a video that is sampled.
-        loras: LoRA files with multipliers that compute beside the DiT's weights for this video; None leaves the DiT
-            as it was loaded.
+        loras: the LoRA files (path, multiplier) that compute beside the DiT's weights while this video is sampled, an
+            empty list for none; None leaves the DiT as it was loaded.
     """
 
     request: Request

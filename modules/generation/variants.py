@@ -13,7 +13,7 @@ TEXT_TO_VIDEO_CHANNELS, SKYREELS_I2V_CHANNELS = 16, 32
 SKYREELS_TRIGGER = "FPS-24, "  # all captions in the training data of SkyReels-V1 begin with it
 
 
-def conditioned(request: Request, dit: DitOptions) -> Request:
+def request_for_dit(request: Request, dit: DitOptions) -> Request:
     """The request for this DiT. A SkyReels-V1-I2V model requires an image, and its trigger is added to the prompt.
 
     Raises:

@@ -1,14 +1,11 @@
 """hv_generate_video.py: the memory plan, and the video that the settings it chose make."""
 
 import re
-from types import SimpleNamespace
 
 import pytest
 import torch
 
-from modules.generation.decoding import Decoder
-from modules.generation.lazy_model import LazyModel
-from modules.memory.meter import MemoryMeter
+from modules.memory.meter import MemoryMeter, nbytes
 from utils.errors import UserError
 from utils.safetensors_utils import load_file
 
@@ -97,7 +94,6 @@ def test_what_vram_gb_chooses_is_said_once_and_finished_lines_stay_finished(gene
 def test_text_encoder_1_is_planned_as_it_works(tiny_models, fp8, captions):
     from hunyuan_model.checkpoints import load_text_encoder_1
     from modules.memory.measure import measure_text_encoder_1
-    from modules.memory.meter import MemoryMeter, nbytes
 
     llm = load_text_encoder_1(tiny_models.text_encoder1, "cpu", torch.float32, fp8)
     with MemoryMeter() as meter:
@@ -145,7 +141,6 @@ def test_only_swapped_blocks_pass_through_main_memory(tiny_models, monkeypatch):
 def test_a_merge_before_fp8_never_holds_the_wide_weights(tiny_models, loras, tmp_path):
     from modules.generation.models import load_merged_dit
     from modules.generation.settings import parse_generation_options
-    from modules.memory.meter import MemoryMeter, nbytes
     from utils.safetensors_utils import save_file
 
     save_file(torch.load(tiny_models.dit, weights_only=True)["module"], tmp_path / "dit.safetensors")  # .pt is mapped
@@ -157,20 +152,3 @@ def test_a_merge_before_fp8_never_holds_the_wide_weights(tiny_models, loras, tmp
     held, wide = sum(map(nbytes, weights)) + loras[0].stat().st_size, sum(weight.numel() for weight in weights) * 4
     assert held < 0.7 * wide
     assert meter.peak < held + 0.1 * wide
-
-
-def test_decoded_pixels_are_in_memory_once():
-    vae = SimpleNamespace(
-        decode=lambda latents: torch.randn(1, 3, 8, 64, 64),
-        configure_memory=lambda *_: None,
-        parameters=lambda: iter([torch.zeros(1)]),
-    )
-    cpu = torch.device("cpu")
-    decoder = Decoder(LazyModel(lambda: vae, cpu), cpu)
-    torch.manual_seed(0)
-    expected = (torch.randn(3, 8, 64, 64) / 2 + 0.5).clamp(0, 1)
-    torch.manual_seed(0)
-    with MemoryMeter() as meter:
-        pixels = decoder.decode(torch.zeros(1, 16, 2, 8, 8))
-    assert torch.equal(pixels, expected)
-    assert meter.peak < 1.2 * pixels.nbytes
