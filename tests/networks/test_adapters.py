@@ -1,4 +1,4 @@
-"""LoRA, DoRA, LoHa and LoKr on the small DiT: trained, saved, loaded, merged; and the algebra of each."""
+"""LoRA, DoRA, LoHa and LoKr on a small DiT: trained, saved, loaded and merged; and the mathematics of each."""
 
 import copy
 import itertools
@@ -128,7 +128,7 @@ def test_dropouts_in_every_combination(kind):
             outputs = {tuple(adapter(x).flatten().tolist()) for _ in range(20)}
             adapter.eval()
             assert torch.equal(adapter(x), adapter(x))
-        # LoHa and LoKr have no inner values to drop.
+        # LoHa and LoKr have no values between factors that `dropout` could drop.
         drops = rank_dropout or module_dropout or (dropout and kind in ("lora", "dora"))
         assert (len(outputs) > 1) == bool(drops)
         if module_dropout:
@@ -148,8 +148,8 @@ def test_rank_dropout_keeps_the_mean():
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_update_is_that_of_the_factors(kind):
-    """x @ dW.T, by the formulas of the papers and not by the code under test."""
+def test_the_forward_pass_and_the_factors_have_the_same_update(kind):
+    """Compared with x @ dW.T, where dW is computed here by the formulas of the papers."""
     torch.manual_seed(0)
     module_type = {"lora": lora.LoraModule, "loha": loha.LohaModule, "lokr": lokr.LokrModule}[
         kind[:4].replace("do", "lo")
@@ -182,8 +182,8 @@ def test_factor_pair(size, factor, expected):
     assert lokr.factor_pair(size, factor) == expected
 
 
-def test_lokr_of_a_high_rank_is_whole(tmp_path, dit):
-    """Then alpha does not count, and the file says so by alpha = rank."""
+def test_lokr_of_a_high_rank_stores_whole_matrices(tmp_path, dit):
+    """Alpha then has no effect, which the file states by alpha = rank."""
     network = create(lokr, dit, dim=64, alpha=1.0)
     train(network, dit, steps=2)
     network.save_weights(tmp_path / "a.safetensors")
@@ -215,7 +215,7 @@ def test_dora_starts_unchanged_and_scales_rows():
         )
 
 
-def test_dora_under_autocast_has_lengths_in_float32_and_a_gradient_for_every_factor():
+def test_dora_under_autocast_has_norms_in_float32_and_a_gradient_for_every_factor():
     target = nn.Linear(64, 6, bias=False).requires_grad_(False)
     nn.init.zeros_(target.weight)
     adapter = lora.LoraModule(target, 4, 4.0, use_dora=True)
@@ -345,7 +345,7 @@ def test_bfloat16_and_autocast(dit, kind):
 
 
 def test_quantised_targets(dit):
-    """An adapter beside float8 weights does what the same update merged into them does."""
+    """An adapter around a float8 Linear gives the output of the same update merged into its weight."""
     quantize_linears(dit, lambda name: "blocks." in name and "mod" not in name and "refiner" not in name)
     network = create(lora, dit)
     assert isinstance(network.adapters[0].target, Fp8Linear)
@@ -378,7 +378,7 @@ def test_weights_of_another_network_are_refused(dit, tmp_path):
 
 
 def test_lora_keeps_little_for_backward():
-    """Of one Linear: x, which the model keeps anyway, and the inner values; nothing of the output's size."""
+    """For one Linear only x, which the model keeps anyway, and the values between the factors; not the output."""
     target = nn.Linear(256, 1024).requires_grad_(False)
     adapter = lora.LoraModule(target, 4, 4.0)
     x = torch.randn(1, 512, 256, requires_grad=True)

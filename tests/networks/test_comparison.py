@@ -1,4 +1,4 @@
-"""The proof of a conversion must be able to fail."""
+"""The comparison of two LoRAs, which shows that a conversion is right, finds every kind of difference."""
 
 import dataclasses
 
@@ -25,7 +25,7 @@ def test_is_the_dense_difference(size):
     assert relative_difference(first, second) == pytest.approx(expected, rel=1e-2)
 
 
-def test_of_other_ranks_kinds_and_lengths():
+def test_of_other_ranks_kinds_and_dora_norms():
     torch.manual_seed(0)
     first = lora_factors()
     # The same matrix with other factors and another rank.

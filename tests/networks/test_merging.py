@@ -1,4 +1,4 @@
-"""Merging: exact, counted, and refused where nothing or something else would happen."""
+"""Merging is exact and counts modules; a LoRA that matches nothing or has other shapes is refused."""
 
 import pytest
 import torch
@@ -27,7 +27,7 @@ SHAPES = {f"{PROJ}.weight": (16, 16), f"{PROJ}.bias": (16,), f"{LINEAR2}.weight"
 
 @pytest.mark.parametrize("chunk", [1, 100, 10**6])
 @pytest.mark.parametrize("kind", ["lora", "dora", "loha", "lokr"])
-def test_the_piece_by_piece_sum_is_the_sum(monkeypatch, chunk, kind):
+def test_merging_in_chunks_is_merging_at_once(monkeypatch, chunk, kind):
     torch.manual_seed(0)
     if kind == "loha":
         factors = LohaFactors(w1_a=torch.randn(36, 2), w1_b=torch.randn(2, 24), w2_a=torch.randn(36, 2),

@@ -1,4 +1,4 @@
-"""convert_lora.py as a user runs it: what it writes and prints, and how it refuses what is no LoRA of ours."""
+"""convert_lora.py as a user runs it: what it writes and prints, and how it refuses other files."""
 
 import dataclasses
 import json
@@ -74,7 +74,7 @@ def test_counts_what_each_program_loads(tmp_path, monkeypatch, capsys, target, e
     assert "dW of all 240 modules is equal" in printed
 
 
-def test_blocks_that_the_model_has_not_are_converted_but_load_nowhere(tmp_path, monkeypatch, capsys):
+def test_blocks_beyond_the_depth_of_the_model_are_converted_but_load_nowhere(tmp_path, monkeypatch, capsys):
     tensors = full_size_names()
     for module, beyond in (
         ("double_blocks_0_img_mlp_fc1", "double_blocks_20"),
@@ -91,7 +91,7 @@ def test_blocks_that_the_model_has_not_are_converted_but_load_nowhere(tmp_path, 
 
 
 def test_counts_modules_outside_the_blocks(tmp_path, monkeypatch, capsys):
-    """ComfyUI maps neither time_in nor vector_in; diffusers breaks two while it renames; musubi has only blocks."""
+    """ComfyUI has no keys for time_in and vector_in; diffusers loses two modules; musubi-tuner has only blocks."""
     save_file(random_file("default", seed=8, missing=0), tmp_path / "in.safetensors")
     for target, counts in (("other", (17, 17, 0)), ("diffusers", (0, 19, 0)), ("default", (9, 0, 13))):
         words = ("--input", tmp_path / "in.safetensors", "--output", tmp_path / "out.safetensors", "--target", target)
@@ -102,7 +102,7 @@ def test_counts_modules_outside_the_blocks(tmp_path, monkeypatch, capsys):
 
 
 def test_other_and_back_as_a_user_does_it(tmp_path, monkeypatch):
-    """The one run of the real command; --target other then default gives the same dW (issue 2)."""
+    """Runs the command itself; --target other and then default give the same dW (issue 2)."""
     original = random_file("default", seed=1, missing=0)
     metadata = {"ss_network_dim": "8", "ss_base_model_version": "hunyuan_video", "sshs_model_hash": "stale"}
     save_file(original, tmp_path / "a.safetensors", metadata)
@@ -115,7 +115,7 @@ def test_other_and_back_as_a_user_does_it(tmp_path, monkeypatch):
     expected = updates(original, "default")
     for name, dw in updates(load_file(tmp_path / "c.safetensors"), "default").items():
         assert (dw - expected[name]).norm() <= 1e-6 * expected[name].norm()
-    # alpha is wholly in lora_B: lora_A is untouched.
+    # alpha is folded into lora_B only; lora_A does not change.
     other = load_file(tmp_path / "b.safetensors")
     key = "double_blocks.7.img_mlp.fc2"
     assert torch.equal(
@@ -147,7 +147,7 @@ def test_prefix_dtype_and_partial(tmp_path, monkeypatch, capsys):
 
 
 def test_verify_finds_a_wrong_conversion(tmp_path, monkeypatch, capsys):
-    """alpha folded as the reference tool does, but into one factor only."""
+    """A wrong conversion: sqrt(alpha / rank) in one factor instead of in both."""
 
     def wrong(factors):
         return dataclasses.replace(factors, alpha=None, up=factors.up * factors.scale**0.5)
@@ -282,7 +282,7 @@ def test_missing(tmp_path, monkeypatch, capsys):
     ],
 )
 def test_wrong_options(tmp_path, monkeypatch, capsys, words):
-    """The last: DoRA, which the readers of the target do not know."""
+    """The last target has no DoRA."""
     save_file(pair(OURS, dora_scale=torch.ones(48, 1)), tmp_path / "in.safetensors")
     refused(tmp_path, monkeypatch, capsys, "in.safetensors", *words)
 

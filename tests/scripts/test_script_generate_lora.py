@@ -99,16 +99,16 @@ def test_merged_is_applied(sampling_dit, dit_inputs, loras):
     merged = sampling_dit("--lora_weight", *loras, "--lora_multiplier", 0.7, -0.5)
     model = sampling_dit()
     plain = model(*dit_inputs)
-    live = LoraHooks(model)
-    live.use([(loras[0], 0.7), (loras[1], -0.5)])
+    hooks = LoraHooks(model)
+    hooks.use([(loras[0], 0.7), (loras[1], -0.5)])
     applied = model(*dit_inputs)
     assert (applied - plain).norm() > 0.01 * plain.norm()
     assert (merged(*dit_inputs) - applied).norm() <= 1e-5 * applied.norm()
-    live.use([])
+    hooks.use([])
     assert torch.equal(model(*dit_inputs), plain)
 
 
-def test_a_live_lora_of_another_width_changes_nothing(sampling_dit, dit_inputs, loras, tmp_path):
+def test_hooks_of_another_width_change_nothing(sampling_dit, dit_inputs, loras, tmp_path):
     from networks.hooks import LoraHooks
     from utils.errors import UserError
     from utils.safetensors_utils import save_file
@@ -117,11 +117,11 @@ def test_a_live_lora_of_another_width_changes_nothing(sampling_dit, dit_inputs, 
     name = "lora_unet_double_blocks_0_img_attn_proj"
     save_file({f"{name}.{suffix}": tensor for suffix, tensor in wide.items()}, tmp_path / "wide.safetensors")
     model = sampling_dit()
-    live = LoraHooks(model)
-    live.use([(loras[0], 1.0)])
+    hooks = LoraHooks(model)
+    hooks.use([(loras[0], 1.0)])
     before = model(*dit_inputs)
     with pytest.raises(UserError, match=r"double_blocks.0.img_attn_proj: .* 96 x 96, this DiT has 64 x 64"):
-        live.use([(tmp_path / "wide.safetensors", 1.0)])
+        hooks.use([(tmp_path / "wide.safetensors", 1.0)])
     assert torch.equal(model(*dit_inputs), before)
 
 

@@ -52,7 +52,7 @@ def test_info_shows_rank_alpha_norm_and_metadata(tmp_path, monkeypatch, capsys):
     assert picture.format == "PNG" and len(picture.getcolors(maxcolors=10**6)) > 10
 
 
-def test_keys_of_no_module_are_named_by_info_and_refused_with_the_cure(tmp_path, monkeypatch, capsys):
+def test_keys_of_no_module_are_named_by_info_and_refused_by_other_commands(tmp_path, monkeypatch, capsys):
     strange = {"bundle_emb.x.string_to_param.*": torch.ones(4), "lora_te1_mlp_fc1.alpha": torch.ones(())}
     save_file(random_file("default", seed=1) | strange, tmp_path / "a.safetensors")
     assert run(monkeypatch, "info", tmp_path / "a.safetensors") == 0
@@ -162,7 +162,7 @@ def test_ema_in_order_of_time(tmp_path, monkeypatch):
     assert read_header(output)[1]["ss_steps"] == "2"
 
 
-def test_patterns_mean_files_also_where_the_shell_leaves_them(tmp_path, monkeypatch):
+def test_patterns_are_expanded_if_the_shell_does_not(tmp_path, monkeypatch):
     for name in ("run-1.safetensors", "run-2.safetensors", "other.safetensors"):
         write(tmp_path / name, seed=1)
     output = tmp_path / "sum.safetensors"
@@ -180,7 +180,7 @@ def test_power_function_profile_has_the_width(sigma_rel):
     weight = t**gamma / (t**gamma).sum()
     mean = (weight * t).sum()
     assert ((weight * (t - mean) ** 2).sum() ** 0.5).item() == pytest.approx(sigma_rel, rel=1e-3)
-    # The weights that the decays give to n files are the profile's mass between the files.
+    # The weight that a file has in the average is the integral of the profile between this file and the one before.
     keep = ema_decays(50, 0.0, None, sigma_rel)
     weights = [1.0]
     for beta in keep:

@@ -1,4 +1,4 @@
-"""merge_lora.py: the file that it streams equals merging in memory, for every layout and fp8 kind."""
+"""merge_lora.py writes what merging in memory gives, for every layout and every kind of fp8."""
 
 import json
 import subprocess
@@ -50,7 +50,7 @@ def write_lora(path: Path, seed: int, dora: bool = False) -> Path:
 
 
 def updates(path: Path) -> dict[str, torch.Tensor]:
-    """dW by the DiT's names, by hand."""
+    """dW by the DiT's names, computed by hand."""
     official = {
         "double_blocks_1_img_attn_qkv": "double_blocks.1.img_attn_qkv.weight",
         "double_blocks_0_txt_mlp_fc2": "double_blocks.0.txt_mlp.fc2.weight",
@@ -91,7 +91,7 @@ def test_equals_merging_in_memory(tmp_path, monkeypatch, weights, layout, dora):
 
 
 def test_two_loras_are_rounded_once(tmp_path, monkeypatch, weights, lora):
-    """And the real command runs."""
+    """Runs the command itself."""
     second = write_lora(tmp_path / "second.safetensors", seed=1)
     stored = {name: tensor.bfloat16() for name, tensor in weights.items()}
     save_file(stored, tmp_path / "dit.safetensors")
@@ -110,13 +110,13 @@ def test_two_loras_are_rounded_once(tmp_path, monkeypatch, weights, lora):
     for name, tensor in stored.items():
         expected = tensor if name not in first else (tensor.float() + first[name] - 0.5 * other[name]).bfloat16()
         difference = (written[name].float() - expected.float()).abs()
-        # A sum that is computed in another order may fall on the other side of a rounding boundary now and then.
+        # A sum in another order may be rounded to the neighbouring value now and then.
         assert (difference > 0).float().mean() < 1e-3 and (name in first or not difference.any())
 
 
 @pytest.mark.parametrize("beside", [False, True])
 def test_config_and_metadata_are_kept(tmp_path, monkeypatch, weights, lora, beside):
-    """The sizes of the rotary embedding are in no tensor's shape."""
+    """RoPE dims cannot be read from shapes, so they must be in the metadata."""
     config = json.dumps({"rope_dims": [8, 12, 12]})
     metadata = {"modelspec.title": "ours", "modelspec.hash_sha256": "of the old tensors"}
     dit, merged = tmp_path / "dit.safetensors", tmp_path / "merged" / "dit.safetensors"
@@ -165,7 +165,7 @@ def test_fp8_out_and_in_again(tmp_path, monkeypatch, weights, lora):
     assert len(quantised) == 3 * 8 + 6 * 2
     assert all(written[name.replace(".weight", ".scale_weight")].shape == () for name in quantised)
     assert not any("mod" in name for name in quantised) and "scaled_fp8" in written
-    # Without LoRA and with a dtype, the script is a converter.
+    # Without a LoRA, --dtype converts the file.
     assert run(monkeypatch, "--dit", small, "--save_merged_model", wide, "--dtype", "float32") == 0
     changed = updates(lora)
     for name, tensor in load_file(wide).items():

@@ -1,4 +1,4 @@
-"""What a LoRA file means, computed from docs/formats.md 2.4 and 2.9 alone: a twin of networks.files.formats."""
+"""The dW of a LoRA file of any format, implemented from docs/formats.md 2.4 and 2.9 without networks.files."""
 
 import torch
 
@@ -133,7 +133,7 @@ _QKV = ("img_attn_qkv", "txt_attn_qkv", "self_attn_qkv")
 
 
 def updates(tensors: dict[str, torch.Tensor], format_name: str) -> dict[str, torch.Tensor]:
-    """dW in float64 of every module that a file of this format changes, by official name; all keys must be used."""
+    """dW in float64 of every module in a file of this format, by official name; fails if a key is left over."""
     names, (down, up), has_alpha = LAYOUTS[format_name]
     unused = set(tensors)
     found = {}
@@ -162,7 +162,7 @@ def updates(tensors: dict[str, torch.Tensor], format_name: str) -> dict[str, tor
 def random_file(
     format_name: str, seed: int, ranks=(1, 8, 32), missing: float = 0.2, dtype=torch.float32
 ) -> dict[str, torch.Tensor]:
-    """A random LoRA in a format: mixed ranks and alphas, some modules and some parts of modules missing."""
+    """A random LoRA file: mixed ranks and alphas; some modules and some parts of modules are missing."""
     generator = torch.Generator().manual_seed(seed)
 
     def draw(n: int) -> int:

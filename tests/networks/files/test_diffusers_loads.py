@@ -1,4 +1,4 @@
-"""The diffusers file in diffusers itself: nothing missing, nothing unexpected, the same output."""
+"""diffusers loads our file in its format: no key missing, none unexpected, and the output is ours."""
 
 import pytest
 import torch
@@ -92,8 +92,8 @@ def test_loads_whole_and_computes_the_same(tmp_path, use_dora, ranks):
     assert (ours - theirs).abs().max() <= 1e-5 * theirs.abs().max()
 
 
-def test_diffusers_itself_makes_the_same_of_official_names(tmp_path):
-    """Its own conversion, written for the 13B model's widths, of our 'other' file gives our 'diffusers' file."""
+def test_diffusers_converts_official_names_to_our_diffusers_file(tmp_path):
+    """Its own conversion (for the 13B model's widths only) of our 'other' file gives our 'diffusers' file."""
     torch.manual_seed(0)
     shapes = {}
     for stream in ("img", "txt"):

@@ -1,4 +1,4 @@
-"""Every format there and back, and every file against an independent computation of its dW."""
+"""Conversion from every format to every other and back; dW is compared with an independent implementation."""
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ PAIRS = [(source, target) for source in FORMATS for target in FORMATS]
 
 
 def is_lossless(source: str, target: str) -> bool:
-    """Without loss: no alpha has to be folded, neither for want of a place nor because q, k, v have different ones."""
+    """Whether nothing is folded: the target stores alpha, and q, k, v with different alphas are not fused."""
     stacks_alphas = FORMATS[source].alpha and source in SPLIT
     return not FORMATS[source].alpha or (FORMATS[target].alpha and not stacks_alphas)
 
@@ -39,7 +39,7 @@ def test_every_format_is_tested():
 
 @pytest.mark.parametrize("name", FORMATS)
 def test_is_recognised(name):
-    """OneTrainer's kohya and diffusers files have the keys of two other formats."""
+    """Two formats of OneTrainer have the same keys as other formats, so these are found instead."""
     twin = {"onetrainer-kohya": "default", "onetrainer-diffusers": "diffusers"}
     assert detect_format(list(random_file(name, seed=0))).name == twin.get(name, name)
 
@@ -71,7 +71,7 @@ def test_bfloat16(source, target):
 
 
 @pytest.mark.parametrize("target", [name for name in FORMATS if FORMATS[name].alpha])
-def test_split_parts_of_one_scale_are_stacked_without_loss(target):
+def test_split_parts_with_the_same_scale_are_fused_without_loss(target):
     original = random_file("onetrainer-legacy", seed=5)
     for key in original:
         if key.endswith(".alpha"):
@@ -80,7 +80,7 @@ def test_split_parts_of_one_scale_are_stacked_without_loss(target):
 
 
 @pytest.mark.parametrize("target", FORMATS)
-def test_a_lora_that_has_learned_nothing_yet_is_written_and_read(tmp_path, target):
+def test_an_untrained_lora_is_written_and_read(tmp_path, target):
     tensors = random_file("default", seed=1, missing=0)
     tensors |= {key: torch.zeros_like(up) for key, up in tensors.items() if key.endswith("lora_up.weight")}
     write_lora(from_tensors(tensors, {}, "test"), tmp_path / "a.safetensors", FORMATS[target])

@@ -1,4 +1,4 @@
-"""LoHa, LoKr and DoRA through the formats that have them, and what is said where a format has not."""
+"""LoHa, LoKr and DoRA in the formats that have them; the other formats refuse them."""
 
 import pytest
 import torch
@@ -73,7 +73,7 @@ def test_rank_makes_any_kind_a_lora(kind):
         to_tensors(reduced, FORMATS["diffusers"])
 
 
-def test_lokr_scale_counts_only_for_a_product():
+def test_lokr_has_scale_one_if_both_matrices_are_whole():
     torch.manual_seed(0)
     whole, product = make("lokr, whole", 144), make("lokr", 144)
     assert torch.allclose(whole.delta_weight(), torch.kron(whole.w1, whole.w2))
@@ -88,7 +88,7 @@ def test_dora_columns_as_older_lycoris_files_have():
     assert torch.allclose(factors.apply(weight), expected, atol=1e-5)
 
 
-def test_stacking_is_block_diagonal_only_where_it_must_be():
+def test_fusing_is_block_diagonal_only_if_columns_differ():
     torch.manual_seed(0)
     shared = draw(2, 48)
     parts = [LoraFactors(up=draw(48, 2), down=shared, alpha=4.0) for _ in range(3)]
@@ -102,7 +102,7 @@ def test_stacking_is_block_diagonal_only_where_it_must_be():
         assert torch.equal(part.up, again.up) and torch.equal(part.down, again.down) and part.alpha == again.alpha
 
 
-def test_a_fresh_lora_with_zero_up_keeps_its_parts():
+def test_an_untrained_lora_keeps_its_parts():
     parts = split_rows(LoraFactors(up=torch.zeros(144, 4), down=draw(4, 48)), [48] * 3)
     assert all(part.rank == 4 for part in parts)
 
@@ -128,7 +128,7 @@ def test_folding_rounds_once():
     assert folded.scale == 1.0
 
 
-def test_rows_are_those_of_the_whole():
+def test_factors_of_some_rows_have_the_update_of_these_rows():
     torch.manual_seed(0)
     for kind in ("loha", "dora"):
         factors, weight = make(kind, 144), torch.randn(144, 48)

@@ -1,4 +1,4 @@
-"""Metadata keys that other tools read, hashes computed by hand, and no secrets."""
+"""The metadata keys that other programs read, hashes computed by hand, and no secrets."""
 
 import hashlib
 import json
@@ -28,7 +28,7 @@ from networks.files.metadata import (
 from utils.errors import UserError
 from utils.safetensors_utils import save_file
 
-# docs/formats.md 2.5, but the keys that depend on tensors.
+# The keys of docs/formats.md 2.5, except the hashes.
 DOCUMENTED = """
 session_id training_started_at training_finished_at output_name learning_rate num_train_items
 num_batches_per_epoch num_epochs gradient_checkpointing gradient_checkpointing_cpu_offload
@@ -152,7 +152,7 @@ def test_wrong_resolution(text: str) -> None:
 
 
 def written_by_hand(tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> bytes:
-    """The format's definition: header length, JSON header padded to 8 bytes, tensors by falling dtype size and name."""
+    """A safetensors file by definition: header length, JSON header, tensors by falling dtype size and name."""
     header, data = {"__metadata__": metadata}, b""
     for name in sorted(tensors, key=lambda name: (-tensors[name].element_size(), name)):
         raw = tensors[name].numpy().tobytes()
