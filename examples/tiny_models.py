@@ -1,7 +1,6 @@
-"""Writes a small set of models with random weights in the layout and with the key names of the official ones.
+"""Writes small models with random weights, with the layout and the tensor names of the official ones.
 
-Scripts and tests load it through the very code that loads the 13B model. Nothing it makes is
-meaningful: videos are noise.
+The same code loads them and the 13B model, so they serve to test it. The videos that they make are noise.
 
     python -m examples.tiny_models FOLDER
 """
@@ -40,7 +39,7 @@ TINY_DIT = HunyuanVideoConfig(
     rope_dims=(4, 14, 14),
 )
 TINY_VAE = VaeConfig(block_out_channels=(8, 16, 16, 16), norm_num_groups=4)
-# head_dim is that of every Llama 3 and of CLIP-L, so that a single file without config.json loads as well.
+# The head sizes are those of every Llama 3 and of CLIP-L, so that a single file without config.json can be loaded too.
 TINY_LLM = {
     "hidden_size": 64,
     "num_attention_heads": 2,
@@ -56,8 +55,9 @@ TINY_CLIP = {
     "num_hidden_layers": 2,
     "max_position_embeddings": 77,
 }
-# `random_weights` draws tensors in the order of their names' dictionary. These patterns move a tensor behind another
-# one, into the order in which the models of examples/shapes were drawn, so that they can be made again bit for bit.
+# `random_weights` draws tensors in the order of their names. The models of examples/shapes were drawn in another order
+# than that of the state dicts. So that the recipe makes the same models again, a tensor whose name matches one of these
+# patterns is drawn after the tensor whose name results from the replacement.
 _DRAWN_AFTER = (
     (r"^vector_in\..*", "guidance_in.mlp.2.bias"),
     (r"(?<!resnets\.\d\.)norm2\.(weight|bias)$", "norm1.bias"),
@@ -77,7 +77,7 @@ class TinyModels:
 
 
 def _shapes(model: nn.Module, prefix: str = "") -> Shapes:
-    """Names and shapes of a model's state dict, in the order in which `random_weights` shall draw them."""
+    """Names and shapes of a model's state dict, in the order in which `random_weights` draws them."""
     shapes = {prefix + name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     position = {name: index for index, name in enumerate(shapes)}
 
@@ -115,10 +115,12 @@ def clip_shapes(config: CLIPTextConfig) -> Shapes:
 def random_weights(
     shapes: Mapping[str, tuple[int, ...]], seed: int, gains: Mapping[str, float] | None = None
 ) -> dict[str, torch.Tensor]:
-    """Float32 weights that keep activations near unit size: matrices N(0, 1/fan_in), norms about 1, biases about 0.
+    """Random float32 weights that keep activations near unit variance.
+
+    Matrices are N(0, 1/fan_in), the weights of norms N(1, 0.01), biases N(0, 0.01).
 
     Args:
-        gains: factors for the tensors whose names contain these words.
+        gains: {part of a name: factor}; every tensor is multiplied by the factors of all parts that its name contains.
     """
     generator = torch.Generator().manual_seed(seed)
     weights = {}
@@ -155,7 +157,7 @@ def write_tiny_models(folder: str | Path, seed: int = 0) -> TinyModels:
 
 
 def _write_vae(path: Path, config: VaeConfig, seed: int) -> None:
-    """The official folder holds a config.json beside the weights: shapes do not tell the number of norm groups."""
+    """Writes weights and config.json, as in the official folder. Shapes do not tell the number of norm groups."""
     with atomic_path(path) as temporary:
         torch.save({"state_dict": random_weights(vae_shapes(config), seed)}, temporary)
     content = {
@@ -187,7 +189,7 @@ def write_llm(
         "max_position_embeddings": 8192,
         "rms_norm_eps": 1e-5,
         "rope_theta": 500000.0,
-        # As in LLaVA the embedding has more rows than there are tokens: it is padded to a multiple of 64.
+        # As in LLaVA the embedding has more rows than there are tokens: their number is a multiple of 64.
         "vocab_size": math.ceil(tokenizer.get_vocab_size() / 64) * 64,
         "bos_token_id": tokenizer.token_to_id("<|begin_of_text|>"),
         "eos_token_id": tokenizer.token_to_id("<|end_of_text|>"),

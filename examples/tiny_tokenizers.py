@@ -1,4 +1,4 @@
-"""Small tokenizers for the small text encoders, trained in a moment on a few sentences."""
+"""Small tokenizers for the small text encoders, trained within a second on a few sentences."""
 
 import json
 from collections.abc import Sequence
@@ -26,7 +26,7 @@ MERGES = 300
 def _trained(
     text: Sequence[str], merges: int, pre_tokenizer: pre_tokenizers.PreTokenizer, end_of_word: str = ""
 ) -> tuple[list[str], list[tuple[str, str]]]:
-    """Byte-level BPE: the tokens in the order of their ids, every single byte first, and the merges."""
+    """Trains byte-level BPE; returns the tokens in the order of their ids, single bytes first, and the merges."""
     learner = Tokenizer(BPE())
     learner.pre_tokenizer = pre_tokenizer
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
@@ -38,20 +38,20 @@ def _trained(
     )
     learner.train_from_iterator([line.lower() if end_of_word else line for line in text], trainer)
     pairs = [tuple(pair) for pair in json.loads(learner.to_str())["model"]["merges"]]
-    # A byte that ends a word is a token of its own, and the training text has not every byte in that place.
+    # A byte at the end of a word is another token. Not every byte ends a word of the training text, so all are added.
     endings = [byte + end_of_word for byte in alphabet] if end_of_word else []
     return [*alphabet, *endings, *map("".join, pairs)], pairs
 
 
 def llama_tokenizer(text: Sequence[str] = TRAINING_TEXT, merges: int = MERGES) -> Tokenizer:
-    """A small Llama 3 tokenizer that knows the words of `text`, if there are enough merges as whole tokens."""
+    """A small Llama 3 tokenizer. With enough merges every word of `text` is one token."""
     return bpe_tokenizers.llama_tokenizer(*_trained(text, merges, llama_pre_tokenizer()))
 
 
 def clip_tokenizer(text: Sequence[str] = TRAINING_TEXT, merges: int = MERGES) -> Tokenizer:
-    """A small CLIP tokenizer, by the same rule.
+    """A small CLIP tokenizer. With enough merges every word of `text` is one token.
 
-    The end token has the highest id: models published before 2023 find it as the largest of a row.
+    The end token has the highest id: models published before 2023 look for it as the largest id of a row.
     """
     tokens, pairs = _trained(text, merges, clip_pre_tokenizer(), END_OF_WORD)
     ids = {token: index for index, token in enumerate([*tokens, *CLIP_SPECIAL_TOKENS])}
@@ -59,6 +59,6 @@ def clip_tokenizer(text: Sequence[str] = TRAINING_TEXT, merges: int = MERGES) ->
 
 
 def write_tokenizer(tokenizer: Tokenizer, folder: Path, **config: object) -> None:
-    """Writes `tokenizer.json` and, from `config`, the `tokenizer_config.json` that transformers reads beside it."""
+    """Writes `tokenizer.json`, and `config` as the `tokenizer_config.json` that transformers reads."""
     write_text(folder / "tokenizer.json", tokenizer.to_str(pretty=True))
     write_text(folder / "tokenizer_config.json", json.dumps(config, indent=2) + "\n")

@@ -1,8 +1,8 @@
-"""One attention entry: heads in, tokens out; the backend is chosen once, when a model is loaded.
+"""Attention backends with one signature. A model gets its backend when it is loaded.
 
-Every backend has the signature `(q, k, v, key_mask=None)` with q, k, v (B, H, L, D) and key_mask (B, 1, 1, L) bool,
-True for keys that count, and returns (B, L, H x D). The keys that count come first in each row, since text is padded
-on the right. Nobody here ever builds an L x L mask.
+Every backend is a function `(q, k, v, key_mask=None)` with q, k, v (B, H, L, D) and key_mask (B, 1, 1, L) bool, True
+for valid keys. It returns (B, L, H x D). In each row the valid keys come first, because text is padded on the right. No
+backend builds an L x L mask.
 """
 
 import math
@@ -19,8 +19,8 @@ from utils.errors import UserError, one_line
 
 Attention = Callable[..., Tensor]
 
-# Largest relative error against exact attention that a backend may have: a few roundings of its dtype. The float32
-# value allows TF32. SageAttention rounds q and k to 8 bits.
+# The largest relative error against exact attention that a backend may have: a few roundings of its dtype. The value
+# for float32 allows TF32. SageAttention rounds q and k to 8 bits.
 TOLERANCE = {torch.float32: 2e-3, torch.float16: 5e-3, torch.bfloat16: 2e-2}
 SAGE_TOLERANCE = 0.1
 
@@ -32,10 +32,10 @@ def torch_attention(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None = N
 
 
 def _sequence_ends(key_mask: Tensor) -> Tensor:
-    """Cumulative lengths (2B + 1,) int32 of the sequences in the rows laid end to end.
+    """Cumulative sequence lengths (2B + 1,) int32 of all rows, one after the other.
 
-    Each row is two sequences, its tokens and its padding: so the padding attends to itself alone, and no token has to
-    be moved to make room for another.
+    Each row counts as two sequences, its valid tokens and its padding. So padding attends only to padding, and the
+    rows need not be packed before attention.
     """
     batch, length = key_mask.shape[0], key_mask.shape[-1]
     starts = torch.arange(batch, device=key_mask.device) * length
@@ -56,7 +56,7 @@ def _flash3() -> Attention:
 
 
 def _flash_like(dense: Callable[..., Tensor], ragged: Callable[..., Tensor]) -> Attention:
-    """FlashAttention 2 and 3: (B, L, H, D), or all rows end to end as (B L, H, D)."""
+    """FlashAttention 2 or 3. `dense` takes (B, L, H, D); `ragged` takes all rows as one, (B L, H, D)."""
 
     def attention(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None = None) -> Tensor:
         batch, _, length, _ = q.shape
@@ -72,7 +72,7 @@ def _flash_like(dense: Callable[..., Tensor], ragged: Callable[..., Tensor]) -> 
 
 
 def _only_output(result: Tensor | tuple[Tensor, ...]) -> Tensor:
-    """Some releases of FlashAttention 3 return the log-sum-exp as well."""
+    """The attention output; some releases of FlashAttention 3 also return the log-sum-exp."""
     return result[0] if isinstance(result, tuple) else result
 
 
@@ -122,21 +122,23 @@ def attention_backend(name: str, split: bool = False) -> Attention:
     """The backend called `name` (a value of --attn_mode).
 
     Args:
-        split: attend to the items of a batch one after the other, each without its padding (--split_attn).
+        split: compute one item of the batch after the other, without its padding (--split_attn).
 
     Raises:
-        UserError: the name is unknown, or its package is not installed or does not import.
+        UserError: the name is unknown, or its package is not installed or cannot be imported.
     """
     require_attention(name)
     try:
         backend = _BACKENDS[name]()
     except Exception as error:  # compiled extensions fail to import in many ways
-        message = one_line(error)[:200]
-        raise UserError(f"attention mode '{name}': its package does not import ({message}); install it again") from None
+        message = f"its package cannot be imported ({one_line(error)[:200]}); install it again"
+        raise UserError(f"attention mode '{name}': {message}") from None
     return _one_by_one(backend) if split else backend
 
 
 def _one_by_one(backend: Attention) -> Attention:
+    """The same backend, called for one item of the batch after the other."""
+
     def attention(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None = None) -> Tensor:
         batch, _, longest, _ = q.shape
         lengths = [longest] * batch if key_mask is None else key_mask.flatten(1).sum(1).tolist()
@@ -150,7 +152,7 @@ def _one_by_one(backend: Attention) -> Attention:
 
 
 def exact_attention(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None = None) -> Tensor:
-    """softmax(q k^T / sqrt(D)) v in float64 on the CPU: what every backend is measured by."""
+    """softmax(q k^T / sqrt(D)) v in float64 on the CPU, the reference for every backend."""
     q, k, v = (x.double().cpu() for x in (q, k, v))
     scores = q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1])  # B H L L
     if key_mask is not None:
@@ -161,13 +163,13 @@ def exact_attention(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None = N
 def verify_attention(
     name: str, device: torch.device | str, dtype: torch.dtype, head_dim: int = 128, split: bool = False
 ) -> float:
-    """Compares a backend with exact attention on a small batch, with and without padding, before it is relied on.
+    """Compares a backend with exact attention on a small batch, with and without padding.
 
     Returns:
         The larger relative error of the two.
 
     Raises:
-        UserError: the backend is missing, does not run with this device and dtype, or is wrong.
+        UserError: the backend is missing, does not run on this device or with this dtype, or computes wrong results.
     """
     backend = attention_backend(name, split)
     generator = torch.Generator().manual_seed(0)
@@ -176,16 +178,16 @@ def verify_attention(
     padded = (torch.arange(96, device=device) < lengths[:, None])[:, None, None, :]  # B 1 1 L
     errors = []
     for key_mask in (None, padded):
-        counts = torch.ones(2, 96, dtype=torch.bool) if key_mask is None else padded[:, 0, 0].cpu()
-        expected = exact_attention(q, k, v, key_mask)[counts]
+        valid = torch.ones(2, 96, dtype=torch.bool) if key_mask is None else padded[:, 0, 0].cpu()
+        expected = exact_attention(q, k, v, key_mask)[valid]
         try:
-            found = backend(q, k, v, key_mask).double().cpu()[counts]
-        except Exception as error:  # whatever a kernel raises for a GPU or dtype that it was not built for
+            found = backend(q, k, v, key_mask).double().cpu()[valid]
+        except Exception as error:  # kernels raise anything for a GPU or dtype that they were not built for
             message = f"does not run on {device} with {dtype_word(dtype)}: {one_line(error)[:200]}"
             raise UserError(f"attention mode '{name}' {message}; use --attn_mode torch or --sdpa") from None
         errors.append(float((found - expected).norm() / expected.norm()))
     allowed = SAGE_TOLERANCE if name == "sageattn" else TOLERANCE[dtype]
     if not all(error <= allowed for error in errors):
-        message = f"relative error {max(errors):.2g} on {device} with {dtype_word(dtype)}, at most {allowed:g} is right"
+        message = f"relative error {max(errors):.2g} on {device} with {dtype_word(dtype)}, allowed {allowed:g}"
         raise UserError(f"attention mode '{name}' computes wrong results here ({message}); use --attn_mode torch")
     return max(errors)

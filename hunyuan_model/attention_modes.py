@@ -1,4 +1,4 @@
-"""Attention backends by the words that users type, and what each needs; imports nothing heavy."""
+"""The attention backends that users can choose, and the package that each one needs. Imports nothing heavy."""
 
 import importlib.metadata
 import importlib.util
@@ -8,13 +8,13 @@ from packaging.version import Version
 
 from utils.errors import UserError, did_you_mean
 
-# Before it, scaled dot product attention with a key mask could give wrong results on CUDA: black videos.
+# In older releases scaled dot product attention with a key mask can give wrong results on CUDA: the videos are black.
 MINIMUM_TORCH = "2.5.1"
 
 
 @dataclass(frozen=True)
 class AttentionMode:
-    """What a backend needs."""
+    """The module that a backend imports, and the command that installs it."""
 
     module: str
     install: str
@@ -31,10 +31,10 @@ ATTENTION_MODES = {
 
 
 def require_attention(name: str) -> None:
-    """Refuses a backend that cannot work here, before anything is loaded.
+    """Checks that a backend is known and installed, without importing it.
 
     Raises:
-        UserError: unknown, its package is not installed, or torch is too old for its own attention.
+        UserError: unknown, not installed, or the attention of this torch release is broken.
     """
     mode = ATTENTION_MODES.get(name)
     if mode is None:
@@ -44,4 +44,4 @@ def require_attention(name: str) -> None:
         raise UserError(f"attention mode '{name}': the package {mode.module} is not installed; {mode.install}")
     if mode.module == "torch" and Version(importlib.metadata.version("torch")) < Version(MINIMUM_TORCH):
         found = importlib.metadata.version("torch")
-        raise UserError(f"attention mode '{name}': torch {found} has a wrong one (black videos); {mode.install}")
+        raise UserError(f"attention mode '{name}': torch {found} has a broken one (black videos); {mode.install}")

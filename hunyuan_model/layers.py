@@ -51,12 +51,12 @@ def apply_rotary(x: Tensor, freqs: tuple[Tensor, Tensor]) -> Tensor:
 def rotary_frequencies(
     grid: tuple[int, int, int], text_tokens: int, rope_dims: tuple[int, int, int], theta: float, device: torch.device
 ) -> tuple[Tensor, Tensor]:
-    """cos and sin, each (f h w + text_tokens, head_dim / 2): one band of channels per axis, text at angle zero.
+    """cos and sin, each (f h w + text_tokens, head_dim / 2). Each axis rotates channels of its own.
 
     Args:
         grid: image tokens along frames, height and width.
-        text_tokens: text tokens that follow the image tokens; a rotation by zero leaves them exactly as they are.
-        rope_dims: channels of each axis; their sum is head_dim.
+        text_tokens: number of text tokens, which follow the image tokens. Their angle is 0, so they are not rotated.
+        rope_dims: channels that each axis rotates; their sum is head_dim.
         theta: base of the geometric series of wavelengths (256 in HunyuanVideo).
     """
     angles = []
@@ -98,7 +98,7 @@ class MLP(nn.Module):
 
 
 class Modulation(nn.Module):
-    """linear(silu(vec)) cut into `count` conditioning vectors."""
+    """linear(silu(vec)), split into `count` vectors (B, D)."""
 
     def __init__(self, dim: int, count: int) -> None:
         super().__init__()
@@ -121,7 +121,7 @@ class PatchEmbed(nn.Module):
 
 
 class TimestepEmbedder(nn.Module):
-    """A scalar in 0..1000 -> vector (B, D) through a sinusoidal code (arXiv 1706.03762) and an MLP."""
+    """Scalars (B,) in 0..1000 -> (B, D) by a sinusoidal embedding (arXiv 1706.03762) and an MLP."""
 
     def __init__(self, dim: int, frequency_dim: int) -> None:
         super().__init__()
@@ -132,12 +132,12 @@ class TimestepEmbedder(nn.Module):
         half = self.frequency_dim // 2
         steps = torch.arange(half, device=t.device, dtype=torch.float32)
         angles = t.float().unsqueeze(-1) * torch.exp(-math.log(10000) / half * steps)  # B half
-        code = torch.cat((angles.cos(), angles.sin()), dim=-1)
-        return self.mlp(code.to(self.mlp[0].weight.dtype))
+        embedding = torch.cat((angles.cos(), angles.sin()), dim=-1)  # B frequency_dim
+        return self.mlp(embedding.to(self.mlp[0].weight.dtype))
 
 
 class VectorEmbedder(nn.Module):
-    """Two linear layers with SiLU between, for the pooled CLIP text."""
+    """Two linear layers with SiLU between them, for the pooled CLIP text."""
 
     def __init__(self, dim_in: int, dim: int) -> None:
         super().__init__()
@@ -149,7 +149,7 @@ class VectorEmbedder(nn.Module):
 
 
 class TextProjection(nn.Module):
-    """Two linear layers with SiLU between, for the mean of the LLM text."""
+    """Two linear layers with SiLU between them, for the mean of the LLM's states."""
 
     def __init__(self, dim_in: int, dim: int) -> None:
         super().__init__()
@@ -161,7 +161,7 @@ class TextProjection(nn.Module):
 
 
 class RefinerBlock(nn.Module):
-    """One transformer block over the text alone, gated by timestep and mean text."""
+    """A transformer block over text tokens only, gated by the timestep and the mean of the LLM's states."""
 
     def __init__(self, dim: int, heads: int, mlp_hidden: int) -> None:
         super().__init__()
@@ -182,7 +182,7 @@ class RefinerBlock(nn.Module):
 
 
 class IndividualTokenRefiner(nn.Module):
-    """The stack of refiner blocks (its own module because the checkpoint names it)."""
+    """The refiner blocks, one after the other. It is a module because the official names contain it."""
 
     def __init__(self, dim: int, heads: int, mlp_hidden: int, depth: int) -> None:
         super().__init__()

@@ -4,10 +4,11 @@ Shapes: latents B C f h w, tokens B L D, heads B H L D. Image tokens come first,
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
@@ -26,6 +27,7 @@ from hunyuan_model.layers import (
     rotary_frequencies,
     split_heads,
 )
+from hunyuan_model.shapes import Shapes, depth
 from utils.errors import UserError
 
 ROPE_THETA = 256.0
@@ -55,14 +57,12 @@ class HunyuanVideoConfig:
         return self.hidden_size // self.heads
 
     @classmethod
-    def from_shapes(
-        cls, shapes: Mapping[str, Sequence[int]], rope_dims: Sequence[int] | None = None
-    ) -> "HunyuanVideoConfig":
+    def from_shapes(cls, shapes: Shapes, rope_dims: Sequence[int] | None = None) -> "HunyuanVideoConfig":
         """Reads every size from the shapes of an official state dict.
 
         Args:
-            shapes: {key: shape} with official names.
-            rope_dims: channels of the three axes where they break the rule head_dim x (1/8, 7/16, 7/16).
+            shapes: {name: shape} with official names.
+            rope_dims: rotary channels of frames, height and width; by default head_dim x (1/8, 7/16, 7/16).
 
         Raises:
             UserError: a key that every HunyuanVideo DiT has is missing, or the sizes contradict each other.
@@ -81,9 +81,9 @@ class HunyuanVideoConfig:
             hidden_size=hidden,
             heads=hidden // head_dim,
             mlp_hidden=mlp_hidden,
-            depth_double=_depth(shapes, "double_blocks."),
-            depth_single=_depth(shapes, "single_blocks."),
-            depth_refiner=_depth(shapes, "txt_in.individual_token_refiner.blocks."),
+            depth_double=depth(shapes, "double_blocks."),
+            depth_single=depth(shapes, "single_blocks."),
+            depth_refiner=depth(shapes, "txt_in.individual_token_refiner.blocks."),
             patch_size=tuple(patch),
             in_channels=in_channels,
             out_channels=patch_values // math.prod(patch),
@@ -93,11 +93,6 @@ class HunyuanVideoConfig:
             rope_dims=_rope_dims(head_dim, rope_dims),
             guidance_embed="guidance_in.mlp.0.weight" in shapes,
         )
-
-
-def _depth(shapes: Mapping[str, Sequence[int]], prefix: str) -> int:
-    """How many numbered children a module list has."""
-    return len({key[len(prefix) :].split(".")[0] for key in shapes if key.startswith(prefix)})
 
 
 def _rope_dims(head_dim: int, given: Sequence[int] | None) -> tuple[int, int, int]:
@@ -111,7 +106,7 @@ def _rope_dims(head_dim: int, given: Sequence[int] | None) -> tuple[int, int, in
 
 
 class MMDoubleStreamBlock(nn.Module):
-    """Image and text keep their own weights and meet in one attention."""
+    """Image and text tokens have weights of their own and attend to each other in one joint attention."""
 
     def __init__(self, config: HunyuanVideoConfig) -> None:
         super().__init__()
@@ -156,7 +151,7 @@ class MMDoubleStreamBlock(nn.Module):
 
 
 class MMSingleStreamBlock(nn.Module):
-    """Image and text as one stream; attention and MLP run in parallel (arXiv 2302.05442)."""
+    """Image and text tokens as one sequence; attention and MLP run in parallel (arXiv 2302.05442)."""
 
     def __init__(self, config: HunyuanVideoConfig) -> None:
         super().__init__()
@@ -182,10 +177,7 @@ class MMSingleStreamBlock(nn.Module):
 
 
 class HYVideoDiffusionTransformer(nn.Module):
-    """Predicts the velocity noise - latents of a noisy latent video.
-
-    Block swap, fp8, LoRA, checkpointing and compilation are applied to it from outside.
-    """
+    """Predicts the velocity, noise - latents, of a noisy latent video."""
 
     def __init__(self, config: HunyuanVideoConfig) -> None:
         super().__init__()
@@ -212,11 +204,11 @@ class HYVideoDiffusionTransformer(nn.Module):
 
     @property
     def blocks(self) -> list[nn.Module]:
-        """All double and single blocks in the order in which they run."""
+        """All double and single blocks, in the order in which they run."""
         return [*self.double_blocks, *self.single_blocks]
 
     def set_attention(self, name: str, split: bool = False) -> None:
-        """Chooses the attention backend of every block; see `hunyuan_model.attention`."""
+        """Sets the attention backend of every block; see `hunyuan_model.attention.attention_backend`."""
         backend = attention_backend(name, split)
         for module in self.modules():
             if hasattr(module, "attention"):
@@ -234,35 +226,38 @@ class HYVideoDiffusionTransformer(nn.Module):
         """The velocity (B, C, f, h, w) of noisy latents.
 
         Args:
-            x: (B, C, f, h, w); h and w are multiples of the patch size.
+            x: noisy latents (B, C, f, h, w); h and w are multiples of the patch size.
             timestep: (B,) in 0..1000, 1000 x sigma.
             text_states: (B, L, D_text) of the LLM, padded on the right.
-            text_mask: (B, L), nonzero for tokens that count, at least one in each row.
+            text_mask: (B, L), nonzero for valid tokens, at least one in each row.
             text_states_2: (B, D_text_2), pooled CLIP text.
-            guidance: (B,) embedded guidance scale x 1000; for models with a guidance embedding.
+            guidance: (B,) embedded guidance scale x 1000; required if the model has a guidance embedding.
         """
         grid = tuple(size // patch for size, patch in zip(x.shape[2:], self.config.patch_size, strict=True))
-        text_states, text_mask, key_mask = drop_padding(text_states, text_mask)
-        tokens = math.prod(grid)
+        text_states, text_mask, text_key_mask = drop_padding(text_states, text_mask)
 
-        vec = self.time_in(timestep) + self.vector_in(text_states_2.to(self.dtype))
-        if self.guidance_in is not None:
-            if guidance is None:
-                raise ValueError("this model has a guidance embedding: guidance (B,) is required")
-            vec = vec + self.guidance_in(guidance)
+        vec = self._condition(timestep, text_states_2, guidance)
         img = self.img_in(x.to(self.dtype))  # B C f h w -> B L_img D
-        txt = self.txt_in(text_states.to(self.dtype), timestep, text_mask, key_mask)  # B L D_text -> B L_txt D
-
+        txt = self.txt_in(text_states.to(self.dtype), timestep, text_mask, text_key_mask)  # B L D_text -> B L_txt D
         freqs = rotary_frequencies(grid, txt.shape[1], self.config.rope_dims, ROPE_THETA, img.device)
-        if key_mask is not None:
-            key_mask = torch.cat((key_mask.new_ones(*key_mask.shape[:3], tokens), key_mask), dim=-1)
+        key_mask = with_image_keys(text_key_mask, image_tokens=img.shape[1])
+
         for block in self.double_blocks:
             img, txt = block(img, txt, vec, freqs, key_mask)
         joint = torch.cat((img, txt), dim=1)  # B L_img+L_txt D
         for block in self.single_blocks:
             joint = block(joint, vec, freqs, key_mask)
-        patches = self.final_layer(joint[:, :tokens], vec)
+        patches = self.final_layer(joint[:, : img.shape[1]], vec)  # B L_img (C pt ph pw)
         return self._unpatchify(patches, grid)
+
+    def _condition(self, timestep: Tensor, text_states_2: Tensor, guidance: Tensor | None) -> Tensor:
+        """The vector (B, D) that modulates every block."""
+        vec = self.time_in(timestep) + self.vector_in(text_states_2.to(self.dtype))
+        if self.guidance_in is None:
+            return vec
+        if guidance is None:
+            raise ValueError("this model has a guidance embedding: guidance (B,) is required")
+        return vec + self.guidance_in(guidance)
 
     def _unpatchify(self, patches: Tensor, grid: tuple[int, int, int]) -> Tensor:
         """Patches (B, f h w, C pt ph pw) -> latents (B, C, f pt, h ph, w pw)."""
@@ -274,16 +269,23 @@ class HYVideoDiffusionTransformer(nn.Module):
 
 
 def drop_padding(text: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Cuts text to the longest caption of the batch; padding that no caption needs never enters the blocks.
+    """Cuts text to the length of the longest caption in the batch.
 
     Args:
         text: (B, L, D).
-        mask: (B, L), nonzero for tokens that count.
+        mask: (B, L), nonzero for valid tokens.
 
     Returns:
-        text (B, L', D), mask (B, L') bool, and key_mask (B, 1, 1, L') bool, or None if every remaining token counts.
+        text (B, L', D), mask (B, L') bool, and key_mask (B, 1, 1, L') bool, None if all remaining tokens are valid.
     """
     mask = mask.bool()
     length = int(mask.any(dim=0).nonzero().max()) + 1
     text, mask = text[:, :length], mask[:, :length]
     return text, mask, None if bool(mask.all()) else mask[:, None, None, :]
+
+
+def with_image_keys(text_key_mask: Tensor | None, image_tokens: int) -> Tensor | None:
+    """(B, 1, 1, L_txt) -> (B, 1, 1, L_img + L_txt): every image token is valid. None stays None."""
+    if text_key_mask is None:
+        return None
+    return F.pad(text_key_mask, (image_tokens, 0), value=True)

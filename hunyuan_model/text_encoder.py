@@ -1,9 +1,9 @@
 """The two text encoders: LLaVA-Llama-3-8B's language model for the token states, CLIP-L for one pooled vector.
 
-The layers are those of transformers. Of the LLM only those are built, loaded and run whose output is used: the
-conditioning is its third hidden state from the end, so the last two layers, the final norm and the head are not.
+The layers are those of transformers. The DiT is conditioned on the LLM's third hidden state from the end, so the LLM's
+last two layers, its final norm and its head are never built, loaded or run.
 
-    model = empty_llm(config)          # on the meta device; a loader fills `model.state_dict()` name by name
+    model = empty_llm(config)          # parameters on the meta device; a loader fills them one by one
     llm = LlmTextEncoder(model, llm_tokenizer(path), fingerprint)
     states, mask = llm.encode(["a cat"])
 """
@@ -16,12 +16,13 @@ from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, LlamaConfig, LlamaModel
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
+from hunyuan_model.shapes import Shapes, depth
 from hunyuan_model.tokenizers import PromptTokenizer
 from utils.errors import UserError
 
-# hidden_states[-3]: "hidden_state_skip_layer = 2" of the official pipeline.
+# The official pipeline's "hidden_state_skip_layer": the states are hidden_states[-3] of the whole LLM.
 SKIPPED_LAYERS = 2
-# Of every Llama 3 and of CLIP ViT-L/14; the shapes of a single file do not tell it.
+# The head sizes of every Llama 3 and of CLIP ViT-L/14, which the shapes of a single file do not tell.
 LLAMA_3_HEAD_DIM = 128
 CLIP_HEAD_DIM = 64
 
@@ -30,7 +31,7 @@ class LlmTextEncoder:
     """Text encoder 1.
 
     Args:
-        model: from `empty_llm`, filled, or any Llama whose `last_hidden_state` is the conditioning.
+        model: an `empty_llm` that was filled, or any Llama whose `last_hidden_state` is the conditioning.
         tokenizer: from `hunyuan_model.tokenizers.llm_tokenizer`.
         fingerprint: identifies weights and tokenizer in caches.
 
@@ -40,21 +41,21 @@ class LlmTextEncoder:
 
     def __init__(self, model: nn.Module, tokenizer: PromptTokenizer, fingerprint: str) -> None:
         _check_vocabulary(model, tokenizer)
-        # Loaders place the parameters; the buffers follow.
+        # A loader has moved the parameters to their device; this moves the buffers.
         self.model = model.eval().requires_grad_(False).to(model.device)
         self.tokenizer = tokenizer
         self.fingerprint = fingerprint
 
     @torch.no_grad()
     def encode(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
-        """Token states (B, 256, D) and their mask (B, 256) int64, right padded, without the template's tokens."""
+        """States (B, 256, D) of the prompts' tokens and their mask (B, 256) int64, padded on the right."""
         ids, mask = (each.to(self.model.device) for each in self.tokenizer(prompts))  # (B, prefix + 256)
         states = self.model(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state  # (B, L, D)
         prefix = self.tokenizer.prefix_length
         return states[:, prefix:], mask[:, prefix:]
 
     def truncated(self, prompts: Sequence[str]) -> list[str]:
-        """For each prompt the end beyond 256 tokens, which is cut; empty where nothing is."""
+        """For each prompt the end beyond 256 tokens, which is cut; an empty string if nothing is cut."""
         return self.tokenizer.truncated(prompts)
 
 
@@ -62,7 +63,7 @@ class ClipTextEncoder:
     """Text encoder 2.
 
     Args:
-        model: from `empty_clip`, filled.
+        model: an `empty_clip` that was filled.
         tokenizer: from `hunyuan_model.tokenizers.clip_tokenizer`.
         fingerprint: identifies weights and tokenizer in caches.
 
@@ -72,7 +73,7 @@ class ClipTextEncoder:
 
     def __init__(self, model: nn.Module, tokenizer: PromptTokenizer, fingerprint: str) -> None:
         _check_vocabulary(model, tokenizer)
-        # Loaders place the parameters; the buffers follow.
+        # A loader has moved the parameters to their device; this moves the buffers.
         self.model = model.eval().requires_grad_(False).to(model.device)
         self.tokenizer = tokenizer
         self.fingerprint = fingerprint
@@ -88,17 +89,17 @@ def _check_vocabulary(model: nn.Module, tokenizer: PromptTokenizer) -> None:
     rows = model.get_input_embeddings().num_embeddings
     if tokenizer.size > rows:
         raise UserError(
-            f"{tokenizer.path}: {tokenizer.size} tokens, but the text encoder knows {rows}: the tokenizer of another "
-            "model; give the one that belongs to it with --tokenizer1 (LLM) or --tokenizer2 (CLIP)"
+            f"{tokenizer.path}: a tokenizer with {tokenizer.size} tokens, but the text encoder has {rows}; give the "
+            "right one with --tokenizer1 (LLM) or --tokenizer2 (CLIP)"
         )
 
 
-def llm_config_from_shapes(shapes: Mapping[str, Sequence[int]], config: Mapping[str, Any] | None = None) -> LlamaConfig:
-    """The config of a Llama 3 from its tensors' shapes and, as far as it says something, its config.json.
+def llm_config_from_shapes(shapes: Shapes, config: Mapping[str, Any] | None = None) -> LlamaConfig:
+    """The config of a Llama 3 from the shapes of its tensors; what its config.json states has precedence.
 
     Args:
-        shapes: {key: shape} with the names of a LlamaForCausalLM (`model.layers.0...`).
-        config: content of config.json; of a LLaVA's only the language part counts, which lists by far not all sizes.
+        shapes: {name: shape} with the names of a LlamaForCausalLM (`model.layers.0...`).
+        config: content of config.json, which may omit sizes; of a LLaVA's only the language part is used.
 
     Raises:
         UserError: a tensor that every Llama has is missing.
@@ -121,7 +122,7 @@ def llm_config_from_shapes(shapes: Mapping[str, Sequence[int]], config: Mapping[
         "head_dim": queries // heads,
         "num_attention_heads": heads,
         "num_key_value_heads": keys * heads // queries,
-        "num_hidden_layers": _depth(shapes, "model.layers."),
+        "num_hidden_layers": depth(shapes, "model.layers."),
         "max_position_embeddings": 8192,
         "rms_norm_eps": 1e-5,
     }
@@ -130,14 +131,12 @@ def llm_config_from_shapes(shapes: Mapping[str, Sequence[int]], config: Mapping[
     return LlamaConfig(**(sizes | given))
 
 
-def clip_config_from_shapes(
-    shapes: Mapping[str, Sequence[int]], config: Mapping[str, Any] | None = None
-) -> CLIPTextConfig:
-    """The config of a CLIP-L text model from its tensors' shapes and, as far as it says something, its config.json.
+def clip_config_from_shapes(shapes: Shapes, config: Mapping[str, Any] | None = None) -> CLIPTextConfig:
+    """The config of a CLIP-L text model from the shapes of its tensors; what its config.json states has precedence.
 
     Args:
-        shapes: {key: shape} with the published names (`text_model.encoder...`).
-        config: content of config.json; of a whole CLIP's only the text part counts.
+        shapes: {name: shape} with the published names (`text_model.encoder...`).
+        config: content of config.json; of a whole CLIP's only the text part is used.
 
     Raises:
         UserError: a tensor that every CLIP text model has is missing.
@@ -155,7 +154,7 @@ def clip_config_from_shapes(
         "hidden_size": hidden,
         "intermediate_size": mlp,
         "num_attention_heads": hidden // CLIP_HEAD_DIM,
-        "num_hidden_layers": _depth(shapes, "text_model.encoder.layers."),
+        "num_hidden_layers": depth(shapes, "text_model.encoder.layers."),
         "max_position_embeddings": positions,
         "hidden_act": "quick_gelu",
         "layer_norm_eps": 1e-5,
@@ -166,12 +165,8 @@ def clip_config_from_shapes(
     return CLIPTextConfig(**(sizes | given))
 
 
-def _depth(shapes: Mapping[str, Sequence[int]], prefix: str) -> int:
-    return len({key[len(prefix) :].split(".")[0] for key in shapes if key.startswith(prefix)})
-
-
 def empty_llm(config: LlamaConfig) -> LlamaModel:
-    """The needed layers of the LLM, parameters on the meta device, buffers real.
+    """The layers of the LLM that are used, with parameters on the meta device and buffers on the CPU.
 
     The parameter `layers.0...` is the tensor `model.layers.0...` of a LlamaForCausalLM.
 
@@ -181,7 +176,7 @@ def empty_llm(config: LlamaConfig) -> LlamaModel:
     needed = config.num_hidden_layers - SKIPPED_LAYERS
     if needed < 1:
         raise UserError(f"text encoder 1: {config.num_hidden_layers} layers, at least {SKIPPED_LAYERS + 1} are needed")
-    # The last states are returned without the final norm, and no text is generated: no cache of keys and values.
+    # No text is generated, so no keys and values are cached. The states are used without the final norm.
     config = LlamaConfig(**(config.to_dict() | {"num_hidden_layers": needed, "use_cache": False}))
     with torch.device("meta"):
         model = LlamaModel(config)
@@ -191,7 +186,7 @@ def empty_llm(config: LlamaConfig) -> LlamaModel:
 
 
 def empty_clip(config: CLIPTextConfig) -> CLIPTextModel:
-    """CLIP's text model, parameters on the meta device, buffers real.
+    """CLIP's text model, with parameters on the meta device and buffers on the CPU.
 
     The parameter `encoder.layers.0...` is the tensor `text_model.encoder.layers.0...` of the published files.
     """

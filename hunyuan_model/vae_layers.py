@@ -1,11 +1,13 @@
-"""Layers of the causal 3D VAE; each holds its input, its output and a few frames more, whatever the length.
+"""Layers of the causal 3D VAE, which need little more memory than their input and output, however long the clip is.
 
-A convolution never sees its whole input padded, normalised or upsampled: it reads a few frames at a time from a
-`Clip`, which computes them on the way. Its frames come last to first, so that a layer may overwrite its own input:
-causal convolutions only look back. Activations are B C F H W. Blocks have no forward but `layers()`, which the network
-runs itself: the caller of a block would keep the block's input until its end.
+- A convolution does not pad, normalise or upsample its whole input. It asks a `Frames` object for a few frames at a
+  time, which normalises or upsamples just these.
+- A convolution computes the last frames first. It is causal, so the frames that it still needs are earlier ones, and a
+  layer may write its output over the frames of its input that are no longer needed.
+- A block has no `forward`. It lists its `layers()`, which the network runs one by one. If the network called a block,
+  it would keep the block's input in memory until the block returned.
 
-The layers have no backward pass: activations are overwritten, and the VAE is never trained here.
+Activations are B C F H W. The layers are for inference only: they overwrite activations that a backward pass needs.
 """
 
 from collections.abc import Iterator
@@ -14,20 +16,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-# A convolution's window and its piece of the output, each 512 MB in float32, whatever chunk size is set; also keeps
-# every index below 2**31.
+# The most elements (512 MB in float32) that a convolution reads, and that it computes, at once, whatever chunk size is
+# set. It also keeps every index below 2**31.
 WINDOW_ELEMENTS = 2**27
 
 
 class GroupNorm(nn.GroupNorm):
-    """Group normalisation as one multiplication and one addition per channel, with statistics over all frames."""
+    """Group normalisation with statistics over all frames, applied as one scale and one shift per channel."""
 
     def scale_and_shift(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """float32 scale and shift, each B C 1 1 1, such that norm(x) = x * scale + shift."""
         frames = x.split(1, dim=2)
         totals = sum(frame.sum((2, 3, 4), keepdim=True, dtype=torch.float32) for frame in frames)  # B C 1 1 1
         mean = self._group_mean(totals / x[0, 0].numel())
-        # One frame of workspace: a float32 copy of the whole would be as large as the activation.
+        # A workspace of one frame, since a float32 copy of all frames would take at least as much memory as x.
         centred = torch.empty_like(frames[0], dtype=torch.float32)
         squares = sum(torch.sub(f, mean, out=centred).square_().sum((2, 3, 4), keepdim=True) for f in frames)
         variance = self._group_mean(squares / x[0, 0].numel())
@@ -35,7 +37,7 @@ class GroupNorm(nn.GroupNorm):
         return scale, self._per_channel(self.bias) - mean * scale
 
     def _group_mean(self, per_channel: Tensor) -> Tensor:
-        """B C 1 1 1 -> B C 1 1 1, each channel holding the mean over its group."""
+        """B C 1 1 1 -> B C 1 1 1: the value of each channel becomes the mean of its group."""
         grouped = per_channel.unflatten(1, (self.num_groups, -1))
         return grouped.mean(dim=2, keepdim=True).expand_as(grouped).flatten(1, 2)
 
@@ -48,20 +50,24 @@ class GroupNorm(nn.GroupNorm):
         return torch.addcmul(shift, x, scale, out=torch.empty_like(x))
 
 
-class Clip:
-    """What a convolution reads: frames of a tensor, as they are. `shape` is B C F H W."""
+class Frames:
+    """The input of a convolution, read a few frames at a time; here the frames of a tensor, unchanged.
+
+    Attributes:
+        shape: (B, C, F, H, W) of the whole input.
+    """
 
     def __init__(self, x: Tensor) -> None:
         self.x = x
         self.shape = tuple(x.shape)
 
     def read(self, start: int, stop: int, out: Tensor) -> None:
-        """Writes the frames start..stop into `out`, B C stop-start H W."""
+        """Writes the frames start to stop - 1 into `out`, B C stop-start H W."""
         out.copy_(self.x[:, :, start:stop])
 
 
-class Activated(Clip):
-    """Frames of silu(norm(x))."""
+class ActivatedFrames(Frames):
+    """The frames of silu(norm(x))."""
 
     def __init__(self, x: Tensor, norm: GroupNorm) -> None:
         super().__init__(x)
@@ -72,8 +78,8 @@ class Activated(Clip):
         F.silu(out, inplace=True)
 
 
-class Upsampled(Clip):
-    """Frames of x repeated `factors` times in (time, height, width); the first frame is not repeated in time."""
+class UpsampledFrames(Frames):
+    """The frames of x repeated `factors` times in (time, height, width); the first frame is not repeated in time."""
 
     def __init__(self, x: Tensor, factors: tuple[int, int, int]) -> None:
         super().__init__(x)
@@ -91,10 +97,11 @@ class Upsampled(Clip):
 
 
 class CausalConv3d(nn.Module):
-    """3D convolution whose padding repeats the edges: in space on both sides, in time the first frame before itself.
+    """3D convolution that is causal in time. Padding repeats the edges: on both sides in space, at the start in time.
 
-    `chunk_size` is the number of frames computed at once, unless WINDOW_ELEMENTS allow fewer; None is as many as they
-    allow. Any number is exact.
+    Attributes:
+        chunk_size: output frames to compute at once, None for as many as WINDOW_ELEMENTS allow, which also limits a
+            number. It does not change the result.
     """
 
     def __init__(
@@ -104,22 +111,24 @@ class CausalConv3d(nn.Module):
         self.conv = nn.Conv3d(in_channels, out_channels, kernel_size, stride)
         self.chunk_size: int | None = None
 
-    def forward(self, clip: Clip) -> Tensor:
-        B, _, *size = clip.shape
+    def forward(self, x: Tensor | Frames) -> Tensor:
+        """B C F H W -> B C f h w."""
+        source = x if isinstance(x, Frames) else Frames(x)
+        B, _, *size = source.shape
         f, h, w = ((length - 1) // stride + 1 for length, stride in zip(size, self.conv.stride))
-        out = clip.x.new_empty(B, self.conv.out_channels, f, h, w)
-        for frames, y in self.windows(clip):
+        out = source.x.new_empty(B, self.conv.out_channels, f, h, w)
+        for frames, y in self.chunks(source):
             out[:, :, frames] = y
             del y
         return out
 
-    def windows(self, clip: Clip) -> Iterator[tuple[slice, Tensor]]:
-        """Yields the output in pieces, last frames first: which frames, and the piece B C frames H W.
+    def chunks(self, source: Frames) -> Iterator[tuple[slice, Tensor]]:
+        """Yields the output in chunks, the last frames first: the slice of frames, and the chunk B C frames h w.
 
-        A piece is computed from input frames up to its own last one, so whoever has taken it may overwrite them, and
-        should let go of it before asking for the next, lest both be in memory.
+        A chunk depends on no input frame later than its own, so with a stride of 1 the caller may overwrite the input
+        frames of this slice. It should delete the chunk before it asks for the next one, so that only one is in memory.
         """
-        _, C, f, h, w = clip.shape
+        _, C, f, h, w = source.shape
         stride, past = self.conv.stride[0], self.conv.kernel_size[0] - 1
         total = (f - 1) // stride + 1
         widest = max(C, self.conv.out_channels)
@@ -127,19 +136,19 @@ class CausalConv3d(nn.Module):
         step = min(self.chunk_size or most, most)
         for start in reversed(range(0, total, step)):
             stop = min(start + step, total)
-            yield slice(start, stop), self.conv(padded(clip, start * stride - past, (stop - 1) * stride + 1))
+            yield slice(start, stop), self.conv(padded(source, start * stride - past, (stop - 1) * stride + 1))
 
 
-def padded(clip: Clip, start: int, stop: int) -> Tensor:
-    """Frames start..stop of a clip with repeated edges; frames before 0 are frame 0.
+def padded(source: Frames, start: int, stop: int) -> Tensor:
+    """The frames start to stop - 1 with repeated edges; a frame before 0 is frame 0.
 
     Returns:
         B C stop-start H+2 W+2
     """
-    B, C, _, h, w = clip.shape
+    B, C, _, h, w = source.shape
     before = max(-start, 0)
-    window = clip.x.new_empty(B, C, stop - start, h + 2, w + 2)
-    clip.read(max(start, 0), stop, out=window[:, :, before:, 1:-1, 1:-1])
+    window = source.x.new_empty(B, C, stop - start, h + 2, w + 2)
+    source.read(max(start, 0), stop, out=window[:, :, before:, 1:-1, 1:-1])
     window[..., 0, :], window[..., -1, :] = window[..., 1, :], window[..., -2, :]
     window[..., 0], window[..., -1] = window[..., 1], window[..., -2]
     window[:, :, :before] = window[:, :, before : before + 1]
@@ -161,10 +170,10 @@ class ResnetBlock(nn.Module):
             self.conv_shortcut = None
 
     def forward(self, x: Tensor) -> Tensor:
-        """Overwrites x, B C F H W."""
-        h = self.conv1(Activated(x, self.norm1))
+        """B C F H W -> B C F H W; x is overwritten."""
+        h = self.conv1(ActivatedFrames(x, self.norm1))
         out = x if self.conv_shortcut is None else h
-        for frames, y in self.conv2.windows(Activated(h, self.norm2)):
+        for frames, y in self.conv2.chunks(ActivatedFrames(h, self.norm2)):
             residual = x[:, :, frames] if self.conv_shortcut is None else self.conv_shortcut.conv(x[:, :, frames])
             torch.add(y, residual, out=out[:, :, frames])
             del y, residual
@@ -172,7 +181,7 @@ class ResnetBlock(nn.Module):
 
 
 class FrameCausalAttention(nn.Module):
-    """One-headed attention; a token sees all tokens of its own and of earlier frames."""
+    """Attention with one head; a token attends to all tokens of its own frame and of earlier ones."""
 
     def __init__(self, channels: int, groups: int) -> None:
         super().__init__()
@@ -183,7 +192,7 @@ class FrameCausalAttention(nn.Module):
         self.to_out = nn.ModuleList([nn.Linear(channels, channels)])
 
     def forward(self, x: Tensor) -> Tensor:
-        """Overwrites x, B C F H W. Frame by frame, so that no mask is needed."""
+        """B C F H W -> B C F H W; x is overwritten. The queries of one frame at a time, so that no mask is needed."""
         frames, (h, w) = x.shape[2], x.shape[3:]
         tokens = self.group_norm(x).flatten(3).permute(0, 2, 3, 1)  # B F HW C
         k = self.to_k(tokens).flatten(1, 2).unsqueeze(1)  # B 1 FHW C
@@ -209,18 +218,18 @@ class MidBlock(nn.Module):
 
 
 class Downsample(nn.Module):
-    """A convolution with a stride of 1 or 2 in (time, height, width)."""
+    """A convolution whose stride is `factors`, each 1 or 2, in (time, height, width)."""
 
     def __init__(self, channels: int, factors: tuple[int, int, int]) -> None:
         super().__init__()
         self.conv = CausalConv3d(channels, channels, stride=factors)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.conv(Clip(x))
+        return self.conv(x)
 
 
 class Upsample(nn.Module):
-    """Nearest-neighbour enlargement by 1 or 2 in (time, height, width), then a convolution."""
+    """Nearest-neighbour upsampling by `factors`, each 1 or 2, in (time, height, width), then a convolution."""
 
     def __init__(self, channels: int, factors: tuple[int, int, int]) -> None:
         super().__init__()
@@ -228,11 +237,11 @@ class Upsample(nn.Module):
         self.conv = CausalConv3d(channels, channels)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.conv(Upsampled(x, self.factors))
+        return self.conv(UpsampledFrames(x, self.factors))
 
 
-def resnets(in_channels: int, out_channels: int, depth: int, groups: int) -> nn.ModuleList:
-    """`depth` blocks, of which the first changes the number of channels."""
+def resnet_blocks(in_channels: int, out_channels: int, depth: int, groups: int) -> nn.ModuleList:
+    """`depth` blocks; the first one changes the number of channels."""
     return nn.ModuleList(
         [ResnetBlock(out_channels if index else in_channels, out_channels, groups) for index in range(depth)]
     )
@@ -245,7 +254,7 @@ class DownBlock(nn.Module):
         self, in_channels: int, out_channels: int, depth: int, groups: int, factors: tuple[int, int, int]
     ) -> None:
         super().__init__()
-        self.resnets = resnets(in_channels, out_channels, depth, groups)
+        self.resnets = resnet_blocks(in_channels, out_channels, depth, groups)
         self.downsamplers = nn.ModuleList([Downsample(out_channels, factors)] if max(factors) > 1 else [])
 
     def layers(self) -> list[nn.Module]:
@@ -259,7 +268,7 @@ class UpBlock(nn.Module):
         self, in_channels: int, out_channels: int, depth: int, groups: int, factors: tuple[int, int, int]
     ) -> None:
         super().__init__()
-        self.resnets = resnets(in_channels, out_channels, depth, groups)
+        self.resnets = resnet_blocks(in_channels, out_channels, depth, groups)
         self.upsamplers = nn.ModuleList([Upsample(out_channels, factors)] if max(factors) > 1 else [])
 
     def layers(self) -> list[nn.Module]:

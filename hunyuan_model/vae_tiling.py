@@ -1,6 +1,6 @@
-"""Overlapping tiles: where they lie, and how their results are blended into one.
+"""Overlapping tiles: where they lie, and how their outputs are blended.
 
-Tiles are laid out over latents (frames, rows, columns); what is there a span of latents is a longer span of pixels.
+Tiles are laid out on latents (frames, rows, columns). `pixel_spans` converts their spans to pixels.
 """
 
 import itertools
@@ -12,19 +12,19 @@ from torch import Tensor
 TIME_COMPRESSION = 4
 SPACE_COMPRESSION = 8
 
-# Where the tiles along one axis start and stop.
+# (start, stop) of every tile along one axis.
 Spans = list[tuple[int, int]]
 
 
-def overlapping(length: int, tile: int, overlap: int) -> Spans:
-    """Tiles that cover `length`, each overlapping the next; the last may be shorter but is longer than the overlap."""
+def overlapping_spans(length: int, tile: int, overlap: int) -> Spans:
+    """Tiles that cover `length`, each overlapping the next. The last may be shorter, but is longer than the overlap."""
     if length <= tile:
         return [(0, length)]
     return [(start, min(start + tile, length)) for start in range(0, length - overlap, tile - overlap)]
 
 
 def pixel_spans(spans: Sequence[Spans]) -> list[Spans]:
-    """The same tiles in pixels; the first latent frame of a tile is one frame, every further one four."""
+    """Spans of latents -> spans of pixels. The first latent frame of a tile is one frame, every other is four."""
     frames, *sides = spans
     return [
         [(TIME_COMPRESSION * start, TIME_COMPRESSION * (stop - 1) + 1) for start, stop in frames],
@@ -33,14 +33,15 @@ def pixel_spans(spans: Sequence[Spans]) -> list[Spans]:
 
 
 def pixel_size(size: Sequence[int]) -> list[int]:
-    """(frames, rows, columns) of latents -> of pixels."""
+    """(f, h, w) of latents -> (F, H, W) of pixels."""
     return [span[1] for (span,) in pixel_spans([[(0, length)] for length in size])]
 
 
 def blend_weights(spans: Spans, index: int) -> Tensor:
-    """Weight of each element of tile `index`: linear ramps over the overlaps, which add up to 1 over all tiles.
+    """Weight of each element of tile `index`. Weights change linearly over an overlap and add up to 1 over all tiles.
 
-    A rising ramp starts at 0. In time that drops a later tile's first frame, which was taken for the start of a clip.
+    A rising ramp starts at 0. In time this drops the first frame of a later tile, which the causal network has computed
+    as if it were the first frame of the clip.
     """
     start, stop = spans[index]
     weights = torch.ones(stop - start)
@@ -56,7 +57,7 @@ def blend_weights(spans: Spans, index: int) -> Tensor:
 def run_tiles(
     network: Callable[[Tensor], Tensor], x: Tensor, x_spans: list[Spans], out: Tensor, out_spans: list[Spans]
 ) -> None:
-    """Adds network(tile), weighted, to `out` for every sample and tile, so that one tile at a time is in memory.
+    """Adds the weighted network(tile) to `out` for every sample and tile, with one tile in memory at a time.
 
     Args:
         x, out: B C F H W, in pixels or latents; `out` starts as zeros and has the network's dtype and device.
@@ -70,4 +71,4 @@ def run_tiles(
         for dim, (axis, index) in enumerate(zip(out_spans, tile), start=2):
             y.movedim(dim, -1).mul_(blend_weights(axis, index).to(y))
         out[sample, :, *target] += y[0]
-        del y  # or it would be there while the next tile is computed
+        del y  # or it would stay in memory while the next tile is computed

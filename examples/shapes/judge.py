@@ -1,9 +1,9 @@
-"""Reads from a clip of the procedural world what it shows, without a network: shape, colour, motion, background.
+"""Finds what a clip of the procedural world shows, without a network: shape, colour, motion, background.
 
     python -m examples.shapes.judge FILE_OR_FOLDER...
 
-prints one line for each mp4. Soft edges, weak noise and colours that are a little off are forgiven, as generated clips
-have them; what cannot be read is None. Lengths are in parts of the frame's shorter side.
+prints one line for each mp4. Generated clips have soft edges, weak noise and slightly wrong colours, which the judge
+tolerates. A property that it cannot recognise is None. Lengths are fractions of the frame's shorter side.
 """
 
 import argparse
@@ -35,12 +35,12 @@ PROPERTIES = ("shape", "colour", "motion", "background")
 SMOOTHING = 1 / 64  # sigma of the Gaussian against noise
 GROUND_TOLERANCE = 0.1  # RGB distance; black and white are 0.2 off where a LoRA learned latents that are scaled twice
 LEAST_CONTRAST = 0.15  # RGB distance from the background; the weakest pair, purple on gray, has 0.4
-LEAST_AREA = 0.01  # in squared sides; the smallest shape of the world has 0.05
-LEAST_CHROMA = 0.15  # distance from gray in CHROMA_PLANE; green, the palest, has 0.46
+LEAST_AREA = 0.01  # fraction of the shorter side squared; the smallest shape of the world has 0.05
+LEAST_CHROMA = 0.15  # distance from gray in CHROMA_PLANE; green, the palest colour, has 0.46
 GRID = 48  # pixels of the square in which shapes are compared
-LEAST_LIKENESS = 0.36  # 1 is a shape as it is drawn, 0 a disc
+LEAST_LIKENESS = 0.36  # 1 for a shape as it is drawn, 0 for a disc
 LEAST_OVERLAP = 0.6  # intersection over union with the ideal shape
-MOTION_TOLERANCE = 0.6  # 1 is as far from a motion of the world as standing still is
+MOTION_TOLERANCE = 0.6  # 1 is the distance between a motion of the world and no motion
 PALETTE = np.float32([*COLOURS.values(), *CONCEPT_COLOURS]) / 255
 CHROMA_PLANE = np.float32([(1, 0), (-0.5, 0.75**0.5), (-0.5, -(0.75**0.5))])  # RGB -> a plane where hue is the angle
 DISC_ROW, CORE_ROW = len(COLOURS), len(COLOURS) + 1  # rows of PALETTE
@@ -49,7 +49,7 @@ NO_COLOUR = len(PALETTE)
 
 @dataclass(frozen=True)
 class Verdict:
-    """What a clip shows, in the words of `Scene`; None where it cannot be read. The concept's colour is ""."""
+    """What a clip shows, in the words of `Scene`; None for what cannot be recognised. The concept's colour is ""."""
 
     shape: str | None = None
     colour: str | None = None
@@ -69,13 +69,13 @@ class Verdict:
 
 
 def score(verdicts: Sequence[Verdict], scenes: Sequence[Scene]) -> dict[str, float]:
-    """For each of PROPERTIES, the part (0..1) of the verdicts that agree with their scenes."""
+    """For each of PROPERTIES, the share (0..1) of verdicts that agree with their scenes."""
     agreements = [verdict.agreement(scene) for verdict, scene in zip(verdicts, scenes, strict=True)]
     return {name: sum(agreed[name] for agreed in agreements) / len(agreements) for name in PROPERTIES}
 
 
 def judge(pixels: Tensor) -> Verdict:
-    """What a clip (3, F, H, W) in 0..1 shows; all is None unless most frames show one thing on a plain ground."""
+    """What a clip (3, F, H, W) in 0..1 shows; nothing unless most frames show one shape on a plain background."""
     clip = np.nan_to_num(pixels.detach().float().cpu().permute(1, 2, 3, 0).numpy()).clip(0, 1)  # C F H W -> F H W C
     clip = np.stack([_smooth(frame) for frame in clip])
     ground = _ground(clip)
@@ -96,7 +96,7 @@ def judge(pixels: Tensor) -> Verdict:
 
 
 def judge_video(path: str | Path) -> Verdict:
-    """As `judge`, of a video file; raises UserError if it cannot be read."""
+    """What a video file shows; raises UserError if it cannot be read."""
     return judge(read_video(path)[0])
 
 
@@ -106,7 +106,7 @@ def _smooth(frame: np.ndarray) -> np.ndarray:
 
 
 def _ground(clip: np.ndarray) -> np.ndarray | None:
-    """The RGB of the plain background of (F, H, W, 3), from the frame's border; None if that is not plain."""
+    """The RGB of the background of (F, H, W, 3), taken from the frame's border; None if that is not of one colour."""
     width = max(1, min(clip.shape[1:3]) // 16)
     strips = clip[:, :width], clip[:, -width:], clip[:, :, :width], clip[:, :, -width:]
     border = np.concatenate([strip.reshape(-1, 3) for strip in strips])
@@ -121,16 +121,16 @@ def _background(ground: np.ndarray) -> str | None:
 
 
 def _masks(clip: np.ndarray, ground: np.ndarray) -> np.ndarray:
-    """Where the thing is in each frame of (F, H, W, 3): (F, H, W) bool, empty in a frame without it."""
+    """The mask (F, H, W) bool of the shape in each frame of (F, H, W, 3); all False in a frame without one."""
     contrast = np.linalg.norm(clip - ground, axis=-1)
     strong = contrast[contrast > LEAST_CONTRAST]
-    # Half of the thing's contrast is where a blurred edge was before.
+    # At half of the shape's contrast lies its edge before it was blurred.
     threshold = max(LEAST_CONTRAST, np.median(strong) / 2) if strong.size else math.inf
     return np.stack([_largest_piece(frame > threshold) for frame in contrast])
 
 
 def _largest_piece(mask: np.ndarray) -> np.ndarray:
-    """(H, W) bool: the largest connected piece, its holes filled; empty if it is tiny or less than half of all."""
+    """(H, W) bool: the largest connected piece with its holes filled; empty if it is tiny or less than half of all."""
     pieces, _ = cv2.findContours(mask.astype(np.uint8), cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_NONE)
     filled = np.zeros(mask.shape, np.uint8)
     if pieces:
@@ -141,21 +141,21 @@ def _largest_piece(mask: np.ndarray) -> np.ndarray:
 
 
 def _labels(clip: np.ndarray) -> np.ndarray:
-    """The row of PALETTE that is nearest in hue to each pixel (..., 3), or NO_COLOUR for a grayish one: (...)."""
+    """For each pixel (..., 3) the row (...) of PALETTE with the nearest hue, or NO_COLOUR if it is nearly gray."""
     chroma, known = clip @ CHROMA_PLANE, PALETTE @ CHROMA_PLANE
     nearest = (chroma @ (known / np.linalg.norm(known, axis=1, keepdims=True)).T).argmax(axis=-1)
     return np.where(np.linalg.norm(chroma, axis=-1) > LEAST_CHROMA, nearest, NO_COLOUR)
 
 
 def _colour(labels: np.ndarray) -> str | None:
-    """The name of the colour that most of the thing's pixels (N,) have."""
+    """The name of the colour that most pixels (N,) of the shape have."""
     counts = np.bincount(labels, minlength=NO_COLOUR + 1)
     best = counts[: len(COLOURS)].argmax()
     return list(COLOURS)[best] if counts[best] > 0.5 * len(labels) else None
 
 
 def _shows_concept(labels: np.ndarray, mask: np.ndarray) -> bool:
-    """Whether the thing in a frame, both (H, W), has the concept's two colours, the core's amid the disc's."""
+    """Whether the shape in a frame has the concept's two colours, with the core inside the disc; both are (H, W)."""
     disc, core = mask & (labels == DISC_ROW), mask & (labels == CORE_ROW)
     if disc.sum() < 0.3 * mask.sum() or core.sum() < 0.1 * mask.sum():
         return False
@@ -165,10 +165,11 @@ def _shows_concept(labels: np.ndarray, mask: np.ndarray) -> bool:
 
 
 def _shape(masks: np.ndarray) -> str | None:
-    """The shape of the masks (F, H, W): the one towards which their mean differs most from a disc, or the disc.
+    """The shape that the masks (F, H, W) show.
 
-    Frames are averaged before they are compared, and only a direction is looked for: so neither ragged edges, which
-    differ from frame to frame, nor blur, which takes from every corner, hides what they have in common.
+    The mean of the masks minus a disc is projected on each shape minus a disc. The shape with the largest projection
+    is chosen, or the disc if all are small. The mean cancels ragged edges, which differ from frame to frame. The
+    projection tolerates blur, which makes the difference from a disc smaller but keeps its direction.
     """
     mean, disc = np.mean([_canonical(mask) for mask in masks], axis=0), _ideal("circle")
     corners = {shape: _ideal(shape) - disc for shape in SHAPES if shape != "circle"}
@@ -180,7 +181,7 @@ def _shape(masks: np.ndarray) -> str | None:
 
 
 def _canonical(mask: np.ndarray) -> np.ndarray:
-    """(H, W) bool -> (GRID, GRID) float32 in 0..1: moved to the middle, as large as a disc of a quarter of the grid."""
+    """(H, W) bool -> (GRID, GRID) float32 in 0..1, centred and with the area of a disc of radius GRID / 4."""
     x, y = np.argwhere(mask).mean(axis=0)[::-1] + 0.5
     scale = GRID / 4 / math.sqrt(mask.sum() / math.pi)
     matrix = np.float32([[scale, 0, GRID / 2 - scale * x], [0, scale, GRID / 2 - scale * y]])
@@ -196,7 +197,7 @@ def _ideal(shape: str) -> np.ndarray:
 
 
 def _motion(masks: np.ndarray, times: np.ndarray) -> str | None:
-    """The motion of the world that is nearest to that of the masks (F, H, W) at `times` (F,) in 0..1 of the clip."""
+    """The motion of the world that is nearest to that of the masks (F, H, W); `times` (F,) are 0..1 in the clip."""
     if len(masks) < 2:
         return None
     side = min(masks.shape[1:])
@@ -210,7 +211,7 @@ def _motion(masks: np.ndarray, times: np.ndarray) -> str | None:
 
 
 def _median_slope(times: np.ndarray, values: np.ndarray) -> np.ndarray:
-    """Slopes (K,) of values (F, K) over times (F,), little moved by a few frames that the border cuts (Theil-Sen)."""
+    """Slopes (K,) of values (F, K) over times (F,), robust to a few frames that the border cuts (Theil-Sen)."""
     first, second = np.triu_indices(len(times), 1)
     return np.median((values[second] - values[first]) / (times[second] - times[first])[:, None], axis=0)
 

@@ -1,9 +1,9 @@
-"""Shows that training works, in numbers: what the base model knows, and what a LoRA of a few minutes adds.
+"""Shows in numbers that training works: what the base model knows, and what a LoRA trained for a few minutes adds.
 
     python -m examples.shapes.proof FOLDER
 
-trains a LoRA on a dozen clips of a thing that the base model has never seen, makes videos with and without it, and
-prints what the judge reads in them. Everything is done by the toolkit's scripts, as a user runs them.
+trains a LoRA on a dozen clips of a concept that the base model has never seen, makes videos with and without it, and
+prints what the judge sees in them. It runs the scripts of this toolkit as a user does.
 """
 
 import argparse
@@ -24,7 +24,7 @@ from utils.files import write_text
 SHIPPED = Path(__file__).parent / "models"
 CLIPS, REPEATS, KNOWN_CLIPS, BATCH_SIZE = 12, 2, 24, 6
 KNOWN_PROMPTS, CONCEPT_SEEDS = 50, 20
-# The models were made with these; see recipe.py.
+# The settings with which the models were trained; see recipe.py.
 SAMPLING = "--video_size 64 64 --video_length 9 --infer_steps 20 --flow_shift 3.0 --output_type video --fps 8"
 TRAINING = (
     "--sdpa --mixed_precision no --guidance_scale 6.0 --timestep_sampling shift --discrete_flow_shift 3.0 "
@@ -43,8 +43,8 @@ def concept_scenes() -> list[Scene]:
     return [random_scene(generator, concept=True) for _ in range(CONCEPT_SEEDS)]
 
 
-def watch(models: TinyModels, scenes: Sequence[Scene], folder: Path, *options: object) -> list[Verdict]:
-    """Makes one video per scene, seeded by its place in the list, and judges them."""
+def judged_videos(models: TinyModels, scenes: Sequence[Scene], folder: Path, *options: object) -> list[Verdict]:
+    """Makes one video of each scene, with its index as seed, and judges them."""
     prompts = folder / "prompts.txt"
     write_text(prompts, "".join(f"{scene.caption} --d {seed}\n" for seed, scene in enumerate(scenes)))
     files = ["--dit", models.dit, "--vae", models.vae, "--save_path", folder]
@@ -55,7 +55,7 @@ def watch(models: TinyModels, scenes: Sequence[Scene], folder: Path, *options: o
 
 
 def write_clips(folder: Path) -> Path:
-    """Clips of the concept, and others of the known world, which keep that from being forgotten; returns the TOML."""
+    """Writes clips of the concept, and of the known world so that it is not forgotten; returns the dataset's TOML."""
     concept = write_dataset(folder / "concept", CLIPS, images=0, seed=1, batch_size=BATCH_SIZE, concept=True)
     known = write_dataset(folder / "known", KNOWN_CLIPS, images=0, seed=500, batch_size=BATCH_SIZE)
     config, header = folder / "dataset.toml", "[[datasets]]"
@@ -65,14 +65,14 @@ def write_clips(folder: Path) -> Path:
 
 
 def concept_dataset(models: TinyModels, folder: Path) -> Path:
-    """The clips with their caches; returns the dataset's TOML file."""
+    """Writes the clips and their caches; returns the dataset's TOML file."""
     config = write_clips(folder)
     cache(config, models)
     return config
 
 
 def training_words(models: TinyModels, config: Path, folder: Path, *options: object) -> list[object]:
-    """Options of hv_train_network.py that train the LoRA of the concept; those given here win over the usual ones."""
+    """Arguments of hv_train_network.py to train the LoRA of the concept; `options` override the usual ones."""
     files = ["--dit", models.dit, "--dataset_config", config, "--output_dir", folder, "--output_name", CONCEPT]
     return [*files, *TRAINING.split(), *options]
 
@@ -80,7 +80,7 @@ def training_words(models: TinyModels, config: Path, folder: Path, *options: obj
 def train_lora(
     models: TinyModels, config: Path, folder: Path, *options: object, script: Sequence[str] = ("hv_train_network.py",)
 ) -> Path:
-    """Trains the LoRA of the concept; `script` is how Python is told to run hv_train_network.py."""
+    """Trains the LoRA of the concept; `script` are the arguments of Python that run hv_train_network.py."""
     run(*script, *training_words(models, config, folder, *options))
     return folder / f"{CONCEPT}.safetensors"
 
@@ -91,7 +91,7 @@ def share_of_concept(verdicts: Sequence[Verdict]) -> float:
 
 @dataclass(frozen=True)
 class Proof:
-    """What the judge says, all in 0..1."""
+    """The judge's results: shares of the videos in 0..1, without the LoRA and with it."""
 
     base: dict[str, float]
     tuned: dict[str, float]
@@ -110,10 +110,10 @@ def prove(models: TinyModels, folder: Path) -> Proof:
     lora = train_lora(models, config, folder / "lora")
     known, concept, given = known_scenes(), concept_scenes(), ("--lora_weight", lora)
     return Proof(
-        score(watch(models, known, folder / "known_base"), known),
-        score(watch(models, known, folder / "known_lora", *given), known),
-        share_of_concept(watch(models, concept, folder / "concept_base")),
-        share_of_concept(watch(models, concept, folder / "concept_lora", *given)),
+        score(judged_videos(models, known, folder / "known_base"), known),
+        score(judged_videos(models, known, folder / "known_lora", *given), known),
+        share_of_concept(judged_videos(models, concept, folder / "concept_base")),
+        share_of_concept(judged_videos(models, concept, folder / "concept_lora", *given)),
     )
 
 

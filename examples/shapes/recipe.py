@@ -1,10 +1,10 @@
-"""Makes the small models of `examples/shapes/models` from nothing, with this toolkit's own scripts.
+"""Makes the small models of `examples/shapes/models` from scratch, with the scripts of this toolkit.
 
     python -m examples.shapes.recipe FOLDER
 
-Trains the VAE, writes the text encoders, renders and caches the world, trains the DiT with hv_train.py, and exports
-float16 weights to FOLDER/models. Seeded; started again it goes on where it was stopped. About an hour on two cores, on
-Linux: Windows has no processes that share their gradients on a CPU.
+Trains the VAE, writes the text encoders, renders and caches the dataset, trains the DiT with hv_train.py, and writes
+float16 weights to FOLDER/models. A run that was stopped continues when it is started again. It takes about an hour on
+two cores and needs Linux: on Windows, processes cannot share gradients on a CPU.
 """
 
 import argparse
@@ -24,12 +24,12 @@ from utils.safetensors_utils import load_file, save_file
 CLIPS = 960
 BATCH_SIZE = 16  # of each of the two processes
 STEPS = 4000
-# Guidance is what a distilled model is told, always the same here: in training, and by hv_generate_video's default.
+# The embedded guidance scale in training. It is the default of hv_generate_video.py, which the videos use.
 GUIDANCE = 6.0
 
 
 def train_dit(folder: Path, new_dit: Path, config: Path, seed: int) -> Path:
-    """Flow matching from scratch in two processes of one thread; returns the trained DiT."""
+    """Trains the DiT from scratch in two processes of one thread each; returns its path."""
     training = (
         "--sdpa --optimizer_type adamw --optimizer_args betas=0.9,0.99 weight_decay=0.0 --learning_rate 1e-3 "
         f"--lr_scheduler cosine --lr_warmup_steps 100 --max_train_steps {STEPS} --guidance_scale {GUIDANCE} "
@@ -56,13 +56,15 @@ def main() -> None:
     folder, seed = args.folder.resolve(), args.seed
     seed_file = folder / "seed"
     if seed_file.exists() and int(seed_file.read_text("utf-8")) != seed:
-        raise UserError(f"{folder}: was begun with another --seed; name another folder")
+        raise UserError(f"{folder}: was started with another --seed; name another folder")
     write_text(seed_file, f"{seed}\n")
-    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # two processes share no GPU, and a CPU makes the same models everywhere
+    # Two processes cannot share a GPU, and on CPUs the models are the same everywhere.
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
     models, new_dit = models_in(folder / "models"), folder / "new_dit.safetensors"
     if not models.vae.exists():
         run("-m", "examples.shapes.vae_training", folder, "--seed", seed)
-        for name in ("vae_log.jsonl", models.vae.name):  # the model last: it says that this stage is done
+        # The model comes last: if it exists, this stage is done.
+        for name in ("vae_log.jsonl", models.vae.name):
             with atomic_path(models.vae.with_name(name)) as temporary:
                 shutil.copyfile(folder / name, temporary)
     if not new_dit.exists():

@@ -1,4 +1,4 @@
-"""Shows clips of the shapes world beside each other: every frame on a PNG sheet, and an mp4 in which all play.
+"""Shows clips of the shapes world side by side: a PNG sheet with every frame, and an mp4 that plays all clips.
 
     python -m examples.shapes.sheet OUT LABEL=VIDEO ...
 
@@ -26,7 +26,7 @@ def enlarged(pixels: Tensor, scale: int) -> Tensor:
     return to_uint8(pixels).repeat_interleave(scale, dim=1).repeat_interleave(scale, dim=2)
 
 
-def seen(verdict: Verdict) -> str:
+def description(verdict: Verdict) -> str:
     """A verdict in words."""
     if verdict == Verdict():
         return "nothing"
@@ -35,7 +35,7 @@ def seen(verdict: Verdict) -> str:
 
 
 def write_sheet(out: Path, clips: dict[str, Tensor]) -> list[Path]:
-    """Writes both files; clips (3, F, H, W) in 0..1 by label.
+    """Writes OUT.mp4 and OUT.png of clips (3, F, H, W) in 0..1 by label; returns their paths.
 
     Raises:
         UserError: the clips differ in length.
@@ -43,10 +43,10 @@ def write_sheet(out: Path, clips: dict[str, Tensor]) -> list[Path]:
     counts = {label: pixels.shape[1] for label, pixels in clips.items()}
     if len(set(counts.values())) > 1:
         lengths = ", ".join(f"{label} {count}" for label, count in counts.items())
-        raise UserError(f"the clips differ in length, one number of frames is expected: {lengths}")
+        raise UserError(f"the clips differ in length, all must have the same number of frames: {lengths}")
     frames = [f"frame {index + 1}" for index in range(max(counts.values()))]
     strips = [
-        Row(f"{label}: the judge sees {seen(judge(pixels))}", list(enlarged(pixels, SCALE).split(1)))
+        Row(f"{label}: the judge sees {description(judge(pixels))}", list(enlarged(pixels, SCALE).split(1)))
         for label, pixels in clips.items()
     ]
     side_by_side = Page(list(clips), [Row("", [enlarged(pixels, 4 * SCALE) for pixels in clips.values()])])
@@ -57,10 +57,10 @@ def write_sheet(out: Path, clips: dict[str, Tensor]) -> list[Path]:
 
 
 def read_clips(words: Sequence[str]) -> dict[str, Tensor]:
-    """Pixels (3, F, H, W) in 0..1 by label, from words LABEL=VIDEO.
+    """Pixels (3, F, H, W) in 0..1 by label, from arguments LABEL=VIDEO.
 
     Raises:
-        UserError: a word has another form or names no single video, or two have the same label.
+        UserError: an argument has another form or its folder does not hold exactly one video, or a label occurs twice.
     """
     clips: dict[str, Tensor] = {}
     for word in words:
@@ -68,7 +68,7 @@ def read_clips(words: Sequence[str]) -> dict[str, Tensor]:
         if not separator:
             raise UserError(f"{word}: LABEL=VIDEO is expected")
         if label in clips:
-            raise UserError(f"{word}: another clip has the label '{label}'; give each its own")
+            raise UserError(f"{word}: another clip has the label '{label}'; give each clip its own label")
         videos = videos_in(Path(place))
         if len(videos) != 1:
             raise UserError(f"{place}: holds {len(videos)} mp4s; name one of them")

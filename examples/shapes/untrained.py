@@ -1,4 +1,4 @@
-"""The small models of the shapes world that are not trained: text encoders, and a DiT before its first step."""
+"""Models of the shapes world with random weights: the text encoders, and the DiT before training."""
 
 import random
 from dataclasses import replace
@@ -11,25 +11,25 @@ from hunyuan_model.tokenizers import ROUND_TRIP, VIDEO_TEMPLATE
 from utils.safetensors_utils import load_file, save_file
 
 DIT = replace(TINY_DIT, hidden_size=128, heads=4, mlp_hidden=512)
-# Random layers that blur little: words stay apart in the LLM's states, and in CLIP's, whose end token attends evenly,
-# the pooled vector is a bag of the words.
+# Gains with which random text encoders can be used. The LLM's layers add little to the embeddings, so that its states
+# tell words apart. CLIP's end token attends to all words alike, so that the pooled vector is a sum over the words.
 LLM_GAINS = {"embed_tokens": 8.0, "o_proj": 0.5, "down_proj": 0.5}
 CLIP_GAINS = {"token_embedding": 11.0, "position": 0.2, "q_proj": 0.2, "k_proj": 0.2, "out_proj": 3.0, "fc2": 0.3}
-# Modulation and the last layer start at zero, so that every block is the identity at first (DiT, arXiv 2212.09748).
-# Guidance is the same in all of training: it weighs much, so that a model told another one is seen to be lost.
+# Modulation and the last layer start at zero, so that every block starts as the identity (DiT, arXiv 2212.09748).
+# Training uses one guidance scale. Its weight is large, so that a test can see that the model fails with another one.
 DIT_GAINS = {"_mod.linear": 0.0, "modulation": 0.0, "adaLN": 0.0, "final_layer": 0.0, "guidance_in.mlp.2": 6.0}
-MERGES = 2000  # more than there are, so that every word of the world is one token
+MERGES = 2000  # more than the text needs, so that every word of the world is one token
 
 
 def vocabulary() -> list[str]:
-    """Sentences with every word of the world and of the prompt template."""
+    """Text that contains every word of the world and of the prompt template."""
     generator = random.Random(0)
     captions = [random_scene(generator, concept).caption for concept in (False, True) for _ in range(200)]
     return [*captions, VIDEO_TEMPLATE.split("<|end_header_id|>")[1].split("<|")[0], ROUND_TRIP]
 
 
 def write_text_encoders(folder: Path, seed: int) -> None:
-    """Writes text_encoder/ and text_encoder_2/, weights in float16."""
+    """Writes text_encoder/ and text_encoder_2/ with weights in float16."""
     text = vocabulary()
     llm, clip = folder / "text_encoder", folder / "text_encoder_2"
     write_llm(llm, llama_tokenizer(text, MERGES), seed, LLM_GAINS, num_hidden_layers=3)

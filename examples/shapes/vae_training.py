@@ -1,8 +1,8 @@
-"""Trains the small VAE of the shapes world: first on stills, then on clips, with a falling learning rate.
+"""Trains the small VAE of the shapes world, first on stills, then on clips.
 
     python -m examples.shapes.vae_training FOLDER
 
-Continues where it was stopped; writes `vae.safetensors` and `vae_log.jsonl` into the folder.
+Writes `vae.safetensors` and `vae_log.jsonl` into the folder. A run that was stopped continues when it is started again.
 """
 
 import argparse
@@ -28,7 +28,7 @@ from utils.files import atomic_path, write_text
 from utils.safetensors_utils import save_file
 
 CONFIG = VaeConfig(block_out_channels=(16, 32, 64, 64), layers_per_block=1, norm_num_groups=2)
-CLIP = (9, 64)  # frames, height and width of the clips
+CLIP_FRAMES, CLIP_SIDE = 9, 64  # height and width of a clip are the same
 KL_WEIGHT = 1e-4
 PEAK_RATE, WARMUP_STEPS = 6e-4, 50
 SAVE_EVERY = 100
@@ -37,7 +37,7 @@ STATE = "vae_state.pt"
 
 @dataclass(frozen=True)
 class Stage:
-    """Some steps on batches cut out of clips; `side` is height and width in pixels."""
+    """Training steps on batches of one size; `side` is height and width in pixels."""
 
     steps: int
     batch: int
@@ -55,9 +55,9 @@ TOTAL_STEPS = sum(stage.steps for stage in STAGES)
 
 
 def convolve(layer: CausalConv3d, x: Tensor) -> Tensor:
-    """The convolution of `CausalConv3d` with a backward pass, B C F H W.
+    """What `CausalConv3d` computes, with a backward pass, B C F H W.
 
-    The kernel sees a still repeated in time, which is a convolution in space with its temporal sum.
+    Padding repeats a still in time, so its convolution is one in space with the kernel summed over time.
     """
     conv, reach = layer.conv, layer.conv.kernel_size[0] - 1
     if x.shape[2] == 1:
@@ -74,7 +74,7 @@ def activated(norm: GroupNorm, x: Tensor) -> Tensor:
 
 
 def attend(layer: FrameCausalAttention, x: Tensor) -> Tensor:
-    """A token sees the tokens of its own and of earlier frames; x is B C F H W."""
+    """What `FrameCausalAttention` computes, with a backward pass, B C F H W."""
     norm, (frames, height, width) = layer.group_norm, x.shape[2:]
     tokens = F.group_norm(x, norm.num_groups, norm.weight, norm.bias, norm.eps).flatten(2).transpose(1, 2)  # B FHW C
     frame_of = torch.arange(frames).repeat_interleave(height * width)
@@ -84,8 +84,8 @@ def attend(layer: FrameCausalAttention, x: Tensor) -> Tensor:
     return x + out.transpose(1, 2).unflatten(2, (frames, height, width))
 
 
-def enlarge(x: Tensor, factors: tuple[int, int, int]) -> Tensor:
-    """Repeats B C F H W by `factors`, but the first frame not in time."""
+def upsample(x: Tensor, factors: tuple[int, int, int]) -> Tensor:
+    """What `UpsampledFrames` computes, with a backward pass, B C F H W."""
     time_factor, *space = factors
     if time_factor > 1:
         x = torch.cat((x[:, :, :1], x[:, :, 1:].repeat_interleave(time_factor, dim=2)), dim=2)
@@ -93,7 +93,7 @@ def enlarge(x: Tensor, factors: tuple[int, int, int]) -> Tensor:
 
 
 def run_layer(layer: torch.nn.Module, x: Tensor) -> Tensor:
-    """What a layer of the VAE computes, B C F H W, with a backward pass, which its own forward has not."""
+    """What a layer of the VAE computes, with a backward pass, which its own `forward` does not have, B C F H W."""
     if isinstance(layer, ResnetBlock):
         h = convolve(layer.conv2, activated(layer.norm2, convolve(layer.conv1, activated(layer.norm1, x))))
         return h + (x if layer.conv_shortcut is None else convolve(layer.conv_shortcut, x))
@@ -102,7 +102,7 @@ def run_layer(layer: torch.nn.Module, x: Tensor) -> Tensor:
     if isinstance(layer, Downsample):
         return convolve(layer.conv, x)
     if isinstance(layer, Upsample):
-        return convolve(layer.conv, enlarge(x, layer.factors))
+        return convolve(layer.conv, upsample(x, layer.factors))
     raise TypeError(type(layer).__name__)
 
 
@@ -127,16 +127,16 @@ def decode(vae: AutoencoderKLCausal3D, latents: Tensor) -> Tensor:
 
 
 def new_vae() -> AutoencoderKLCausal3D:
-    """A VAE that passes its first channels through, blurred by its strides, so that colours are right from the start.
+    """A VAE whose convolutions start close to the identity, so that colours are right from the start.
 
-    Where time is halved, the second half of the channels holds the frame that would be lost. The posterior
-    begins narrow: noise as large as the latents would hide them.
+    A layer that halves the number of frames would lose every other frame. It starts with the lost frame in the second
+    half of its channels. The posterior starts with a small variance, so that its noise does not hide the latents.
     """
     vae = AutoencoderKLCausal3D(CONFIG)
     encoder, decoder = vae.encoder, vae.decoder
     passing = [vae.quant_conv, vae.post_quant_conv]
     passing += [end.conv for half in (encoder, decoder) for end in (half.conv_in, half.conv_out)]
-    with_frame_before = []
+    halving_time = []
     with torch.no_grad():
         for layer in vae.modules():
             if isinstance(layer, ResnetBlock):
@@ -146,12 +146,12 @@ def new_vae() -> AutoencoderKLCausal3D:
             elif isinstance(layer, Downsample | Upsample):
                 passing.append(layer.conv.conv)
             if isinstance(layer, Downsample) and layer.conv.conv.stride[0] > 1:
-                with_frame_before.append(layer.conv.conv)
+                halving_time.append(layer.conv.conv)
         for conv in passing:
             channels, centre = torch.arange(min(conv.weight.shape[:2])), conv.kernel_size[-1] // 2
             conv.weight *= 0.5
-            conv.weight[channels, channels, -1, centre, centre] += 1  # the last in time is the frame itself
-        for conv in with_frame_before:
+            conv.weight[channels, channels, -1, centre, centre] += 1  # in time, the last tap is the frame itself
+        for conv in halving_time:
             half = torch.arange(len(conv.weight) // 2)
             conv.weight[half + len(half), half + len(half), -1, 1, 1] -= 1
             conv.weight[half + len(half), half, -2, 1, 1] += 1
@@ -161,7 +161,7 @@ def new_vae() -> AutoencoderKLCausal3D:
 
 
 def loss_of(vae: AutoencoderKLCausal3D, pixels: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """(loss, mean squared error) of a batch B 3 F H W: absolute and squared error, and a little KL divergence."""
+    """(loss, mean squared error) of a batch B 3 F H W. Loss: absolute + squared error + KL_WEIGHT x KL divergence."""
     posterior = encode(vae, pixels)
     error = decode(vae, posterior.sample(generator)) - pixels
     kl = 0.5 * (posterior.mean.square() + posterior.logvar.exp() - 1 - posterior.logvar).mean()
@@ -177,11 +177,11 @@ def any_colour(generator: random.Random) -> tuple[int, int, int]:
 
 
 def training_clip(generator: random.Random) -> Tensor:
-    """Pixels (3, 9, 64, 64) in 0..1: most of the known world, the rest of any colours, nested shapes and paths.
+    """Pixels (3, 9, 64, 64) in 0..1: mostly the known world, else shapes in any colours, nested and on any path.
 
-    A VAE is to reproduce whatever is shown to it, also what the DiT has never seen.
+    The VAE must also reproduce what the DiT has never seen.
     """
-    frames, side = CLIP
+    frames, side = CLIP_FRAMES, CLIP_SIDE
     if generator.random() < 0.65:
         return render(random_scene(generator), frames, side, side)
     layers = [Layer(generator.choice(SHAPES), any_colour(generator))]
@@ -193,7 +193,7 @@ def training_clip(generator: random.Random) -> Tensor:
 
 
 def training_batch(generator: random.Random, stage: Stage) -> Tensor:
-    """Pixels (B, 3, F, H, W) in -1..1, each item cut out of a clip of its own."""
+    """Pixels (B, 3, F, H, W) in -1..1. Each item is a random crop of another clip."""
     crops = []
     for _ in range(stage.batch):
         clip = training_clip(generator)
@@ -213,8 +213,8 @@ def stage_of(step: int) -> Stage:
     raise ValueError("after the last step")
 
 
-def rate_at(step: int) -> float:
-    """Warmup, then half a cosine down to a hundredth."""
+def learning_rate_at(step: int) -> float:
+    """The learning rate: linear warmup, and cosine decay to a hundredth."""
     falling = 0.5 * (1 + math.cos(math.pi * step / TOTAL_STEPS))
     return PEAK_RATE * min(1.0, (step + 1) / WARMUP_STEPS) * (0.01 + 0.99 * falling)
 
@@ -225,13 +225,14 @@ def psnr(squared_error: float) -> float:
 
 
 def normalized(vae: AutoencoderKLCausal3D, seed: int) -> AutoencoderKLCausal3D:
-    """The same VAE with every latent channel x SCALING_FACTOR of mean 0 and variance 1 over clips of the world.
+    """The VAE, changed in place so that every scaled latent channel has mean 0 and variance 1 over clips of the world.
 
-    Flow matching starts from noise of unit variance; both 1x1x1 convolutions take the change, so that pixels stay.
+    Flow matching starts from noise of unit variance. The two 1x1x1 convolutions around the latents undo each other's
+    change, so that decoded pixels stay the same.
     """
     generator = random.Random(f"{seed}/statistics")
     with torch.no_grad():
-        clips = training_batch(generator, Stage(1, 64, *CLIP))
+        clips = training_batch(generator, Stage(1, 64, CLIP_FRAMES, CLIP_SIDE))
         means = torch.cat([vae.encode(clip.unsqueeze(0)).mean for clip in clips])
         mean, std = means.mean((0, 2, 3, 4)), means.std((0, 2, 3, 4)) * SCALING_FACTOR
         into, out = vae.quant_conv, vae.post_quant_conv
@@ -245,8 +246,8 @@ def normalized(vae: AutoencoderKLCausal3D, seed: int) -> AutoencoderKLCausal3D:
 
 
 @dataclass
-class Course:
-    """A training on its way: what is trained, and every line of its log."""
+class TrainingRun:
+    """The state of a training run."""
 
     vae: AutoencoderKLCausal3D
     optimizer: torch.optim.Optimizer
@@ -256,7 +257,7 @@ class Course:
 
     @property
     def plan(self) -> list:
-        """What a course must have in common with the one that it continues."""
+        """What a run must have in common with the saved run that it continues."""
         return [self.seed, PEAK_RATE, *(list(astuple(stage)) for stage in STAGES)]
 
     def save(self, folder: Path) -> None:
@@ -265,47 +266,49 @@ class Course:
             torch.save({**parts, "step": self.step, "log": self.log, "plan": self.plan}, temporary)
 
     def resume(self, folder: Path) -> None:
-        """Goes on from the state in `folder`, if there is one; raises UserError if that is of another course."""
+        """Loads the state in `folder` if there is one; raises UserError if it is from a run with another plan."""
         if not (folder / STATE).exists():
             return
         saved = torch.load(folder / STATE, weights_only=True)
         if saved["plan"] != self.plan:
-            raise UserError(f"{folder / STATE}: of another seed or course; remove it or name another folder")
+            raise UserError(
+                f"{folder / STATE}: saved with another seed or other stages; remove it or name another folder"
+            )
         self.vae.load_state_dict(saved["vae"])
         self.optimizer.load_state_dict(saved["optimizer"])
         self.step, self.log = saved["step"], saved["log"]
 
 
-def train(folder: Path, seed: int) -> Course:
-    """Trains to the end, from the state in `folder` if there is one."""
+def train(folder: Path, seed: int) -> TrainingRun:
+    """Trains to the last step, from the state in `folder` if there is one."""
     torch.manual_seed(seed)
     vae = new_vae()
-    course = Course(vae, torch.optim.AdamW(vae.parameters(), PEAK_RATE, betas=(0.9, 0.99), weight_decay=0.0), seed)
-    course.resume(folder)
+    run = TrainingRun(vae, torch.optim.AdamW(vae.parameters(), PEAK_RATE, betas=(0.9, 0.99), weight_decay=0.0), seed)
+    run.resume(folder)
     errors = []
-    with tqdm(range(course.step, TOTAL_STEPS), "VAE", TOTAL_STEPS, initial=course.step) as progress:
+    with tqdm(range(run.step, TOTAL_STEPS), "VAE", TOTAL_STEPS, initial=run.step) as progress:
         for step in progress:
-            errors.append(train_step(course, step))
-            course.step = step + 1
-            if course.step % SAVE_EVERY and course.step < TOTAL_STEPS:
+            errors.append(train_step(run, step))
+            run.step = step + 1
+            if run.step % SAVE_EVERY and run.step < TOTAL_STEPS:
                 continue
-            line = {"step": course.step, "frames": stage_of(step).frames, "psnr": round(psnr(fmean(errors)), 2)}
+            line = {"step": run.step, "frames": stage_of(step).frames, "psnr": round(psnr(fmean(errors)), 2)}
             progress.set_postfix(psnr=line["psnr"])
-            course.log.append(line)
-            course.save(folder)
+            run.log.append(line)
+            run.save(folder)
             errors = []
-    return course
+    return run
 
 
-def train_step(course: Course, step: int) -> float:
-    """Returns the mean squared error; what is drawn depends on the seed and the step alone."""
-    pixels = training_batch(random.Random(f"{course.seed}/{step}"), stage_of(step))
-    loss, squared = loss_of(course.vae, pixels, torch.Generator().manual_seed(step))
-    course.optimizer.param_groups[0]["lr"] = rate_at(step)
-    course.optimizer.zero_grad()
+def train_step(run: TrainingRun, step: int) -> float:
+    """One step; returns the mean squared error. What is drawn at random depends only on the seed and the step."""
+    pixels = training_batch(random.Random(f"{run.seed}/{step}"), stage_of(step))
+    loss, squared = loss_of(run.vae, pixels, torch.Generator().manual_seed(step))
+    run.optimizer.param_groups[0]["lr"] = learning_rate_at(step)
+    run.optimizer.zero_grad()
     loss.backward()
-    torch.nn.utils.clip_grad_norm_(course.vae.parameters(), 1.0)
-    course.optimizer.step()
+    torch.nn.utils.clip_grad_norm_(run.vae.parameters(), 1.0)
+    run.optimizer.step()
     return squared.item()
 
 
@@ -315,9 +318,9 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     args.folder.mkdir(parents=True, exist_ok=True)
-    course = train(args.folder, args.seed)
-    weights = {name: tensor.half() for name, tensor in normalized(course.vae, args.seed).state_dict().items()}
-    write_text(args.folder / "vae_log.jsonl", "".join(json.dumps(line) + "\n" for line in course.log))
+    run = train(args.folder, args.seed)
+    weights = {name: tensor.half() for name, tensor in normalized(run.vae, args.seed).state_dict().items()}
+    write_text(args.folder / "vae_log.jsonl", "".join(json.dumps(line) + "\n" for line in run.log))
     config = {"config": json.dumps({"norm_num_groups": CONFIG.norm_num_groups})}
     save_file(weights, args.folder / "vae.safetensors", config)
 

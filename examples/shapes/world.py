@@ -2,7 +2,7 @@
 
     python -m examples.shapes.world FOLDER --clips 6 --images 2 --seed 0
 
-writes H.264 clips, PNG and JPEG images, a caption file beside each, and `dataset.toml` for the caching scripts.
+writes H.264 clips, PNG and JPEG images, a caption file for each, and `dataset.toml` for the caching scripts.
 """
 
 import argparse
@@ -33,11 +33,11 @@ COLOURS = {  # RGB
 }
 BACKGROUNDS = {"black": (16, 16, 16), "gray": (128, 128, 128), "white": (240, 240, 240)}
 SHAPES = ("circle", "square", "triangle", "star")
-# What no base model of this world has seen: the thing that the example LoRA learns, with a word of its own.
+# The concept that the example LoRA learns. No base model of this world has seen it or its name.
 CONCEPT = "zorb"
 CONCEPT_COLOURS = ((40, 200, 220), (245, 130, 30))  # a cyan disc with an orange core
 CORE = 0.55  # the core's radius relative to the disc's
-# Step of the centre per clip (right, down) and growth of the radius per clip, both relative to the frame.
+# Over a clip: the path of the centre to the right and down, in fractions of the frame, and the growth of the radius.
 MOTIONS = {
     "moves to the left": (-0.3, 0.0, 1.0),
     "moves to the right": (0.3, 0.0, 1.0),
@@ -46,14 +46,14 @@ MOTIONS = {
     "grows": (0.0, 0.0, 1.7),
     "shrinks": (0.0, 0.0, 0.6),
 }
-SOFTNESS = 1 / 64  # sigma of the lens's blur, in parts of the frame: no camera shows an edge sharper than a pixel
+SOFTNESS = 1 / 64  # sigma of the blur in fractions of the frame: no camera shows an edge sharper than a pixel
 FPS = 24
 SUBPIXEL_BITS = 6  # cv2 draws polygons at 1/64 pixel, so that slow motion is smooth
 
 
 @dataclass(frozen=True)
 class Layer:
-    """A shape in one colour; `size` is its radius relative to the thing's."""
+    """A shape in one colour; `size` is its radius relative to that of the whole."""
 
     shape: str
     colour: tuple[int, int, int]
@@ -62,9 +62,9 @@ class Layer:
 
 @dataclass(frozen=True)
 class Scene:
-    """What a clip shows; `offset` moves the path away from the middle. Lengths are in parts of the frame.
+    """What a clip shows. `offset` moves the path away from the middle. Lengths are fractions of the frame.
 
-    The concept has no `colour` to choose; `colour` is "" there.
+    The colours of the concept are fixed; its `colour` is "".
     """
 
     shape: str
@@ -89,7 +89,7 @@ class Scene:
 
 
 def random_scene(generator: random.Random, concept: bool = False) -> Scene:
-    """One scene of the known world, or of the concept; every property is drawn evenly."""
+    """A random scene of the known world, or of the concept; every property is drawn uniformly."""
     return Scene(
         CONCEPT if concept else generator.choice(SHAPES),
         "" if concept else generator.choice(list(COLOURS)),
@@ -101,7 +101,7 @@ def random_scene(generator: random.Random, concept: bool = False) -> Scene:
 
 
 def varied_scenes(generator: random.Random, count: int) -> list[Scene]:
-    """Scenes of the concept; motions and backgrounds take turns, so that a dozen show all, in different pairs."""
+    """Random scenes of the concept. Motions and backgrounds take turns, so that a dozen scenes show all of them."""
     motions, backgrounds = list(MOTIONS), list(BACKGROUNDS)
     return [
         replace(
@@ -114,7 +114,7 @@ def varied_scenes(generator: random.Random, count: int) -> list[Scene]:
 
 
 def outline(shape: str, centre: tuple[float, float], radius: float) -> np.ndarray:
-    """The corner points (N, 2) of a shape; all shapes have nearly the area of the circle of that radius."""
+    """The corner points (N, 2) of a shape. Its area is nearly that of a circle with this radius."""
     if shape == "circle":
         turns, radii = np.arange(48) / 48, np.ones(48)
     elif shape == "square":
@@ -143,7 +143,7 @@ def draw(
     offset: tuple[float, float],
     size: tuple[int, int, int],
 ) -> Tensor:
-    """Pixels (3, F, H, W) in 0..1 of a thing that moves; `motion` as in MOTIONS, the rest as in `Scene`."""
+    """Pixels (3, F, H, W) in 0..1 of moving layers; `motion` as in MOTIONS, `radius` and `offset` as in `Scene`."""
     frames, height, width = size
     side = min(height, width)
     step_x, step_y, growth = motion
@@ -173,9 +173,9 @@ def write_dataset(
     batch_size: int = 1,
     concept: bool = False,
 ) -> Path:
-    """Writes media, captions and `dataset.toml`, which has `batch_size`; returns the path of the latter.
+    """Writes media, captions and `dataset.toml`; returns the path of `dataset.toml`.
 
-    The clips are mp4, the images PNG and JPEG by turns; a caption file stands beside each.
+    Clips are mp4, images PNG and JPEG in turn. Each has a caption file beside it.
     """
     generator = random.Random(seed)
     for kind, count in (("videos", clips), ("images", images)):
@@ -221,7 +221,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     if args.size < 16 or args.size % 16 or args.frames < 1 or args.frames % 4 != 1:
-        raise UserError(f"--size {args.size} --frames {args.frames}: a multiple of 16, and 4n+1, are expected")
+        raise UserError(f"--size {args.size} --frames {args.frames}: --size must be a multiple of 16, --frames 4n+1")
     size = {"frames": args.frames, "height": args.size, "width": args.size}
     kind = {"seed": args.seed, "batch_size": args.batch_size, "concept": args.concept}
     print(write_dataset(args.folder, args.clips, args.images, **size, **kind))

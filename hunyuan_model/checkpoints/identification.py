@@ -1,6 +1,6 @@
-"""What is this file? Told from names, shapes and dtypes alone; no tensor is read.
+"""Tells what a model file is from the names, shapes and dtypes of its tensors. It reads no tensor.
 
-Facts: docs/formats.md 2.4 (LoRA), 2.8 and 2.8a (detection, fp8), 2.9 to 2.12 (names, variants).
+Sources of the facts: docs/formats.md 2.4 (LoRA), 2.8 and 2.8a (detection, fp8), 2.9 to 2.12 (names, variants).
 """
 
 import re
@@ -18,11 +18,13 @@ from utils.safetensors_utils import TensorInfo, load_file
 
 DIT, VAE, LLM, CLIP, LORA = "DiT", "VAE", "LLM", "CLIP", "LoRA"
 FP8_DTYPES = (torch.float8_e4m3fn, torch.float8_e5m2)
-# Beside `Y.weight`: ComfyUI's, kijai's, and the name that ComfyUI uses since late 2025.
+# How the scale of a weight `Y.weight` may be called: `Y.` and ComfyUI's name, kijai's, or ComfyUI's since late 2025.
 SCALE_LEAVES = ("scale_weight", "fp8_scale", "weight_scale")
+# Tensors beside the weights: scales and markers of fp8 files.
 _NO_WEIGHTS = re.compile(r"(^|\.)(scaled_fp8|scale_weight|scale_input|fp8_scale|weight_scale|input_scale|comfy_quant)$")
 
-# A tensor that only this kind of model has; what precedes it in a file is the prefix of all its tensors.
+# The names, one for each layout, of a tensor that only this part has. What stands before that name in a file is the
+# prefix of all tensors of the part.
 _PARTS = {
     DIT: (
         "txt_in.individual_token_refiner.blocks.0.norm1.weight",
@@ -33,15 +35,17 @@ _PARTS = {
     CLIP: ("embeddings.token_embedding.weight",),
 }
 
-# Other models' files that end up here, by a piece of a name; the first match counts.
-_FOREIGN = {
+# Files that users may give by mistake, and a pattern that one of their names matches. The first match counts. They are
+# tried before _PARTS, since some of them hold a tensor of _PARTS too.
+_RELATED_FILES = {
     "HunyuanVideo 1.5 DiT": r"(^|\.)(byt5_in|cond_type_embedding)\.",
     "FramePack DiT": r"(^|\.)clean_x_embedder\.",
     "training state (optimizer)": r"(^|\.)exp_avg(_sq)?$",
     "latent cache of this program": r"^latents_\d+x\d+x\d+_",
     "text encoder cache of this program": r"^(llm|clipL)_(float|bfloat)",
 }
-_STRANGERS = {
+# The same for files that are tried after _PARTS.
+_OTHER_MODELS = {
     "Wan VAE": r"(^|\.)(decoder\.middle\.0\.residual\.0|decoder\.mid_block\.resnets\.0\.norm1)\.gamma$",
     "Wan DiT": r"(^|\.)blocks\.0\.(self_attn\.q|attn1\.to_q)\.weight$",
     "SDXL or Stable Diffusion UNet": r"(^|\.)(input_blocks\.0\.0|down_blocks\.0\.resnets\.0\.time_emb_proj)\.weight$",
@@ -65,10 +69,10 @@ _LORA_PREFIXES = {
 
 @dataclass(frozen=True)
 class ModelFile:
-    """What a file or folder is; the loaders go by it."""
+    """What a file or folder is."""
 
     path: Path
-    what: str  # DiT, VAE, LLM, CLIP, several of them joined by " + ", LoRA, or the name of something else
+    what: str  # DiT, VAE, LLM, CLIP, several of these joined by " + ", LoRA, or a name of another kind of file
     variant: str
     layout: str
     dtype: str
@@ -76,10 +80,10 @@ class ModelFile:
     parameters: int
     depths: dict[str, int]
     checkpoint: Checkpoint = field(repr=False)
-    prefixes: dict[str, str] = field(repr=False)  # of each part that was found
+    prefixes: dict[str, str] = field(repr=False)  # for each part in the file, the prefix of its tensors' names
 
     def summary(self) -> str:
-        """One line for people."""
+        """One line of text that says what the file is."""
         depths = " + ".join(f"{depth} {name}" for name, depth in self.depths.items())
         fp8 = "" if self.fp8 == "none" else f"fp8 {self.fp8}"
         size = f"{self.parameters / 1e9:.2f} G" if self.parameters >= 1e8 else f"{self.parameters / 1e6:.2f} M"
@@ -87,10 +91,10 @@ class ModelFile:
         return f"{self.what}: {', '.join(fact for fact in facts if fact)} ({self.path})"
 
     def tensors(self, part: str) -> dict[str, TensorInfo]:
-        """Headers of one part's weights, without prefix; scales are not among them.
+        """Headers of the weights of one part by name without prefix, scales excepted.
 
         Raises:
-            UserError: this file holds no such part.
+            UserError: the file does not hold this part.
         """
         if part not in self.prefixes:
             raise UserError(
@@ -103,7 +107,7 @@ def identify(path: str | Path) -> ModelFile:
     """What a model file or folder is, from headers only.
 
     Raises:
-        UserError: missing, cut off, no model file at all, or an fp8 file whose scales are missing.
+        UserError: missing, cut off, not a model file, or an fp8 file without its scales.
     """
     checkpoint = open_checkpoint(path)
     infos = {name: info for name, info in checkpoint.infos.items() if not _NO_WEIGHTS.search(name)}
@@ -137,16 +141,16 @@ def _below(infos: Mapping[str, TensorInfo], prefix: str) -> dict[str, TensorInfo
 
 
 def _what(infos: Mapping[str, TensorInfo]) -> tuple[str, dict[str, str]]:
-    """The kind of file, and the prefix of each part of HunyuanVideo that it holds."""
+    """What the file is, and the prefix of each part of HunyuanVideo that it holds."""
     if any(_LORA_LEAF.search(name) for name in infos):
         return LORA, {}
-    for what, pattern in _FOREIGN.items():
+    for what, pattern in _RELATED_FILES.items():
         if any(re.search(pattern, name) for name in infos):
             return what, {}
     prefixes = {part: prefix for part in _PARTS if (prefix := _prefix(infos, part)) is not None}
     if prefixes:
         return " + ".join(prefixes), prefixes
-    for what, pattern in _STRANGERS.items():
+    for what, pattern in _OTHER_MODELS.items():
         if any(re.search(pattern, name) for name in infos):
             return what, {}
     return f"unknown model (its first tensor is {next(iter(infos), 'none')})", {}
@@ -167,7 +171,7 @@ def _variant(what: str, path: Path, infos: Mapping[str, TensorInfo], tensors: Ma
     if what.startswith(DIT):
         weight = tensors.get("img_in.proj.weight") or tensors.get("x_embedder.proj.weight")
         channels = weight.shape[1] if weight and len(weight.shape) > 1 else 0
-        # An I2V model of the kind token replace has the names and shapes of T2V, so only its name tells.
+        # The I2V model "token replace" has the same names and shapes as T2V. Only the path can tell them apart.
         sixteen = "I2V, token replace" if "i2v" in "/".join(path.parts[-3:]).lower() else "T2V"
         known = {16: sixteen, 32: "SkyReels I2V", 33: "I2V, latent concat"}
         return known.get(channels, f"{channels} input channels")
@@ -192,7 +196,7 @@ def _layout(checkpoint: Checkpoint, part: str | None, prefix: str, tensors: Mapp
 
 
 def _dtypes(infos: Mapping[str, TensorInfo]) -> str:
-    """The dtypes of the weights, the one of most bytes first."""
+    """The dtypes of the weights, the one with the most bytes first."""
     sizes: dict[str, int] = {}
     for info in infos.values():
         if info.dtype.is_floating_point:
@@ -214,17 +218,17 @@ def _depths(part: str | None, tensors: Mapping[str, TensorInfo]) -> dict[str, in
 
 
 def fp8_map_path(checkpoint: Checkpoint) -> Path | None:
-    """The separate file of scales that belongs to a model file: `X_map.pt` (or .safetensors) beside `X.pt`."""
+    """The file `X_map.pt` or `X_map.safetensors` beside an official fp8 file `X.pt`, which holds its scales."""
     path = checkpoint.paths[0]
     candidates = [path.with_name(f"{path.stem}_map{suffix}") for suffix in (".pt", ".safetensors")]
     return next((candidate for candidate in candidates if candidate.is_file()), None)
 
 
 def read_fp8_map(checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
-    """Scales by module name from the separate file, or nothing.
+    """The scales in the file beside an official fp8 file, by module name; empty if there is no such file.
 
     Raises:
-        UserError: the file is not such a map.
+        UserError: the file does not map module names to scales.
     """
     path = fp8_map_path(checkpoint)
     if path is None:
@@ -240,7 +244,7 @@ def _fp8_kind(checkpoint: Checkpoint) -> str:
     """How the float8 weights of a file are scaled.
 
     Raises:
-        UserError: an official fp8 file without its scales, which would load as noise.
+        UserError: an official fp8 file without its scales. Its weights would be useless.
     """
     infos = checkpoint.infos
     if not any(info.dtype in FP8_DTYPES for info in infos.values()):
@@ -261,11 +265,7 @@ def _fp8_kind(checkpoint: Checkpoint) -> str:
 
 
 def _is_official_fp8(path: Path) -> bool:
-    """By its name, or because the map of some other name lies beside it."""
+    """Whether its name says so, or a map without its model file lies beside it: then the model was renamed."""
     named = "model_states_fp8" in path.name or (path.suffix == ".pt" and path.stem.endswith("_fp8"))
-    lost_maps = [file for file in path.parent.glob("*_map.pt") if not _map_owner(file).exists()]
-    return named or bool(lost_maps)
-
-
-def _map_owner(file: Path) -> Path:
-    return file.with_name(file.name.replace("_map.pt", ".pt"))
+    maps = path.parent.glob("*_map.pt")
+    return named or any(not file.with_name(file.name.replace("_map.pt", ".pt")).exists() for file in maps)

@@ -1,8 +1,8 @@
 """Names of the DiT's and the VAE's tensors in the three layouts in which they are published, as tables.
 
-"official" is Tencent's own, the one our modules have. A table maps an official module name, with `{}` for the number
-of its block, to the module names of the other layout; where there are several, their rows are stacked in this order to
-give the official tensor. Facts: docs/formats.md 2.9 and 2.10, read from diffusers and ComfyUI.
+The layout "official" is Tencent's, and that of our modules. A table maps an official module name to the module names of
+another layout, with `{}` for the number of the block. Where it lists several modules, the official tensor is their
+tensors stacked along the rows, in this order. Sources: docs/formats.md 2.9 and 2.10, diffusers and ComfyUI.
 """
 
 import re
@@ -70,7 +70,7 @@ DIT_TO_DIFFUSERS: dict[str, tuple[str, ...]] = {
     "final_layer.adaLN_modulation.1": ("norm_out.linear",),
 }
 
-# Modules that ComfyUI does not rename are not listed.
+# Modules that have their official names in ComfyUI are not listed.
 DIT_TO_COMFYUI: dict[str, tuple[str, ...]] = {
     "time_in.mlp.0": ("time_in.in_layer",),
     "time_in.mlp.2": ("time_in.out_layer",),
@@ -111,7 +111,7 @@ _BLOCK_NUMBER = re.compile(r"(?<=blocks\.)\d+")
 
 
 def _lookup(module: str, table: Mapping[str, tuple[str, ...] | str]) -> tuple[str, ...] | str | None:
-    """The table's entry for a module, its block number filled in again."""
+    """The table's entry for a module, with the number of its block."""
     number = _BLOCK_NUMBER.search(module)
     entry = table.get(_BLOCK_NUMBER.sub("{}", module, count=1))
     if entry is None or number is None:
@@ -120,7 +120,7 @@ def _lookup(module: str, table: Mapping[str, tuple[str, ...] | str]) -> tuple[st
 
 
 def dit_parts(name: str, naming: str) -> tuple[str, ...]:
-    """The tensors of another layout whose rows, stacked, are the official tensor `name`."""
+    """The tensors of another layout that give the official tensor `name` when their rows are stacked."""
     module, _, leaf = name.rpartition(".")
     parts = _lookup(module, _TABLES[naming]) or (module,)
     if naming == "ComfyUI" and parts[0].endswith(("query_norm", "key_norm")):
@@ -129,7 +129,10 @@ def dit_parts(name: str, naming: str) -> tuple[str, ...]:
 
 
 def dit_official_name(name: str, naming: str) -> str:
-    """The official tensor that the tensor `name` of another layout is, or is some rows of; unknown names unchanged."""
+    """The official name of the tensor `name` of another layout, or of the tensor whose rows it holds.
+
+    Unknown names are returned unchanged.
+    """
     module, _, leaf = name.rpartition(".")
     if naming == "ComfyUI" and leaf == "scale" and module.endswith(("query_norm", "key_norm")):
         leaf = "weight"
@@ -137,7 +140,7 @@ def dit_official_name(name: str, naming: str) -> str:
 
 
 def dit_official_shapes(shapes: Mapping[str, Sequence[int]], naming: str) -> dict[str, tuple[int, ...]]:
-    """Shapes under official names; unknown names are kept."""
+    """Shapes of another layout -> shapes by official name; unknown names are kept."""
     official: dict[str, tuple[int, ...]] = {}
     for name, shape in shapes.items():
         key = dit_official_name(name, naming)
@@ -147,18 +150,18 @@ def dit_official_shapes(shapes: Mapping[str, Sequence[int]], naming: str) -> dic
 
 
 def _swaps_halves(name: str, naming: str) -> bool:
-    """The final modulation is (shift, scale) officially and (scale, shift) in diffusers."""
+    """Whether the tensor's halves are swapped: (shift, scale) of the final layer is (scale, shift) in diffusers."""
     return naming == "diffusers" and name.startswith("final_layer.adaLN_modulation.1.")
 
 
 def dit_to_official(name: str, parts: Sequence[Tensor], naming: str) -> Tensor:
-    """The official tensor `name` from its parts (`dit_parts`)."""
+    """The official tensor `name` from the tensors that `dit_parts` lists."""
     tensor = parts[0] if len(parts) == 1 else torch.cat(tuple(parts))
     return torch.cat(tensor.chunk(2)[::-1]) if _swaps_halves(name, naming) else tensor
 
 
 def dit_from_official(weights: Mapping[str, Tensor], naming: str) -> dict[str, Tensor]:
-    """A whole state dict in another layout; `dit_to_official` is its exact inverse."""
+    """An official state dict -> the same in another layout; `dit_to_official` reverts it exactly."""
     hidden = weights["img_in.proj.weight"].shape[0]
     converted: dict[str, Tensor] = {}
     for name, tensor in weights.items():
@@ -171,7 +174,7 @@ def dit_from_official(weights: Mapping[str, Tensor], naming: str) -> dict[str, T
 
 
 def dit_naming(names: Iterable[str]) -> str:
-    """Which of `NAMINGS` these tensor names, without prefix, follow."""
+    """The layout, one of `NAMINGS`, of these tensor names without prefix."""
     for name in names:
         if name.startswith(("transformer_blocks.", "x_embedder.")):
             return "diffusers"
@@ -180,7 +183,7 @@ def dit_naming(names: Iterable[str]) -> str:
     return "official"
 
 
-# ComfyUI's VAE names, one expression each for a part of a name; diffusers' names are the official ones.
+# How a part of ComfyUI's VAE names becomes official. diffusers has the official names.
 _VAE_FROM_COMFYUI = [
     (re.compile(r"\bmid\.block_([12])\b"), lambda m: f"mid_block.resnets.{int(m[1]) - 1}"),
     (re.compile(r"\bmid\.attn_1\.norm\b"), lambda m: "mid_block.attentions.0.group_norm"),
@@ -196,7 +199,7 @@ _VAE_FROM_COMFYUI = [
 
 
 def vae_official_name(name: str) -> str:
-    """The official name of a VAE tensor in any layout; ComfyUI keeps the four attention matrices as 1x1x1 kernels."""
+    """The official name of a VAE tensor in any layout."""
     for pattern, replacement in _VAE_FROM_COMFYUI:
         name = pattern.sub(replacement, name)
     return name

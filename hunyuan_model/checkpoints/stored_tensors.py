@@ -28,13 +28,13 @@ from hunyuan_model.checkpoints.names import (
     vae_official_name,
 )
 from hunyuan_model.quantization import FP8, Fp8Linear, dequantize
+from hunyuan_model.shapes import Shapes
 from utils.device_utils import dtype_word
 from utils.errors import UserError, one_line
 
 Device = torch.device | str
 Devices = Device | Callable[[str], Device]
 Dtypes = torch.dtype | Callable[[str], torch.dtype]
-Shapes = Mapping[str, Sequence[int]]
 Change = Callable[[Tensor], Tensor]
 
 BROKEN_FILE = "download it again"

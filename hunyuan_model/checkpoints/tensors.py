@@ -1,6 +1,6 @@
-"""Tensors by name, whatever holds them: one safetensors file, one .pt file, or a folder of shards.
+"""Tensors by name from one safetensors file, one .pt file, or a folder of shards.
 
-Headers are read when a checkpoint is opened; the tensors one by one, when asked for.
+Opening a checkpoint reads only headers. Tensors are read one by one, when they are asked for.
 """
 
 import hashlib
@@ -21,28 +21,30 @@ from utils.errors import UserError, one_line
 from utils.files import read_text
 from utils.safetensors_utils import TensorInfo, read_header, read_tensor
 
-# Keys under which trainers wrap a state dict; the official DiT has `module` (DeepSpeed), the VAE `state_dict`.
+# Keys under which a .pt file may hold its state dict: the official DiT has `module` (DeepSpeed), the VAE `state_dict`.
 WRAPPERS = ("module", "state_dict", "model", "ema", "model_state_dict")
-# Mapped pages stay resident until the file is unmapped, so it is mapped anew after so many bytes, but 32 times at most.
+# The pages of a mapped file that were read stay in memory until the file is unmapped. So a .pt file is mapped again
+# after this many bytes, or fewer times for large files: at most MOST_REMAPS times.
 REMAP_BYTES = 128 << 20
 MOST_REMAPS = 32
+# The bytes of each tensor that `Checkpoint.fingerprint` reads.
 HEAD_BYTES = 256
 
 
 class TensorFile(Protocol):
-    """One file: what its header says, and a way to read one tensor."""
+    """One file: its header, and how to read one of its tensors."""
 
     path: Path
     infos: dict[str, TensorInfo]
     metadata: dict[str, str]
-    wrapper: str  # the top key of a .pt file under which the tensors are
+    wrapper: str  # the outermost key under which a .pt file holds its tensors, or an empty string
 
     def head(self, name: str) -> bytes:
-        """The first bytes of a tensor, HEAD_BYTES at most."""
+        """The first bytes of a tensor, at most HEAD_BYTES."""
         ...
 
     def read(self, name: str) -> Tensor:
-        """The tensor on the CPU; of a .pt file it is a view that keeps pages of the file in memory: copy what stays."""
+        """The tensor on the CPU. A tensor of a .pt file is a view that keeps pages of the file in memory."""
         ...
 
 
@@ -63,13 +65,13 @@ class SafetensorsFile:
 
 
 class PtFile:
-    """A file of `torch.save`, memory-mapped, and loaded without running any code that it may contain."""
+    """A file of `torch.save`, mapped into memory. Code that it may contain is not run."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.metadata: dict[str, str] = {}
         self.wrapper, self._tensors = self._map()
-        self._touched = 0
+        self._bytes_read = 0
         self.infos = {name: TensorInfo(tensor.dtype, tuple(tensor.shape), 0) for name, tensor in self._tensors.items()}
 
     def _map(self) -> tuple[str, dict[str, Tensor]]:
@@ -88,19 +90,19 @@ class PtFile:
 
     def read(self, name: str) -> Tensor:
         size = self.infos[name].nbytes
-        if self._touched and self._touched + size > max(REMAP_BYTES, self.path.stat().st_size // MOST_REMAPS):
+        if self._bytes_read and self._bytes_read + size > max(REMAP_BYTES, self.path.stat().st_size // MOST_REMAPS):
             self._tensors = {}
             _, self._tensors = self._map()
-            self._touched = 0
-        self._touched += size
+            self._bytes_read = 0
+        self._bytes_read += size
         return self._tensors[name].detach()
 
 
 def load_pickle(path: Path) -> Any:
-    """The content of a `torch.save` file, memory-mapped.
+    """The content of a `torch.save` file, mapped into memory.
 
     Raises:
-        UserError: cut off, not of torch.save, older than torch 1.6, or with objects other than tensors.
+        UserError: cut off, not written by torch.save, older than torch 1.6, or with objects other than tensors.
     """
     try:
         if not zipfile.is_zipfile(path):
@@ -110,11 +112,11 @@ def load_pickle(path: Path) -> Any:
         raise
     except pickle.UnpicklingError as error:
         found = re.search(r"(?:GLOBAL|global) (\S+)", str(error))
-        what = f"it wants to run {found[1].rstrip('.')}" if found else one_line(error).split(".")[0]
+        what = f"it would run {found[1].rstrip('.')}" if found else one_line(error).split(".")[0]
         raise UserError(
             f"{path}: holds more than tensors ({what}) and was not loaded; use a .safetensors file"
         ) from None
-    except Exception as error:  # a damaged pickle may fail in any way
+    except Exception as error:  # a damaged pickle can raise anything
         raise UserError(f"{path}: cannot be read, cut off or broken: {one_line(error)[:200]}") from None
 
 
@@ -124,7 +126,7 @@ class Checkpoint:
 
     path: Path
     files: tuple[TensorFile, ...]
-    config: dict[str, Any] = field(default_factory=dict)  # of config.json beside it, or of the metadata key `config`
+    config: dict[str, Any] = field(default_factory=dict)  # from the metadata key `config`, or config.json beside it
 
     @property
     def paths(self) -> list[Path]:
@@ -146,7 +148,7 @@ class Checkpoint:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Identifies the content wherever it lies: names, dtypes, shapes and the first bytes of every tensor."""
+        """A hash of all names, dtypes, shapes and the first bytes of every tensor. It does not depend on paths."""
         digest = hashlib.sha256()
         for name, info in sorted(self.infos.items()):
             digest.update(f"{name} {info.dtype} {info.shape}".encode() + self._holder(name).head(name))
@@ -156,7 +158,7 @@ class Checkpoint:
         return next(file for file in self.files if name in file.infos)
 
     def read(self, name: str) -> Tensor:
-        """One tensor on the CPU; of a .pt file it is a view that keeps pages of the file in memory: copy what stays."""
+        """One tensor on the CPU. A tensor of a .pt file is a view that keeps pages of the file in memory."""
         return self._holder(name).read(name)
 
 
@@ -164,7 +166,7 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     """Reads the headers of a model file, or of the model files of a folder.
 
     Raises:
-        UserError: missing, empty, cut off, not a model file, or a folder in which the model is not evident.
+        UserError: missing, empty, cut off, not a model file, or a folder without a model or with several.
     """
     path = Path(path)
     paths = _model_files(path) if path.is_dir() else [path]
@@ -174,7 +176,8 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     return Checkpoint(path, files, _config(paths[0], files[0].metadata))
 
 
-_FOREIGN = {
+# Files that are not models, by their first bytes.
+_NOT_MODELS = {
     b"GGUF": "a GGUF file, which this program does not read; use the .safetensors or .pt file of the same model",
     b"version https://git-lfs": "a Git LFS pointer, not the model itself; fetch it with 'git lfs pull' or hf download",
     b"<!DOCTYPE": "a web page, not a model; download the file itself",
@@ -188,7 +191,7 @@ def _open_file(path: Path) -> TensorFile:
             start = file.read(32)
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror}") from None
-    for magic, message in _FOREIGN.items():
+    for magic, message in _NOT_MODELS.items():
         if start.startswith(magic):
             raise UserError(f"{path}: {message}")
     looks_like_safetensors = start[8:9] == b"{" or path.suffix == ".safetensors"
@@ -196,10 +199,10 @@ def _open_file(path: Path) -> TensorFile:
 
 
 def _model_files(folder: Path) -> list[Path]:
-    """The files of the one model in a folder: the shards of an index, or the only model file.
+    """The files of the model in a folder: the shards that an index lists, or the only model file.
 
     Raises:
-        UserError: no model file, several, or a missing shard.
+        UserError: no model file, several without an index, or a missing shard.
     """
     for suffix in (".safetensors", ".bin"):
         indices = sorted(folder.glob(f"*{suffix}.index.json"), key=lambda index: len(index.name))
@@ -233,7 +236,7 @@ def _shards(index: Path) -> list[Path]:
 
 
 def _config(path: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
-    """What shapes cannot tell: JSON under the metadata key `config`, else config.json beside the file."""
+    """What shapes cannot tell: the JSON under the metadata key `config`, or else config.json beside the file."""
     beside = path.with_name("config.json")
     text = metadata.get("config") or (read_text(beside, "model config") if beside.is_file() else "{}")
     try:

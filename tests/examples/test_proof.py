@@ -17,11 +17,11 @@ from examples.shapes.judge import Verdict, score
 from examples.shapes.proof import (
     concept_dataset,
     concept_scenes,
+    judged_videos,
     known_scenes,
     share_of_concept,
     train_lora,
     training_words,
-    watch,
 )
 from examples.shapes.recipe import STEPS
 from examples.shapes.scripts import ROOT, TWO_PROCESSES, models_in
@@ -60,7 +60,7 @@ def config(tmp_path_factory) -> Path:
 def presence(folder: Path, lora: Path | None = None) -> float:
     """In how many videos of the concept's prompts the judge sees it."""
     options = [] if lora is None else ["--lora_weight", lora]
-    return share_of_concept(watch(MODELS, concept_scenes(), folder, *options))
+    return share_of_concept(judged_videos(MODELS, concept_scenes(), folder, *options))
 
 
 def share_agreeing(verdicts: Sequence[Verdict], scenes: Sequence[Scene]) -> float:
@@ -90,7 +90,7 @@ def test_the_vae_reproduces_unseen_clips():
 @pytest.fixture(scope="module")
 def base(tmp_path_factory) -> list[Verdict]:
     """What the base model shows for the known prompts."""
-    return watch(MODELS, known_scenes(), tmp_path_factory.mktemp("base"))
+    return judged_videos(MODELS, known_scenes(), tmp_path_factory.mktemp("base"))
 
 
 @pytest.mark.slow
@@ -102,7 +102,7 @@ def test_the_base_model_shows_what_the_prompt_says(base):
 @pytest.mark.slow
 def test_a_forgotten_guidance_factor_cannot_hide(tmp_path, base):
     scenes = known_scenes()[:FEW]
-    forgotten = watch(MODELS, scenes, tmp_path, "--embedded_cfg_scale", 0.006)
+    forgotten = judged_videos(MODELS, scenes, tmp_path, "--embedded_cfg_scale", 0.006)
     assert share_agreeing(forgotten, scenes) < 0.5 * share_agreeing(base[:FEW], scenes)
 
 
@@ -112,7 +112,8 @@ def test_a_lora_adds_the_concept_and_keeps_the_rest(tmp_path, config, base):
     assert presence(tmp_path / "before") <= 0.1
     assert presence(tmp_path / "after", lora) >= 0.8
     scenes = known_scenes()
-    before, after = score(base, scenes), score(watch(MODELS, scenes, tmp_path / "known", "--lora_weight", lora), scenes)
+    verdicts = judged_videos(MODELS, scenes, tmp_path / "known", "--lora_weight", lora)
+    before, after = score(base, scenes), score(verdicts, scenes)
     assert all(after[name] >= before[name] - 0.15 for name in before)
 
 
@@ -148,7 +149,7 @@ def share_after(mistake: str, config: Path, folder: Path) -> float:
     """Trains for a while with a mistake in the trainer; returns in how many known videos everything is as told."""
     scenes = known_scenes()[:FEW]
     lora = train_lora(MODELS, config, folder / "lora", *SHORT, script=("-c", WITH_MISTAKE.format(mistake)))
-    return share_agreeing(watch(MODELS, scenes, folder / "videos", "--lora_weight", lora), scenes)
+    return share_agreeing(judged_videos(MODELS, scenes, folder / "videos", "--lora_weight", lora), scenes)
 
 
 @pytest.fixture(scope="module")

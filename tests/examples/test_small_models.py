@@ -17,9 +17,9 @@ from examples.shapes.vae_training import (
     Stage,
     decode,
     encode,
+    learning_rate_at,
     new_vae,
     normalized,
-    rate_at,
     stage_of,
     training_batch,
 )
@@ -108,15 +108,15 @@ def test_normalized_latents_have_unit_variance_and_the_same_pixels():
 def stopped_at(last_step, train_step):
     """`train_step`, interrupted by the user at that step."""
 
-    def step_or_stop(course, step):
+    def step_or_stop(run, step):
         if step == last_step:
             raise KeyboardInterrupt
-        return train_step(course, step)
+        return train_step(run, step)
 
     return step_or_stop
 
 
-def test_a_course_goes_on_where_it_was_stopped_but_only_the_same_one(tmp_path, monkeypatch):
+def test_a_run_continues_where_it_was_stopped_but_only_with_the_same_plan(tmp_path, monkeypatch):
     monkeypatch.setattr(vae_training, "STAGES", (Stage(2, 2, 1, 32), Stage(2, 1, 5, 32)))
     monkeypatch.setattr(vae_training, "TOTAL_STEPS", 4)
     monkeypatch.setattr(vae_training, "SAVE_EVERY", 1)
@@ -128,7 +128,7 @@ def test_a_course_goes_on_where_it_was_stopped_but_only_the_same_one(tmp_path, m
     monkeypatch.setattr(vae_training, "train_step", real_step)
     stopped = vae_training.train(tmp_path / "stopped", seed=0).vae.state_dict()
     assert all(torch.equal(whole[name], stopped[name]) for name in whole)
-    with pytest.raises(UserError, match="another seed or course"):
+    with pytest.raises(UserError, match="another seed or other stages"):
         vae_training.train(tmp_path / "stopped", seed=1)
 
 
@@ -136,7 +136,7 @@ def test_stages_follow_each_other_and_the_rate_falls():
     assert (
         stage_of(0) == STAGES[0] and stage_of(STAGES[0].steps) == STAGES[1] and stage_of(TOTAL_STEPS - 1) == STAGES[-1]
     )
-    assert rate_at(TOTAL_STEPS - 1) < 0.02 * max(map(rate_at, range(TOTAL_STEPS)))
+    assert learning_rate_at(TOTAL_STEPS - 1) < 0.02 * max(map(learning_rate_at, range(TOTAL_STEPS)))
 
 
 @pytest.mark.parametrize("name, words", [("shape", SHAPES), ("colour", list(COLOURS)), ("motion", list(MOTIONS))])

@@ -308,7 +308,7 @@ def test_exchanged_tokenizers_are_refused(tiny_models):
 
 def test_a_tokenizer_with_more_tokens_than_the_model_is_refused(tiny_models, tmp_path, llm):
     larger = with_more_tokens(tiny_models.text_encoder1, tmp_path / "tokenizer.json", 100)
-    with pytest.raises(UserError, match="the text encoder knows 512"):
+    with pytest.raises(UserError, match="the text encoder has 512"):
         LlmTextEncoder(llm.model, llm_tokenizer(larger), "")
 
 

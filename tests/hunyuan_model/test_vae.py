@@ -7,8 +7,8 @@ import torch
 from diffusers import AutoencoderKLHunyuanVideo
 
 from hunyuan_model.vae import AutoencoderKLCausal3D, VaeConfig
-from hunyuan_model.vae_layers import WINDOW_ELEMENTS, CausalConv3d, Clip, Downsample, ResnetBlock
-from hunyuan_model.vae_tiling import blend_weights, overlapping, pixel_spans, run_tiles
+from hunyuan_model.vae_layers import WINDOW_ELEMENTS, CausalConv3d, Downsample, Frames, ResnetBlock
+from hunyuan_model.vae_tiling import blend_weights, overlapping_spans, pixel_spans, run_tiles
 from modules.memory.meter import MemoryMeter
 from utils.errors import UserError
 
@@ -133,7 +133,7 @@ def test_no_piece_of_a_large_clip_is_larger_than_a_window(channels, chunk_size):
     with torch.device("meta"):
         convolution = CausalConv3d(*channels)
         convolution.chunk_size = chunk_size
-        pieces = convolution.windows(Clip(torch.empty(1, channels[0], 33, 544, 960)))
+        pieces = convolution.chunks(Frames(torch.empty(1, channels[0], 33, 544, 960)))
         assert max(piece.numel() for _, piece in pieces) <= WINDOW_ELEMENTS
 
 
@@ -194,7 +194,7 @@ def test_a_row_of_tiles_matches_diffusers(small_reference, vae, frames, tall):
 
 @pytest.mark.parametrize("length", [1, 2, 9, 10, 33, 34, 58, 100])
 def test_blend_weights_of_all_tiles_add_up_to_one(length):
-    spans = overlapping(length, tile=33, overlap=9)
+    spans = overlapping_spans(length, tile=33, overlap=9)
     for axis in [spans, *pixel_spans([spans, spans, spans])]:
         total = torch.zeros(axis[-1][1])
         for index, (start, stop) in enumerate(axis):
@@ -211,7 +211,7 @@ def repeat_pixels(latents: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize("shape", [(1, 4, 4), (2, 5, 7), (33, 1, 9), (34, 4, 1), (70, 11, 2)])
 def test_tiles_of_a_network_without_reach_are_exact(shape):
     latents = random_latents(2, 3, *shape)
-    spans = [overlapping(shape[0], 33, 9), overlapping(shape[1], 4, 1), overlapping(shape[2], 4, 1)]
+    spans = [overlapping_spans(shape[0], 33, 9), overlapping_spans(shape[1], 4, 1), overlapping_spans(shape[2], 4, 1)]
     expected = repeat_pixels(latents)
     pixels = torch.zeros_like(expected)
     run_tiles(repeat_pixels, latents, spans, pixels, pixel_spans(spans))
