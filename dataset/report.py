@@ -1,17 +1,25 @@
-"""What latent caching prints: the scan of each dataset before any model is loaded, and the outcome at the end."""
+"""What the caching scripts print: warnings about each dataset before a model is loaded, and the outcome at the end."""
 
+import json
+import sys
 from collections import Counter
 from collections.abc import Sequence
+from pathlib import Path
 
+from dataset.cache import PROVENANCE_KEY
 from dataset.config_utils import DatasetSettings
 from dataset.latent_caching import Outcome
 from dataset.scan import ScannedDataset, ScannedSource
+from dataset.text_caching import CUT_KEY, CaptionDataset, CaptionEntry
 from utils.cli import print_table
+from utils.errors import UserError
+from utils.safetensors_utils import read_header
 
 NATIVE_FPS = 24.0
 FPS_TOLERANCE = 0.05
 # Tables of files end after this many rows; problems are listed below the table for all files.
 MAX_ROWS = 40
+MAX_SHOWN = 5  # captions that a warning lists, and words that it shows of each
 
 
 def _video_row(scanned: ScannedSource) -> list[str]:
@@ -113,7 +121,7 @@ def print_scan(datasets: Sequence[ScannedDataset]) -> None:
     )
 
 
-def print_outcome(datasets: Sequence[ScannedDataset], outcomes: dict[str, Outcome], pruned: bool) -> None:
+def print_latent_outcome(datasets: Sequence[ScannedDataset], outcomes: dict[str, Outcome], pruned: bool) -> None:
     """Prints the closing table: how many items were new, changed, kept, skipped and orphaned. Reasons stand below."""
     rows = []
     for dataset in datasets:
@@ -135,3 +143,62 @@ def print_outcome(datasets: Sequence[ScannedDataset], outcomes: dict[str, Outcom
             print(f"  {dataset.heading}: orphaned caches belong to no item and are not used; --prune deletes them")
         for name, reason in outcome.failures.items():
             print(f"  skipped: {reason if name in reason else f'{name}: {reason}'}")
+
+
+def report_skipped(datasets: Sequence[CaptionDataset], strict: bool) -> None:
+    """Prints a warning for each source that cannot be used.
+
+    Raises:
+        UserError: there is one, and `strict` is set.
+    """
+    for source in [source for dataset in datasets for source in dataset.skipped]:
+        if strict:
+            raise UserError(f"{source.problem} (--strict)")
+        print(f"warning: skipped: {source.problem}", file=sys.stderr)
+
+
+def report_captions(datasets: Sequence[CaptionDataset]) -> None:
+    """Prints warnings about captions that are too long or empty, and a note about caches of musubi-tuner."""
+    entries = [entry for dataset in datasets for entry in dataset.entries]
+    _report_cut(entries)
+    empty = [entry.source.path for entry in entries if not entry.source.caption]
+    if empty:
+        print(f"warning: {len(empty)} captions are empty; the first is that of {empty[0]}", file=sys.stderr)
+    by_musubi = sum(entry.status.by_musubi for entry in entries)
+    if by_musubi:
+        print(f"note: {by_musubi} cache files were made by musubi-tuner and are used unchanged")
+
+
+def _report_cut(entries: Sequence[CaptionEntry]) -> None:
+    """Lists captions that exceed the LLM's 256 tokens, also those that an earlier run encoded."""
+    cached = [entry for entry in entries if entry.written or entry.status.kept]
+    cut = [(entry.source.path, text) for entry in cached if (text := _cut_text(entry.path))]
+    if cut:
+        print(f"warning: {len(cut)} captions exceed 256 tokens; this is cut off:", file=sys.stderr)
+    for path, text in cut[:MAX_SHOWN]:
+        words = text.split()
+        print(f"  {path}: {' '.join(words[:MAX_SHOWN])}{' ...' if len(words) > MAX_SHOWN else ''}", file=sys.stderr)
+
+
+def _cut_text(path: Path) -> str:
+    """The end of the caption that was cut off, as its cache file says; empty if none was or the file does not say."""
+    _, metadata = read_header(path)
+    try:
+        return json.loads(metadata[PROVENANCE_KEY])[CUT_KEY]
+    except (KeyError, ValueError):
+        return ""
+
+
+def print_text_outcome(datasets: Sequence[CaptionDataset], pruned: bool) -> None:
+    """Prints the closing table: how many captions were new, changed, kept, orphaned and skipped, and why."""
+    orphaned = "deleted" if pruned else "orphaned"
+    header = ["cache directory", "captions", "new", "changed", "kept", orphaned, "skipped", "changed because"]
+    print_table("Text encoder outputs", [_table_row(dataset) for dataset in datasets], header)
+
+
+def _table_row(dataset: CaptionDataset) -> list[object]:
+    states = Counter(entry.status.state for entry in dataset.entries)
+    reasons = Counter(entry.status.reason for entry in dataset.entries if entry.status.state == "changed")
+    counts = [len(dataset.entries), *(states[state] for state in ("new", "changed", "kept"))]
+    why = ", ".join(f"{reason} ({number})" for reason, number in reasons.items())
+    return [dataset.settings.cache_directory, *counts, len(dataset.orphaned), len(dataset.skipped), why]

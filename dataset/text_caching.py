@@ -1,8 +1,5 @@
-"""Text caching without the models: which captions must be encoded, their batches, writing the caches, the report."""
+"""Text caching without the models: which captions must be encoded, their batches, writing the caches."""
 
-import json
-import sys
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -12,7 +9,6 @@ from typing import Any
 import torch
 
 from dataset.cache import (
-    PROVENANCE_KEY,
     TEXT_SUFFIX,
     CacheStatus,
     check_text,
@@ -24,13 +20,10 @@ from dataset.cache import (
 from dataset.config_utils import DatasetSettings
 from dataset.manifest import Manifest
 from dataset.sources import Source, explain_empty, list_sources
-from utils.cli import print_table
 from utils.errors import UserError
-from utils.safetensors_utils import read_header
 
 # Key in a cache file's provenance: the end of the caption that the LLM does not see, because it takes 256 tokens.
 CUT_KEY = "cut"
-MAX_SHOWN = 5  # captions listed in a warning, and words shown of each
 
 
 @dataclass
@@ -171,62 +164,3 @@ def write_entry(
         ) from None
     entry.written = True
     entry.manifest.mark_intact(entry.path)
-
-
-def report_skipped(datasets: Sequence[CaptionDataset], strict: bool) -> None:
-    """Prints a warning for each source that cannot be used.
-
-    Raises:
-        UserError: there is one, and `strict` is set.
-    """
-    for source in [source for dataset in datasets for source in dataset.skipped]:
-        if strict:
-            raise UserError(f"{source.problem} (--strict)")
-        print(f"warning: skipped: {source.problem}", file=sys.stderr)
-
-
-def report_captions(datasets: Sequence[CaptionDataset]) -> None:
-    """Prints warnings about captions that are too long or empty, and a note about caches of musubi-tuner."""
-    entries = [entry for dataset in datasets for entry in dataset.entries]
-    _report_cut(entries)
-    empty = [entry.source.path for entry in entries if not entry.source.caption]
-    if empty:
-        print(f"warning: {len(empty)} captions are empty; the first is that of {empty[0]}", file=sys.stderr)
-    by_musubi = sum(entry.status.by_musubi for entry in entries)
-    if by_musubi:
-        print(f"note: {by_musubi} cache files were made by musubi-tuner and are used unchanged")
-
-
-def _report_cut(entries: Sequence[CaptionEntry]) -> None:
-    """Lists captions that exceed the LLM's 256 tokens, also those that an earlier run encoded."""
-    cached = [entry for entry in entries if entry.written or entry.status.kept]
-    cut = [(entry.source.path, text) for entry in cached if (text := _cut_text(entry.path))]
-    if cut:
-        print(f"warning: {len(cut)} captions exceed 256 tokens; this is cut off:", file=sys.stderr)
-    for path, text in cut[:MAX_SHOWN]:
-        words = text.split()
-        print(f"  {path}: {' '.join(words[:MAX_SHOWN])}{' ...' if len(words) > MAX_SHOWN else ''}", file=sys.stderr)
-
-
-def _cut_text(path: Path) -> str:
-    """The end of the caption that was cut off, as its cache file says; empty if none was or the file does not say."""
-    _, metadata = read_header(path)
-    try:
-        return json.loads(metadata[PROVENANCE_KEY])[CUT_KEY]
-    except (KeyError, ValueError):
-        return ""
-
-
-def print_text_outcome(datasets: Sequence[CaptionDataset], pruned: bool) -> None:
-    """Prints the closing table: how many captions were new, changed, kept, orphaned and skipped, and why."""
-    orphaned = "deleted" if pruned else "orphaned"
-    header = ["cache directory", "captions", "new", "changed", "kept", orphaned, "skipped", "changed because"]
-    print_table("Text encoder outputs", [_table_row(dataset) for dataset in datasets], header)
-
-
-def _table_row(dataset: CaptionDataset) -> list[object]:
-    states = Counter(entry.status.state for entry in dataset.entries)
-    reasons = Counter(entry.status.reason for entry in dataset.entries if entry.status.state == "changed")
-    counts = [len(dataset.entries), *(states[state] for state in ("new", "changed", "kept"))]
-    why = ", ".join(f"{reason} ({number})" for reason, number in reasons.items())
-    return [dataset.settings.cache_directory, *counts, len(dataset.orphaned), len(dataset.skipped), why]

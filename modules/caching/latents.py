@@ -19,7 +19,7 @@ from dataset.latent_caching import (
 )
 from dataset.manifest import save_shares_on_error
 from dataset.options import LatentCachingOptions
-from dataset.report import print_outcome, print_scan
+from dataset.report import print_latent_outcome, print_scan
 from dataset.scan import ScannedDataset, decoding_threads, no_usable_item, scan_datasets
 from hunyuan_model.checkpoints import identify, load_vae
 from hunyuan_model.checkpoints.identification import VAE
@@ -115,7 +115,7 @@ class LatentCaching:
         for dataset in datasets:
             finish(dataset, outcomes[dataset.heading], self.rank, self.world_size, self.options.prune)
         if self.rank == 0:
-            print_outcome(datasets, outcomes, self.options.prune)
+            print_latent_outcome(datasets, outcomes, self.options.prune)
         if self.world_size == 1:  # one process of several cannot know whether all items failed
             for dataset in datasets:
                 outcome = outcomes[dataset.heading]

@@ -10,14 +10,12 @@ from tqdm import tqdm
 from dataset.config_utils import DatasetConfig, DatasetSettings
 from dataset.manifest import Manifest, save_shares_on_error
 from dataset.options import DEFAULT_TEXT_WORKERS, TextCachingOptions
+from dataset.report import print_text_outcome, report_captions, report_skipped
 from dataset.text_caching import (
     CUT_KEY,
     CaptionDataset,
     CaptionEntry,
     TextCacheChecker,
-    print_text_outcome,
-    report_captions,
-    report_skipped,
     write_entry,
 )
 from hunyuan_model import tokenizers

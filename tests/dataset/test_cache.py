@@ -110,7 +110,7 @@ def test_another_shape_is_never_kept(tmp_path: Path) -> None:
 def test_musubi_caches_are_kept_and_scaled_ones_are_not(tmp_path: Path) -> None:
     current = check_latents(write_like_musubi(tmp_path / "a", "1.0.1", 2.1), SHAPE, PROVENANCE)
     assert current.kept and current.by_musubi
-    # 1.0.0 was written with both meanings; the spread of the values tells them apart.
+    # Files of version 1.0.0 hold scaled or unscaled latents; their standard deviation tells which.
     assert check_latents(write_like_musubi(tmp_path / "b", "1.0.0", 2.1), SHAPE, PROVENANCE).kept
     scaled = check_latents(write_like_musubi(tmp_path / "c", "1.0.0", 2.1 * 0.476986), SHAPE, PROVENANCE)
     assert scaled.state == "changed" and "scaled" in scaled.reason

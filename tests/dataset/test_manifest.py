@@ -1,4 +1,4 @@
-"""Manifests: which cache files are known to be intact, and what a damaged manifest is worth."""
+"""Manifests: which cache files are known to be intact, and damaged manifests."""
 
 from pathlib import Path
 

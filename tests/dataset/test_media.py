@@ -1,4 +1,4 @@
-"""Decoding: every frame told by its content, every oddity of media files made on the spot."""
+"""Decoding: frames are recognised by their content; the tests write a file for every codec and peculiarity."""
 
 import math
 import warnings
@@ -77,7 +77,7 @@ def test_a_late_clip_is_found_by_seeking(tmp_path: Path) -> None:
     assert numbers(clip(path, 700, 5)) == [number % 256 for number in range(700, 705)]
 
 
-def test_a_file_is_gone_through_once_for_all_its_clips(tmp_path: Path, monkeypatch) -> None:
+def test_the_timeline_of_a_file_is_read_once_for_all_its_clips(tmp_path: Path, monkeypatch) -> None:
     path = write_video(tmp_path / "v.mpg", codec="mpeg2video")
     read_media_info(source(path))
     opened, open_ = [], av.open
@@ -129,7 +129,7 @@ def test_rotated_videos_come_out_upright(tmp_path: Path) -> None:
         size = (64, 128) if turns % 2 else (128, 64)
         assert read_media_info(source(path)).size == size
         upright = clip(path, 0, 13, bucket=size)
-        # What was stored was the upright picture turned the other way round.
+        # Reading rotated the stored frames by the display matrix; rotate them back to read their numbers.
         assert numbers(np.stack([np.rot90(frame, turns) for frame in upright])) == list(range(13))
 
 
@@ -159,7 +159,7 @@ def test_a_cover_picture_is_not_the_video(tmp_path: Path) -> None:
     assert numbers(clip(path, 2, 5)) == [2, 3, 4, 5, 6]
 
 
-def test_a_video_that_is_cut_off_is_used_up_to_the_cut_or_named(tmp_path: Path) -> None:
+def test_a_truncated_video_is_used_up_to_its_end_or_reported(tmp_path: Path) -> None:
     path = write_video(tmp_path / "v.ts", frames=60)
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     frames = read_media_info(source(path)).frames
@@ -249,7 +249,7 @@ def test_enlarging_is_lanczos_and_crops_are_centred() -> None:
 
 
 @pytest.mark.parametrize("bucket", [(48, 32), (96, 64), (24, 16)])
-def test_an_image_that_needs_no_crop_is_no_reason_for_torch_to_warn(tmp_path: Path, bucket: tuple[int, int]) -> None:
+def test_torch_does_not_warn_about_an_image_that_needs_no_crop(tmp_path: Path, bucket: tuple[int, int]) -> None:
     pixels = resize_to_bucket(load_image(write_image(tmp_path / "a.png", (48, 32))), bucket)
     with warnings.catch_warnings():
         warnings.simplefilter("error")

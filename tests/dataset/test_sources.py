@@ -1,4 +1,4 @@
-"""Listing: names of caches, captions, folders and JSONL files with all the strange names that users have."""
+"""Listing sources: cache names, captions, folders and JSONL files, with unusual file names."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""Batches from caches: order, repeats, workers, what is missing or out of date, and what must not leak in."""
+"""Batches from caches: order, repeats, workers, missing and outdated caches, and files that are not items."""
 
 import os
 import pickle
@@ -22,7 +22,7 @@ from utils.errors import UserError
 
 
 def cache(config: DatasetConfig) -> None:
-    """Writes caches with the item's number in every latent, as the two scripts would."""
+    """Writes caches as the two scripts would; every latent of an item holds the item's number."""
     for settings in config.every_dataset:
         manifest = Manifest(settings.cache_directory, "latents")
         for number, source in enumerate(list_sources(settings)):
@@ -107,7 +107,7 @@ def test_order_is_a_function_of_seed_and_epoch(config: DatasetConfig) -> None:
     assert epoch_names(one, epochs=3) == epoch_names(two, epochs=3)
     passes = epoch_names(one, epochs=2)
     assert passes[0] != passes[1]
-    # Not only the batches change places: other items meet in them.
+    # Not only the order of the batches changes: they also hold other combinations of items.
     assert sorted(map(sorted, passes[0])) != sorted(map(sorted, passes[1]))
     assert epoch_names(TrainingDataset(config, seed=2)) != [passes[0]]
     one.set_epoch(1)
@@ -253,7 +253,7 @@ def test_description_and_largest_batch(config: DatasetConfig) -> None:
     assert second["buckets"]["64x64x13"] == 2
     batch = dataset.largest_batch()
     assert batch.bucket.endswith("x13") and len(batch.names) == 2
-    # What no batch exceeds: the longest caption that there may be, beside a shorter one.
+    # The worst case for memory: one caption of the maximum length beside a shorter one.
     assert batch.text_mask.sum(1).tolist() == [256, 255]
 
 

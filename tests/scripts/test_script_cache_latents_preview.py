@@ -68,7 +68,7 @@ def test_the_page_opens_in_a_browser(media: MediaWorld) -> None:
     words = ["--headless", "--no-sandbox", "--disable-gpu", "--window-size=1200,1600", f"--screenshot={shot}"]
     subprocess.run([browser, *words, page.as_uri()], check=True, capture_output=True, timeout=60)
     pixels = load_image(shot).astype(int)
-    # The chart's bars, in the colour of the style sheet, and something of the red images.
+    # The bars of the chart have the accent colour of the style sheet; the images are red.
     bars = (np.abs(pixels - [0x3B, 0x7D, 0xD8]).sum(axis=2) < 12).sum()
     reds = ((pixels[..., 0] > 150) & (pixels[..., 1] < 90)).sum()
     assert bars > 2000 and reds > 1000

@@ -151,7 +151,7 @@ def test_an_unknown_device_is_refused_before_anything_is_done(media: MediaWorld)
 
 
 def fuzzed(data: bytes, seed: int) -> bytes:
-    """Cut, emptied, or with random bytes somewhere."""
+    """The data truncated, emptied, replaced or with some random bytes; `seed` decides."""
     chance = random.Random(seed)
     match chance.randrange(5):
         case 0:
@@ -172,7 +172,7 @@ def test_a_hundred_damaged_inputs_harm_nobody(media: MediaWorld) -> None:
     extensions = [".png", ".jpg", ".mp4", ".webm"]
     for number in range(100):
         data = fuzzed(samples[number % 4].read_bytes(), number)
-        # Every tenth carries the extension of another format.
+        # Every tenth file has the extension of another format.
         extension = extensions[(number + (number % 10 == 0)) % 4]
         folder = media.videos if extension in (".mp4", ".webm") else media.images
         (folder / f"x{number}{extension}").write_bytes(data)

@@ -76,7 +76,7 @@ def run(dataset, tiny_models, monkeypatch, capsys):
 
 @pytest.fixture
 def loads(monkeypatch) -> list[str]:
-    """The text encoders that are loaded from here on."""
+    """The names of the text encoders that are loaded during the test."""
     loaded = []
 
     def noting(name: str, load):
@@ -265,7 +265,7 @@ def test_processes_share_the_captions(dataset, run, monkeypatch, tiny_models):
     assert set(both) == set(CAPTIONS) and first.items() < both.items()
 
 
-def test_what_was_written_is_not_read_again_whoever_wrote_it_and_however_it_ended(dataset, run, monkeypatch):
+def test_written_caches_are_not_read_again_however_the_last_run_ended(dataset, run, monkeypatch):
     write = text.encode_llm_and_write
 
     def write_and_end(*arguments):
@@ -284,7 +284,7 @@ def test_what_was_written_is_not_read_again_whoever_wrote_it_and_however_it_ende
     assert list((dataset.parent / "cache").glob("*-sound-*")) == []
 
 
-def test_a_process_reads_only_its_own_share_whole_but_the_first_whose_table_counts_all(dataset, run, monkeypatch):
+def test_a_process_reads_only_its_own_caches_but_process_0_reads_all(dataset, run, monkeypatch):
     run()
     (dataset.parent / "cache" / "hv_text.manifest.json").unlink()
     read = []
@@ -342,7 +342,7 @@ def test_batches_do_not_change_results(dataset, run):
             torch.testing.assert_close(tensor, single[name][key], rtol=2e-3, atol=2e-3)
 
 
-def test_exchanged_encoders_are_refused_before_anything_is_loaded(dataset, run, tiny_models, loads):
+def test_swapped_encoders_are_refused_before_anything_is_loaded(dataset, run, tiny_models, loads):
     with pytest.raises(UserError, match=str(tiny_models.text_encoder2)):
         run("--text_encoder1", tiny_models.text_encoder2)
     assert loads == [] and not (dataset.parent / "cache").exists()
