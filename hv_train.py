@@ -65,7 +65,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     requests = options.preview_requests()
 
     from hunyuan_model.checkpoints.identification import identify
-    from modules.memory.plan import out_of_memory_in_one_line
+    from modules.memory.plan import explain_out_of_memory
     from modules.training.full_model import TrainedModel, trained_names
     from modules.training.half_precision import HalfGradScaler
     from modules.training.hunyuan_video import (
@@ -95,7 +95,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     run.open_outputs()
     source_config = identify(options.dit.dit).checkpoint.config
-    with out_of_memory_in_one_line("while the models are loaded", lambda: SAVE_MEMORY):
+    with explain_out_of_memory("while the models are loaded", lambda: SAVE_MEMORY):
         previewer = create_previewer(options, requests, run)
         dit = load_model(options, names, run)
         trainer = build_trainer(
@@ -107,9 +107,9 @@ def main(argv: Sequence[str] | None = None) -> None:
             lambda path: [],
         )
     with trainer.log, trainer.requests:
-        with out_of_memory_in_one_line("on the largest batch, tried before training", lambda: SAVE_MEMORY):
+        with explain_out_of_memory("on the largest batch, tried before training", lambda: SAVE_MEMORY):
             rehearse(trainer, run.train_set.largest_batch())
-        with out_of_memory_in_one_line("in training", lambda: SAVE_MEMORY):
+        with explain_out_of_memory("in training", lambda: SAVE_MEMORY):
             train(trainer)
     close_run(trainer)
 
@@ -170,7 +170,7 @@ def print_memory(options: Options, shapes: "Mapping[str, torch.Size]", names: se
     Raises:
         UserError: the optimizer does not work with the dtype of the trained weights.
     """
-    from modules.memory.plan import in_words
+    from modules.memory.plan import format_bytes
     from modules.training.half_precision import try_optimizer
     from utils.device_utils import DTYPES
 
@@ -178,10 +178,10 @@ def print_memory(options: Options, shapes: "Mapping[str, torch.Size]", names: se
     state_bytes = try_optimizer(options.optimizer, trained, run.accelerator.device)
     total, count = sum(map(math.prod, shapes.values())), sum(math.prod(shapes[name]) for name in names)
     rows = [
-        ("trained weights", in_words(count * trained.itemsize)),
-        ("their gradients", in_words(count * trained.itemsize)),
-        ("their optimizer's states", in_words(count * state_bytes)),
-        ("frozen weights", in_words((total - count) * frozen.itemsize)),
+        ("trained weights", format_bytes(count * trained.itemsize)),
+        ("their gradients", format_bytes(count * trained.itemsize)),
+        ("their optimizer's states", format_bytes(count * state_bytes)),
+        ("frozen weights", format_bytes((total - count) * frozen.itemsize)),
     ]
     print_table(f"memory beside activations, {count / 1e6:,.1f} of {total / 1e6:,.1f} M numbers are trained", rows)
 

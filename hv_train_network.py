@@ -95,7 +95,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         return
 
     run.open_outputs()
-    with plan.explained("while the models are loaded"):
+    with plan.explain_out_of_memory("while the models are loaded"):
         previewer = create_previewer(options, requests, run)
         dit = load_model(options, run.accelerator)
         trained = create_trained(options, network_module, dit, run)
@@ -108,9 +108,9 @@ def main(argv: Sequence[str] | None = None) -> None:
             lambda path: write_formats(path, options.save.save_format),
         )
     with trainer.log, trainer.requests:
-        with plan.explained("on the largest batch, tried before training"):
+        with plan.explain_out_of_memory("on the largest batch, tried before training"):
             rehearse(trainer, run.train_set.largest_batch())
-        with plan.explained("in training"):
+        with plan.explain_out_of_memory("in training"):
             train(trainer)
     close_run(trainer)
 
@@ -207,13 +207,13 @@ def plan_memory(options: Options, module: ModuleType, run: "Run", trained: int) 
         )
 
     settings = planner.Settings(options.memory.fp8_base, policy or "none", swap or 0)
-    ordered = planner.candidates(max_blocks_to_swap(*depths, training=True), settings.fp8, policy, swap)
-    free, host_free = planner.free_memory(device), least_of_processes(planner.free_main_memory())
+    ordered = planner.candidate_settings(max_blocks_to_swap(*depths, training=True), settings.fp8, policy, swap)
+    free, host_free = planner.free_device_memory(device), least_of_processes(planner.free_main_memory())
     if free is not None:
         free = least_of_processes(free)
     limit = planner.memory_limit(options.memory.vram_gb, free)
     if limit is not None:
-        settings = planner.cheapest(ordered, limit, predicted, host_limit=host_free)
+        settings = planner.fastest_that_fits(ordered, limit, predicted, host_limit=host_free)
     size = "x".join(map(str, shape[2:]))
     plan = planner.MemoryPlan(settings, ordered, predicted, f"batch of {shape[0]}, latents {size}")
     if run.accelerator.is_main_process and (limit is not None or options.training.dry_run):

@@ -5,7 +5,7 @@ from typing import Generic, Literal, TypeVar
 
 import torch
 
-from modules.memory.plan import out_of_memory_in_one_line
+from modules.memory.plan import explain_out_of_memory
 from utils.device_utils import release_memory
 
 M = TypeVar("M")
@@ -47,7 +47,7 @@ class LazyModel(Generic[M]):
             UserError: out of memory.
         """
         if self._model is None:
-            with out_of_memory_in_one_line("while a model is loaded", self._advice):
+            with explain_out_of_memory("while a model is loaded", self._advice):
                 self._model = self._load()
 
     def release(self) -> None:

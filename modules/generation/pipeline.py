@@ -26,7 +26,7 @@ from modules.generation.sampler import Conditioning, NonFiniteError, sample_late
 from modules.generation.settings import decode_command
 from modules.generation.source_pixels import source_pixels
 from modules.generation.text_encoding import encode_texts, lazy_text_encoders
-from modules.memory.plan import out_of_memory_in_one_line
+from modules.memory.plan import explain_out_of_memory
 from networks.hooks import LoraHooks
 from utils.device_utils import is_out_of_memory, release_memory
 from utils.errors import UserError, one_line
@@ -80,7 +80,7 @@ class Pipeline:
                 if job.loras is not None:
                     lora_hooks.use(job.loras, self.options.lora.exclude_single_blocks)
                 bar = tqdm(total=job.request.steps, desc=f"video {number}/{len(jobs)}", unit="step")
-                with bar, out_of_memory_in_one_line("in sampling", SAMPLING_ADVICE):
+                with bar, explain_out_of_memory("in sampling", SAMPLING_ADVICE):
                     latents = sample_latents(
                         self.dit.model,
                         job.request,
@@ -174,7 +174,7 @@ class Pipeline:
         """
         vae = self.vae.model
         vae.configure_memory(self.decoder.chunk_size, self.decoder.tile_size)
-        with out_of_memory_in_one_line("while the source is encoded", ENCODING_ADVICE):
+        with explain_out_of_memory("while the source is encoded", ENCODING_ADVICE):
             posterior = vae.encode((pixels * 2 - 1)[None].to(self.device, next(vae.parameters()).dtype))
         latents = posterior.mean.float().cpu() * SCALING_FACTOR
         if not torch.isfinite(latents).all():

@@ -77,10 +77,10 @@ def _plan_sampling(
         return plan.predict(measured(settings.fp8), swapped_blocks(settings.blocks_to_swap, *depths))
 
     settings = plan.Settings(speed.fp8, "none", swap or 0)
-    limit = plan.memory_limit(speed.vram_gb, plan.free_memory(device))
+    limit = plan.memory_limit(speed.vram_gb, plan.free_device_memory(device))
     if limit is not None:
-        ordered = plan.candidates(max_blocks_to_swap(*depths, training=False), settings.fp8, "none", swap)
-        settings = plan.cheapest(ordered, limit, predicted, False, plan.free_main_memory())
+        ordered = plan.candidate_settings(max_blocks_to_swap(*depths, training=False), settings.fp8, "none", swap)
+        settings = plan.fastest_that_fits(ordered, limit, predicted, False, plan.free_main_memory())
     options = dataclasses.replace(
         options,
         speed=dataclasses.replace(speed, fp8=settings.fp8),
@@ -98,10 +98,10 @@ def _plan_decoding(options: GenerationOptions, shape: Sequence[int]) -> tuple[Ge
 
     @functools.cache
     def needed(tile: int | None) -> int:
-        return plan.with_overhead(estimate_vae(config, tuple(shape), dtype, vae.vae_chunk_size, tile))
+        return plan.required_device_memory(estimate_vae(config, tuple(shape), dtype, vae.vae_chunk_size, tile))
 
     tiles = [vae.tile_size] if vae.tile_size else plan.TILE_SIZES
-    limit = plan.memory_limit(options.speed.vram_gb, plan.free_memory(device))
-    tile = plan.first_fitting("decoding", tiles, needed, limit)
-    rows = [("VAE tiles", tile or "none"), ("GPU memory of decoding", plan.in_words(needed(tile)))]
+    limit = plan.memory_limit(options.speed.vram_gb, plan.free_device_memory(device))
+    tile = plan.first_that_fits("decoding", tiles, needed, limit)
+    rows = [("VAE tiles", tile or "none"), ("GPU memory of decoding", plan.format_bytes(needed(tile)))]
     return dataclasses.replace(options, vae=dataclasses.replace(vae, vae_spatial_tile_sample_min_size=tile)), rows

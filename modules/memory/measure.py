@@ -1,4 +1,4 @@
-"""How many bytes the models need at work, measured on their real code with tensors that have no data."""
+"""Measures how many bytes the models need, by running their real code with fake tensors, which have no data."""
 
 import dataclasses
 import math
@@ -17,7 +17,7 @@ from hunyuan_model.quantization import FP8, Fp8Linear
 from hunyuan_model.tokenizers import LLM_MAX_TOKENS, VIDEO_PREFIX_TOKENS
 from hunyuan_model.vae import TIME_TILE, AutoencoderKLCausal3D, VaeConfig
 from hunyuan_model.vae_tiling import SPACE_COMPRESSION, pixel_size
-from modules.memory.meter import MemoryMeter, ModelUsage, measure_block, nbytes, without_data
+from modules.memory.meter import MemoryMeter, ModelUsage, fake_tensors, measure_block, nbytes
 
 
 def measure_dit(
@@ -35,12 +35,12 @@ def measure_dit(
         latent_shape: (B, C, f, h, w).
         text_tokens: tokens of the longest caption in the batch.
         fp8: the weights of the blocks are float8.
-        prepare: applies to a DiT of one double and one single block what will be applied to the real one (network,
-            checkpointing); returns the network that is trained, if any.
+        prepare: applies to a DiT of one double and one single block what is applied to the real one (network,
+            checkpointing); returns the trained network, or None.
     """
     grid = tuple(size // patch for size, patch in zip(latent_shape[2:], config.patch_size, strict=True))
     B, L, D = latent_shape[0], math.prod(grid), config.hidden_size
-    with without_data(dtype):
+    with fake_tensors(dtype):
         dit = HYVideoDiffusionTransformer(dataclasses.replace(config, depth_double=1, depth_single=1))
         dit.requires_grad_(False)
         outside = sum(nbytes(weight) for name, weight in dit.named_parameters() if "_blocks." not in name)
@@ -60,7 +60,7 @@ def measure_dit(
 
 
 def _replace_by_empty_fp8(dit: HYVideoDiffusionTransformer) -> None:
-    """Quantised layers without the work of quantising."""
+    """Replaces the layers that are quantised in the real DiT by empty fp8 layers; nothing is quantised."""
     for name, module in list(dit.named_modules()):
         if isinstance(module, nn.Linear) and is_quantized_in_dit(name):
             owner, _, leaf = name.rpartition(".")
@@ -80,8 +80,8 @@ def add_step_cache_memory(usage: ModelUsage, calls: int) -> ModelUsage:
 def measure_vae(
     config: VaeConfig, shape: tuple[int, int, int, int, int], dtype: torch.dtype, chunk: int | None, tile: int | None
 ) -> int:
-    """Peak bytes of encoding pixels (B, 3, F, H, W) or of decoding latents (B, 16, f, h, w), the weights included."""
-    with without_data(dtype), torch.no_grad():
+    """Peak bytes, with the weights, of encoding pixels (B, 3, F, H, W) or decoding latents (B, 16, f, h, w)."""
+    with fake_tensors(dtype), torch.no_grad():
         vae = AutoencoderKLCausal3D(config)
         vae.configure_memory(chunk, tile)
         with MemoryMeter() as meter:
@@ -93,9 +93,9 @@ def measure_vae(
 def estimate_vae(
     config: VaeConfig, shape: tuple[int, int, int, int, int], dtype: torch.dtype, chunk: int | None, tile: int | None
 ) -> int:
-    """As `measure_vae`, but with tiles from the largest alone, for all of them would take minutes.
+    """Like `measure_vae`, but measures only the largest tile, because all tiles would take minutes.
 
-    Beside a tile there are all pixels: those that are encoded, or those that are decoded so far.
+    The pixels of all tiles are added: those to encode, or those decoded so far.
     """
     if tile is None:
         return measure_vae(config, shape, dtype, chunk, None)
@@ -106,24 +106,24 @@ def estimate_vae(
     largest = [min(length, limit) for length, limit in zip(size, limits, strict=True)]
     elements = B * math.prod(size if encodes else pixel_size(size))
     counted = math.prod(largest if encodes else pixel_size(largest))
-    beside = config.pixel_channels * (elements - counted) * dtype.itemsize
-    return measure_vae(config, (1, C, *largest), dtype, chunk, None) + beside
+    other_pixels = config.pixel_channels * (elements - counted) * dtype.itemsize
+    return measure_vae(config, (1, C, *largest), dtype, chunk, None) + other_pixels
 
 
 def measure_text_encoder_1(path: Path, dtype: torch.dtype, fp8: bool, captions: int) -> int:
-    """Peak bytes of encoding so many captions at once with text encoder 1, the weights included.
+    """Peak bytes, with the weights, of encoding a batch of `captions` captions with text encoder 1.
 
     Raises:
-        UserError: the file is no Llama.
+        UserError: the file is no Llama model.
     """
     llm = empty_text_encoder_1(identify(path), fp8).eval()
     L = VIDEO_PREFIX_TOKENS + LLM_MAX_TOKENS
-    with without_data(dtype), torch.no_grad():
+    with fake_tensors(dtype), torch.no_grad():
         weights = {
             name: torch.empty(tensor.shape, dtype=FP8 if tensor.dtype == FP8 else dtype)
             for name, tensor in [*llm.named_parameters(), *llm.named_buffers()]
         }
-        # Given whole: of the mask (B, L) that is really given, transformers would look at the values.
+        # A 4D mask, because transformers reads the values of the mask (B, L) that is used otherwise.
         mask = torch.ones(captions, 1, L, L, dtype=torch.bool)
         with MemoryMeter() as meter:
             functional_call(llm, weights, (torch.ones(captions, L, dtype=torch.long), mask))

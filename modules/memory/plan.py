@@ -1,4 +1,4 @@
-"""What fits where: predicts the peak of memory from measured parts, and chooses the cheapest settings that fit."""
+"""Predicts the peak of GPU and main memory from measured parts, and chooses the fastest settings that fit."""
 
 import contextlib
 import os
@@ -19,28 +19,28 @@ from utils.errors import UserError
 T = TypeVar("T")
 
 GIB = 1 << 30
-# CUDA's context, cuBLAS's workspaces and what torch's allocator cannot hand out again.
+# CUDA's context, cuBLAS's workspaces, and memory that PyTorch's allocator cannot reuse because of fragmentation.
 DEVICE_OVERHEAD = 0.7 * GIB
 FRAGMENTATION = 1.05
-# Tiles of the VAE to choose from, in pixels; the larger, the closer to a picture taken whole.
+# Sizes of the VAE's tiles in pixels, None for no tiles. Larger tiles come closer to the result without tiles.
 TILE_SIZES = (None, 256, 128, 64)
-# Bytes per trained element: float32 weight and gradient, and the two moments of Adam in float32 or 8 bits.
+# Bytes per trained parameter: float32 weight and gradient, and Adam's two moments in float32 or 8 bits.
 WEIGHT_AND_GRADIENT, MOMENTS, MOMENTS_8BIT = 8, 8, 2
 
 
-def with_overhead(tensors: int) -> int:
-    """What a device must have free for so many bytes of tensors."""
+def required_device_memory(tensors: int) -> int:
+    """Bytes that a device must have free to hold `tensors` bytes of tensors."""
     return int(tensors * FRAGMENTATION + DEVICE_OVERHEAD)
 
 
-def in_words(size: float) -> str:
-    """Bytes with a unit that suits them."""
+def format_bytes(size: float) -> str:
+    """A number of bytes in GiB, or in MiB if it is less than 1 GiB."""
     return f"{size / GIB:.2f} GiB" if size >= GIB else f"{size / GIB * 1024:.1f} MiB"
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What a user can choose to save memory, with its price.
+    """The options that save memory.
 
     Attributes:
         fp8: block weights as float8.
@@ -54,12 +54,12 @@ class Settings:
 
     @property
     def relative_time(self) -> float:
-        """Estimated time of a step, 1 for the fastest settings; only its order matters."""
+        """Estimated time of a step; 1 for the fastest settings. Only used to sort settings by speed."""
         checkpointing = {"none": 1.0, "selective": 1.12, "full": 1.33, "offload": 1.4}[self.checkpointing]
         return checkpointing * (1.06 if self.fp8 else 1.0) * (1 + 0.003 * self.blocks_to_swap)
 
     def flags(self, training: bool = True) -> str:
-        """The options that choose these settings."""
+        """These settings as command-line options of training or generation."""
         words = [("--fp8_base" if training else "--fp8") if self.fp8 else ""]
         words += {
             "none": [],
@@ -71,69 +71,78 @@ class Settings:
         return " ".join(filter(None, words)) or "no option"
 
 
-def candidates(
+def candidate_settings(
     max_swap: int, fp8: bool = False, checkpointing: str | None = None, blocks_to_swap: int | None = None
 ) -> list[Settings]:
-    """All settings that agree with what the user has already chosen, the fastest first.
+    """All settings that agree with the user's choices, the fastest first.
 
     Args:
         max_swap: the largest `--blocks_to_swap` of the model.
         fp8: True if the user asked for it; otherwise both are tried.
-        checkpointing: the way that the user chose, or None to try all ("none" alone for generation).
-        blocks_to_swap: the number that the user chose, or None to try all.
+        checkpointing: the user's choice, or None to try all. Generation passes "none".
+        blocks_to_swap: the user's choice, or None to try all.
     """
-    ways = [checkpointing] if checkpointing else ["none", "selective", "full", "offload"]
+    policies = [checkpointing] if checkpointing else ["none", "selective", "full", "offload"]
     counts = range(0, max_swap + 1, 2) if blocks_to_swap is None else [blocks_to_swap]
     found = [
-        Settings(eight, way, count)
-        for eight in {fp8, True}
-        for way in ways
+        Settings(use_fp8, policy, count)
+        for use_fp8 in {fp8, True}
+        for policy in policies
         for count in counts
-        # Swapped weights and activations that are all kept contradict each other: no trade that anyone needs.
-        if way != "none" or count == 0 or checkpointing == "none"
+        # Block swap without checkpointing is not tried: the kept activations need more memory than the swap saves.
+        if policy != "none" or count == 0 or checkpointing == "none"
     ]
     return sorted(found, key=lambda settings: settings.relative_time)
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """Bytes at the peak: on the device, and in main memory those of swapped blocks and of parked activations."""
+    """Bytes at the peak.
+
+    Attributes:
+        weights: frozen weights on the device.
+        trained: trained weights, their gradients and the optimizer's moments, on the device.
+        saved: activations that are kept on the device for the backward pass.
+        working: temporary tensors of one block, on the device.
+        swapped: weights of swapped blocks in main memory.
+        offloaded: activations in main memory.
+    """
 
     weights: int
     trained: int
-    kept: int
+    saved: int
     working: int
     swapped: int
-    parked: int = 0
+    offloaded: int = 0
 
     @property
     def tensors(self) -> int:
-        """What torch allocates on the device."""
-        return self.weights + self.trained + self.kept + self.working
+        """Bytes of all tensors on the device."""
+        return self.weights + self.trained + self.saved + self.working
 
     @property
     def device(self) -> int:
-        """What the device must have free, overheads included."""
-        return with_overhead(self.tensors)
+        """Bytes that the device must have free, including overheads."""
+        return required_device_memory(self.tensors)
 
     @property
     def host(self) -> int:
-        """What main memory must have free."""
-        return self.swapped + self.parked
+        """Bytes that main memory must have free."""
+        return self.swapped + self.offloaded
 
     def rows(self, training: bool = True) -> list[tuple[str, str]]:
-        """Lines of a table."""
+        """Names and sizes, the rows of a table."""
         parts = {"weights on the GPU": self.weights}
         if training:
-            parts |= {"trained weights, gradients, optimizer": self.trained, "kept for the backward pass": self.kept}
+            parts |= {"trained weights, gradients, optimizer": self.trained, "kept for the backward pass": self.saved}
         parts |= {
             "working memory of a block": self.working,
             "GPU memory needed in all": self.device,
             "main memory for swapped blocks": self.swapped,
         }
         if training:
-            parts["main memory for parked activations"] = self.parked
-        return [(name, in_words(size)) for name, size in parts.items()]
+            parts["main memory for offloaded activations"] = self.offloaded
+        return [(name, format_bytes(size)) for name, size in parts.items()]
 
 
 def predict(
@@ -148,132 +157,141 @@ def predict(
 
     Args:
         usage: the measured model.
-        swapped: indices of the blocks that are streamed.
-        ring_size: device buffers of the streamed blocks.
-        trained: elements of trained parameters.
-        moments: bytes per trained element that the optimizer keeps.
-        offload: what blocks keep for backward waits in main memory.
+        swapped: indices of the swapped blocks.
+        ring_size: number of block swap's device buffers.
+        trained: number of trained parameters.
+        moments: bytes per trained parameter that the optimizer keeps.
+        offload: the blocks' inputs are kept in main memory for the backward pass.
     """
-    gone = {index: usage.blocks[index].matrices for index in swapped}
-    ring = max(gone.values(), default=0) * min(ring_size, len(gone))
-    weights = usage.outside + sum(block.matrices + block.rest for block in usage.blocks) - sum(gone.values()) + ring
-    kept = sum(block.kept for block in usage.blocks)
-    # On the device, the inputs of one block are on their way.
+    in_main_memory = {index: usage.blocks[index].matrices for index in swapped}
+    swapped_bytes = sum(in_main_memory.values())
+    ring = max(in_main_memory.values(), default=0) * min(ring_size, len(in_main_memory))
+    all_blocks = sum(block.matrices + block.norms_and_biases for block in usage.blocks)
+    # With offload, the inputs of one block are still on the device while they are copied.
+    saved = usage.streams if offload else sum(block.saved for block in usage.blocks)
     return Prediction(
-        weights,
-        trained * (WEIGHT_AND_GRADIENT + moments),
-        usage.streams + (usage.streams if offload else kept),
-        max(block.working for block in usage.blocks),
-        sum(gone.values()),
-        sum(pinned(stream) for block in usage.blocks for stream in block.streams) if offload else 0,
+        weights=usage.outside + all_blocks - swapped_bytes + ring,
+        trained=trained * (WEIGHT_AND_GRADIENT + moments),
+        saved=usage.streams + saved,
+        working=max(block.working for block in usage.blocks),
+        swapped=swapped_bytes,
+        offloaded=sum(pinned_bytes(size) for block in usage.blocks for size in block.streams) if offload else 0,
     )
 
 
-def pinned(size: int) -> int:
-    """What a tensor of so many bytes takes in pinned memory: torch's allocator rounds up to a power of two."""
+def pinned_bytes(size: int) -> int:
+    """Bytes that a tensor takes in pinned memory: PyTorch's allocator rounds up to a power of two."""
     return 1 << (size - 1).bit_length()
 
 
-def cheapest(
+def fastest_that_fits(
     ordered: Sequence[Settings],
     limit: int,
     predicted: Callable[[Settings], Prediction],
     training: bool = True,
     host_limit: int | None = None,
 ) -> Settings:
-    """The first settings whose prediction stays within `limit` bytes of device and `host_limit` of main memory.
+    """The first settings that need at most `limit` bytes of device memory and `host_limit` of main memory.
 
     Raises:
-        UserError: none does; says what the leanest would need.
+        UserError: none fit; names the settings that need the least, and how much they need.
     """
 
-    def is_housed(settings: Settings) -> bool:
+    def fits_main_memory(settings: Settings) -> bool:
         return host_limit is None or predicted(settings).host <= host_limit
 
-    for settings in filter(is_housed, ordered):
+    for settings in filter(fits_main_memory, ordered):
         if predicted(settings).device <= limit:
             return settings
-    leanest = min(list(filter(is_housed, ordered)) or ordered, key=lambda settings: predicted(settings).device)
-    needed = predicted(leanest)
+    smallest = min(list(filter(fits_main_memory, ordered)) or ordered, key=lambda settings: predicted(settings).device)
+    needed = predicted(smallest)
     room = ""
     if host_limit is not None:
-        room = f", and {in_words(needed.host)} of main memory, where {in_words(host_limit)} are free"
+        room = f", and {format_bytes(needed.host)} of main memory, where {format_bytes(host_limit)} are free"
     raise UserError(
-        f"nothing fits {in_words(limit)} of GPU memory: even with {leanest.flags(training)} "
-        f"{in_words(needed.device)} are needed{room}; lower the resolution, the frames or the batch size"
+        f"nothing fits {format_bytes(limit)} of GPU memory: even with {smallest.flags(training)} "
+        f"{format_bytes(needed.device)} are needed{room}; lower the resolution, the frames or the batch size"
     )
 
 
-def first_fitting(work: str, choices: Sequence[T], needed: Callable[[T], int], limit: int | None) -> T:
-    """The first choice that needs at most `limit` bytes (None: no limit); if none does, a warning and the last."""
+def first_that_fits(work: str, choices: Sequence[T], needed: Callable[[T], int], limit: int | None) -> T:
+    """The first choice that needs at most `limit` bytes; if none does, prints a warning and returns the last.
+
+    Args:
+        work: what is done, for the warning.
+        choices: in order of preference.
+        limit: None for no limit.
+    """
     for choice in choices:
         if limit is None or needed(choice) <= limit:
             return choice
-    print(f"warning: {work} needs {in_words(needed(choice))}, {in_words(limit)} are there", file=sys.stderr)
+    print(f"warning: {work} needs {format_bytes(needed(choice))}, {format_bytes(limit)} are available", file=sys.stderr)
     return choice
 
 
-def leaner(
+def fastest_that_needs_less(
     current: Settings, ordered: Sequence[Settings], predicted: Callable[[Settings], Prediction]
 ) -> Settings | None:
-    """The fastest settings that need at least a tenth less than the current ones: what to try after out of memory."""
+    """The fastest settings that need at least a tenth less than the current ones, to try after running out of memory.
+
+    Args:
+        ordered: the settings to choose from, the fastest first.
+    """
     limit = 0.9 * predicted(current).device
     return next((settings for settings in ordered if predicted(settings).device <= limit), None)
 
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """The settings of a run, what they need, and what else there is. Nothing is measured before somebody asks.
+    """The settings of a training run, the memory that they need, and the alternatives.
 
     Attributes:
-        settings: what the run uses.
+        settings: the settings of the run.
         ordered: the alternatives, the fastest first.
-        predicted: the prediction for any settings.
-        work: the largest piece of work in words, for messages.
-        training: which names the options have.
+        predicted: the prediction for any settings; the model is measured when it is first called.
+        work: names the largest batch in messages.
     """
 
     settings: Settings
     ordered: Sequence[Settings]
     predicted: Callable[[Settings], Prediction]
     work: str
-    training: bool = True
 
     def print(self) -> None:
         """The prediction as a table."""
-        flags = ("settings", self.settings.flags(self.training))
+        flags = ("settings", self.settings.flags())
         print_table(f"memory plan, {self.work}", [flags, *self.predicted(self.settings).rows()])
 
     def warn_if_too_large(self, free: int) -> None:
-        """Says before the first gigabyte is read that the prediction exceeds `free` bytes, and what would fit."""
+        """Before the model is loaded: warns if the run needs more than `free` bytes, and names settings that fit."""
         needed = self.predicted(self.settings).device
         if needed <= free:
             return
         try:
-            fitting = cheapest(self.ordered, free, self.predicted, self.training, free_main_memory())
-            advice = f"{fitting.flags(self.training)} would fit"
+            fitting = fastest_that_fits(self.ordered, free, self.predicted, host_limit=free_main_memory())
+            advice = f"{fitting.flags()} would fit"
         except UserError as error:
             advice = str(error)
-        numbers = f"{in_words(needed)} of GPU memory are needed, {in_words(free)} are free"
+        numbers = f"{format_bytes(needed)} of GPU memory are needed, {format_bytes(free)} are free"
         print(f"warning: {self.work}: {numbers}; {advice}", file=sys.stderr)
 
-    def explained(self, during: str) -> contextlib.AbstractContextManager[None]:
-        """Turns running out of memory into one line: where, how much work, the peak, and what to try next."""
-        return out_of_memory_in_one_line(during, self._work_and_advice)
+    def explain_out_of_memory(self, during: str) -> contextlib.AbstractContextManager[None]:
+        """Like the function `explain_out_of_memory`, with settings that need less memory as the advice."""
+        return explain_out_of_memory(during, self._batch_and_advice)
 
-    def _work_and_advice(self) -> str:
-        lean = leaner(self.settings, self.ordered, self.predicted)
-        advice = f"try {lean.flags(self.training)}" if lean else "lower resolution, frames or batch size"
-        return f"{self.work} with {self.settings.flags(self.training)}; {advice}"
+    def _batch_and_advice(self) -> str:
+        smaller = fastest_that_needs_less(self.settings, self.ordered, self.predicted)
+        advice = f"try {smaller.flags()}" if smaller else "lower resolution, frames or batch size"
+        return f"{self.work} with {self.settings.flags()}; {advice}"
 
 
 @contextlib.contextmanager
-def out_of_memory_in_one_line(during: str, work_and_advice: str | Callable[[], str]) -> Iterator[None]:
-    """Turns running out of memory into one line.
+def explain_out_of_memory(during: str, advice: str | Callable[[], str]) -> Iterator[None]:
+    """Turns an out-of-memory error into a message of one line.
 
     Args:
-        during: what was going on.
-        work_and_advice: how much work it was and what to do; a function where that is costly to say.
+        during: what was running, as in "while the models are loaded".
+        advice: the size of the work and what to change; or a function that returns this, if it takes long.
 
     Raises:
         UserError: out of memory inside.
@@ -283,39 +301,39 @@ def out_of_memory_in_one_line(during: str, work_and_advice: str | Callable[[], s
     except Exception as error:
         if not is_out_of_memory(error):
             raise
-        peak = f" (peak {in_words(torch.cuda.max_memory_allocated())})" if torch.cuda.is_available() else ""
-        advice = work_and_advice if isinstance(work_and_advice, str) else work_and_advice()
-        raise UserError(f"out of GPU memory {during}: {advice}{peak}") from None
+        peak = f" (peak {format_bytes(torch.cuda.max_memory_allocated())})" if torch.cuda.is_available() else ""
+        text = advice if isinstance(advice, str) else advice()
+        raise UserError(f"out of GPU memory {during}: {text}{peak}") from None
 
 
 def memory_limit(vram_gb: float | None, free: int | None) -> int | None:
-    """--vram_gb in bytes, where 0 is what the device has free; None without it.
+    """--vram_gb in bytes; 0 means `free`, the free memory of the device. None if --vram_gb is not given.
 
     Raises:
-        UserError: it is 0, and the device does not say what is free.
+        UserError: --vram_gb is 0 and the free memory of the device is not known.
     """
     if vram_gb == 0 and free is None:
-        raise UserError("--vram_gb 0: this device does not say how much memory is free; give a number")
+        raise UserError("--vram_gb 0: this device does not report its free memory; give a number")
     return None if vram_gb is None else int(vram_gb * GIB) or free
 
 
-def free_memory(device: torch.device) -> int | None:
+def free_device_memory(device: torch.device) -> int | None:
     """Bytes that a GPU has free; None for other devices."""
     return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else None
 
 
 def free_main_memory(cgroups: Path = Path("/sys/fs/cgroup")) -> int:
-    """Bytes that this process may take of what machine and container have free, as much as each of its neighbours."""
+    """Bytes of main memory that are free for this process: of machine and container, divided by the local processes."""
     free = min([psutil.virtual_memory().available, *_left_by_container(cgroups)])
     return free // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
 
 def _left_by_container(cgroups: Path) -> Iterator[int]:
-    """What the limit of a container leaves, by cgroups v2 and v1; cached files give way."""
+    """Bytes that the limit of a container leaves, by cgroups v2 and v1. Cached files count as free."""
     v2 = (cgroups, "memory.max", "memory.current", "inactive_file")
     v1 = (cgroups / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
     for folder, limit, used, cached in (v2, v1):
-        with contextlib.suppress(OSError, ValueError):  # no such files, or no limit, which is the word "max"
+        with contextlib.suppress(OSError, ValueError):  # no such files, or the limit is "max", which means none
             statistics = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
             left = int((folder / limit).read_text()) - int((folder / used).read_text())
             yield max(left + int(statistics.get(cached, 0)), 0)

@@ -33,10 +33,12 @@ def plan_vae_encoding(
     @functools.cache
     def needed(tile: int | None) -> int:
         shape = (B, config.pixel_channels, F, H, W)
-        return planner.with_overhead(max(estimate_vae(config, shape, dtype, vae.vae_chunk_size, tile), prepared))
+        return planner.required_device_memory(
+            max(estimate_vae(config, shape, dtype, vae.vae_chunk_size, tile), prepared)
+        )
 
     tiles = [vae.tile_size] if vae.tile_size else planner.TILE_SIZES
-    limit = planner.memory_limit(vram_gb, planner.free_memory(device))
-    tile = planner.first_fitting("encoding", tiles, needed, limit)
-    rows = [("VAE tiles", tile or "none"), ("GPU memory of encoding", planner.in_words(needed(tile)))]
+    limit = planner.memory_limit(vram_gb, planner.free_device_memory(device))
+    tile = planner.first_that_fits("encoding", tiles, needed, limit)
+    rows = [("VAE tiles", tile or "none"), ("GPU memory of encoding", planner.format_bytes(needed(tile)))]
     return dataclasses.replace(vae, vae_spatial_tile_sample_min_size=tile), rows

@@ -39,7 +39,7 @@ def test_what_does_not_fit_ends_before_the_model_is_loaded(world, tiny_models, t
 
 def test_all_processes_choose_by_the_gpu_that_has_the_least_free(world, tiny_models, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("modules.memory.plan.DEVICE_OVERHEAD", 0)
-    monkeypatch.setattr("modules.memory.plan.free_memory", lambda device: 10 << 30)
+    monkeypatch.setattr("modules.memory.plan.free_device_memory", lambda device: 10 << 30)
     monkeypatch.setattr("modules.training.distributed.gather_object", lambda numbers: [*numbers, int(6.5 * (1 << 20))])
     train(world, tiny_models.dit, tmp_path, "--vram_gb", 0, "--dry_run")
     assert "--fp8_base" in capsys.readouterr().out

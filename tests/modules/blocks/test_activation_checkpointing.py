@@ -91,7 +91,7 @@ def left_behind(way: Callable[[list[nn.Module]], None] | None) -> int:
     with MemoryMeter() as meter:
         output = model(**given)
         output.sum().backward()
-        meter.forget_released()
+        meter.drop_released()
     return meter.live
 
 

@@ -1,4 +1,4 @@
-"""The planner's predictions against what really lives while a real model trains or samples on the CPU."""
+"""The planner's predictions against the bytes of real models that train or sample on the CPU."""
 
 import functools
 import itertools
@@ -20,10 +20,10 @@ from modules.memory.plan import (
     MemoryPlan,
     Prediction,
     Settings,
-    candidates,
-    cheapest,
+    candidate_settings,
+    fastest_that_fits,
+    fastest_that_needs_less,
     free_main_memory,
-    leaner,
     memory_limit,
     predict,
 )
@@ -73,9 +73,9 @@ def test_training_is_predicted_within_a_tenth(checkpointing: str, fp8: bool, swa
     usage = measure_dit(CONFIG, shape, TEXT_TOKENS, dtype, fp8, True, lambda dit: prepare(dit, checkpointing))
     offload = checkpointing == "offload"
     predicted = predict(usage, swapped_blocks(swap, 3, 6), offload=offload)
-    parked = sum(sum(block.streams) for block in usage.blocks) if offload else 0
-    assert parked <= predicted.parked <= 2 * parked
-    expected = predicted.tensors + parked
+    offloaded = sum(sum(block.streams) for block in usage.blocks) if offload else 0
+    assert offloaded <= predicted.offloaded <= 2 * offloaded
+    expected = predicted.tensors + offloaded
     assert expected == pytest.approx(really_used(shape, dtype, fp8, checkpointing, swap), rel=0.1)
 
 
@@ -114,13 +114,13 @@ def test_vae_is_predicted_within_a_tenth(shape: tuple, chunk: int | None, tile: 
 
 
 @pytest.mark.parametrize("shape", [(1, 3, 225, 32, 32), (1, 16, 57, 4, 4)], ids=["encode", "decode"])
-def test_the_largest_tile_tells_what_all_need(shape: tuple) -> None:
+def test_the_largest_tile_predicts_the_memory_of_all(shape: tuple) -> None:
     config = VaeConfig(block_out_channels=(4, 4, 4, 4), layers_per_block=1, norm_num_groups=4)
     used = measure_vae(config, shape, torch.float32, None, 32)
     assert estimate_vae(config, shape, torch.float32, None, 32) == pytest.approx(used, rel=0.1)
 
 
-def test_the_cheapest_that_fits() -> None:
+def test_the_fastest_that_fits() -> None:
     @functools.cache
     def measured(fp8: bool, checkpointing: str) -> ModelUsage:
         apply = functools.partial(prepare, checkpointing=checkpointing)
@@ -132,14 +132,14 @@ def test_the_cheapest_that_fits() -> None:
             usage, swapped_blocks(settings.blocks_to_swap, 3, 6), offload=settings.checkpointing == "offload"
         )
 
-    ordered = candidates(max_swap=4)
-    assert cheapest(ordered, 80 * GIB, predicted) == Settings()
+    ordered = candidate_settings(max_swap=4)
+    assert fastest_that_fits(ordered, 80 * GIB, predicted) == Settings()
     limit = predicted(Settings(True, "full", 0)).device
-    chosen = cheapest(ordered, limit, predicted)
+    chosen = fastest_that_fits(ordered, limit, predicted)
     assert predicted(chosen).device <= limit
     assert all(predicted(s).device > limit for s in ordered if s.relative_time < chosen.relative_time)
     with pytest.raises(UserError, match=r"nothing fits 102\.4 MiB.*--fp8_base --gradient_checkpointing"):
-        cheapest(ordered, GIB // 10, predicted)
+        fastest_that_fits(ordered, GIB // 10, predicted)
 
 
 def test_what_main_memory_cannot_hold_is_not_chosen() -> None:
@@ -149,10 +149,10 @@ def test_what_main_memory_cannot_hold_is_not_chosen() -> None:
         device, swapped = needed[settings]
         return Prediction(device * GIB, 0, 0, 0, swapped * GIB)
 
-    assert cheapest(list(needed), 16 * GIB, predicted, host_limit=64 * GIB) == Settings(False, "full", 20)
-    assert cheapest(list(needed), 16 * GIB, predicted, host_limit=32 * GIB) == Settings(True, "full")
+    assert fastest_that_fits(list(needed), 16 * GIB, predicted, host_limit=64 * GIB) == Settings(False, "full", 20)
+    assert fastest_that_fits(list(needed), 16 * GIB, predicted, host_limit=32 * GIB) == Settings(True, "full")
     with pytest.raises(UserError, match=r"--fp8_base --gradient_checkpointing 13\.30 GiB are needed, and 0\.0 MiB of"):
-        cheapest(list(needed), 10 * GIB, predicted, host_limit=32 * GIB)
+        fastest_that_fits(list(needed), 10 * GIB, predicted, host_limit=32 * GIB)
 
 
 def write_cgroups(folder: Path, **files: str) -> None:
@@ -176,12 +176,12 @@ def test_a_container_may_leave_less_main_memory_than_the_machine(tmp_path: Path,
     assert free_main_memory(tmp_path / "1") == 7
 
 
-def test_parked_activations_are_rounded_up_as_pinned_memory_is() -> None:
+def test_offloaded_activations_are_rounded_up_as_pinned_memory_is() -> None:
     block = BlockUsage(0, 0, 0, 0, (3 * GIB, 5))
     predicted = predict(ModelUsage((block, block), 0, 0), offload=True)
-    assert predicted.host == predicted.parked == 2 * (4 * GIB + 8)
+    assert predicted.host == predicted.offloaded == 2 * (4 * GIB + 8)
     assert dict(predicted.rows())["main memory for swapped blocks"] == "0.0 MiB"
-    assert dict(predicted.rows())["main memory for parked activations"] == "8.00 GiB"
+    assert dict(predicted.rows())["main memory for offloaded activations"] == "8.00 GiB"
 
 
 def test_vram_gb_in_bytes() -> None:
@@ -193,24 +193,24 @@ def test_vram_gb_in_bytes() -> None:
 
 
 def test_candidates_keep_what_the_user_chose() -> None:
-    assert {s.fp8 for s in candidates(4, fp8=True)} == {True}
-    assert {s.checkpointing for s in candidates(4, checkpointing="full")} == {"full"}
-    assert {s.blocks_to_swap for s in candidates(4, blocks_to_swap=3)} == {3}
-    assert {s.blocks_to_swap for s in candidates(38)} == set(range(0, 39, 2))
-    assert not any(s.blocks_to_swap for s in candidates(4) if s.checkpointing == "none")
-    assert Settings(False, "none", 4) in candidates(4, checkpointing="none")
-    times = [s.relative_time for s in candidates(4)]
+    assert {s.fp8 for s in candidate_settings(4, fp8=True)} == {True}
+    assert {s.checkpointing for s in candidate_settings(4, checkpointing="full")} == {"full"}
+    assert {s.blocks_to_swap for s in candidate_settings(4, blocks_to_swap=3)} == {3}
+    assert {s.blocks_to_swap for s in candidate_settings(38)} == set(range(0, 39, 2))
+    assert not any(s.blocks_to_swap for s in candidate_settings(4) if s.checkpointing == "none")
+    assert Settings(False, "none", 4) in candidate_settings(4, checkpointing="none")
+    times = [s.relative_time for s in candidate_settings(4)]
     assert times == sorted(times)
 
 
-def test_after_out_of_memory_the_next_step_is_named() -> None:
+def test_the_settings_to_try_after_out_of_memory() -> None:
     sizes = {Settings(): 30, Settings(True): 28, Settings(False, "selective"): 22, Settings(True, "full", 2): 9}
 
     def predicted(settings: Settings) -> Prediction:
         return Prediction(sizes[settings] * GIB, 0, 0, 0, 0)
 
-    assert leaner(Settings(), list(sizes), predicted) == Settings(False, "selective")
-    assert leaner(Settings(True, "full", 2), list(sizes), predicted) is None
+    assert fastest_that_needs_less(Settings(), list(sizes), predicted) == Settings(False, "selective")
+    assert fastest_that_needs_less(Settings(True, "full", 2), list(sizes), predicted) is None
     assert Settings(True, "full", 2).flags() == "--fp8_base --gradient_checkpointing --blocks_to_swap 2"
     assert Settings(True, "none", 2).flags(training=False) == "--fp8 --blocks_to_swap 2"
 
@@ -224,16 +224,16 @@ def plan_of(sizes: dict[Settings, int]) -> MemoryPlan:
 def test_running_out_of_memory_is_one_line_with_a_way_out() -> None:
     plan = plan_of({Settings(): 30, Settings(True, "full", 2): 9})
     advice = r"in training: batch of 1.*try --fp8_base --gradient_checkpointing --blocks_to_swap 2"
-    with pytest.raises(UserError, match=advice), plan.explained("in training"):
+    with pytest.raises(UserError, match=advice), plan.explain_out_of_memory("in training"):
         raise torch.OutOfMemoryError("CUDA out of memory")
     with (
         pytest.raises(UserError, match="lower resolution, frames or batch size"),
-        plan_of({Settings(): 1}).explained("x"),
+        plan_of({Settings(): 1}).explain_out_of_memory("x"),
     ):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
 
-def test_a_prediction_above_the_free_memory_is_said_beforehand(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_prediction_above_the_free_memory_is_a_warning(capsys: pytest.CaptureFixture[str]) -> None:
     plan = plan_of({Settings(): 30, Settings(True, "full", 2): 9})
     plan.warn_if_too_large(40 * GIB)
     assert capsys.readouterr().err == ""

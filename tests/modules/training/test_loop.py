@@ -169,7 +169,7 @@ def test_the_rehearsal_has_room_for_the_states_that_the_optimizer_has_not_made_y
             return batch.latents
 
         def velocity(self, x_t, sigma, batch):
-            meter.forget_released()
+            meter.drop_released()
             seen.append(meter.live)
             return x_t + weight.sum()
 
