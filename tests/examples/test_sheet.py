@@ -27,7 +27,7 @@ def test_a_sheet_shows_every_frame_and_is_written_once(tmp_path, monkeypatch):
 
 
 def test_clips_of_different_length_are_refused(tmp_path):
-    with pytest.raises(UserError, match="expected: long 5, short 3"):
+    with pytest.raises(UserError, match="same number of frames: long 5, short 3"):
         write_sheet(tmp_path / "page", {"long": clip(5), "short": clip(3)})
     assert list(tmp_path.iterdir()) == []
 

@@ -1,6 +1,7 @@
-"""Writes random weights in every layout in which the models are published, independently of the code that reads them.
+"""Writes weights in every layout in which the models are published, independently of the code that reads them.
 
-DiT names of diffusers and ComfyUI come from `key_maps`, which test_key_maps.py proves against diffusers' own class.
+The DiT's names in diffusers and ComfyUI come from hunyuan_model/checkpoints/names.py. test_names.py checks
+them against diffusers' own class.
 """
 
 import json

@@ -6,7 +6,7 @@ import pytest
 import torch
 from diffusers import HunyuanVideoTransformer3DModel
 
-from hunyuan_model.models import HunyuanVideoConfig, HYVideoDiffusionTransformer, drop_padding
+from hunyuan_model.models import HunyuanVideoConfig, HYVideoDiffusionTransformer, drop_padding, with_image_keys
 from utils.errors import UserError
 
 KEY_TABLE = Path(__file__).parent.parent / "data" / "hunyuanvideo_dit_keys.tsv"
@@ -225,6 +225,13 @@ def test_drop_padding() -> None:
     assert kept.shape == (2, 3, 1)
     assert key_mask.shape == (2, 1, 1, 3)
     assert key_mask.flatten(1).tolist() == [[True, True, True], [True, False, False]]
+
+
+def test_image_keys_are_valid_and_come_first() -> None:
+    assert with_image_keys(None, image_tokens=3) is None
+    key_mask = with_image_keys(torch.tensor([[True, True], [True, False]])[:, None, None, :], image_tokens=3)
+    assert key_mask.shape == (2, 1, 1, 5)
+    assert key_mask.flatten(1).tolist() == [[True] * 5, [True, True, True, True, False]]
 
 
 def test_gradient_checkpointing_changes_nothing() -> None:

@@ -289,6 +289,19 @@ def test_pt_file_is_mapped_anew_while_it_is_read(dit_weights, tmp_path: Path, mo
     assert not held, "views of the file keep its pages in memory"
 
 
+def test_transformers_is_imported_with_the_first_text_encoder_only() -> None:
+    code = "\n".join(
+        [
+            "import sys",
+            "from hunyuan_model import checkpoints",
+            "assert 'transformers' not in sys.modules",
+            "for name in checkpoints.__all__: getattr(checkpoints, name)",
+            "assert 'transformers' in sys.modules and not hasattr(checkpoints, 'load_text_encoder_3')",
+        ]
+    )
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+
+
 def test_command_checks_files_of_every_layout(dit_weights, vae_weights, tiny_models, tmp_path: Path) -> None:
     """The same through the command, in a process of its own: 8 DiT layouts, 4 fp8 kinds, 7 of the VAE, 2 encoders."""
     paths = [write(tmp_path / f"dit{i}", dit_weights) for i, write in enumerate(DIT_LAYOUTS.values())]
