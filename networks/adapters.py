@@ -61,13 +61,9 @@ class AdapterModule(nn.Module):
 
     def apply_to_target(self) -> None:
         """From now on the target's output has the update added."""
-        wrap_forward(self.target, WrapperKind.OUTPUT_CHANGE, self.run_target)
+        wrap_forward(self.target, WrapperKind.OUTPUT_CHANGE, self.forward)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """What the target would return with this adapter applied: x (..., in_features) -> (..., out_features)."""
-        return self.run_target(self.target.forward, x)
-
-    def run_target(self, target_forward: Callable, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, target_forward: Callable, x: torch.Tensor) -> torch.Tensor:
         """Runs the target on x (..., in_features) and adds the update: (..., out_features)."""
         y = target_forward(x)
         if self.training and self.module_dropout and torch.rand(()) < self.module_dropout:

@@ -125,9 +125,9 @@ def test_dropouts_in_every_combination(kind):
             for name, parameter in adapter.named_parameters():
                 if name != "dora_scale":
                     parameter.normal_()
-            outputs = {tuple(adapter(x).flatten().tolist()) for _ in range(20)}
+            outputs = {tuple(adapter(adapter.target.forward, x).flatten().tolist()) for _ in range(20)}
             adapter.eval()
-            assert torch.equal(adapter(x), adapter(x))
+            assert torch.equal(adapter(adapter.target.forward, x), adapter(adapter.target.forward, x))
         # LoHa and LoKr have no values between factors that `dropout` could drop.
         drops = rank_dropout or module_dropout or (dropout and kind in ("lora", "dora"))
         assert (len(outputs) > 1) == bool(drops)
@@ -202,14 +202,16 @@ def test_dora_starts_unchanged_and_scales_rows():
     adapter = lora.LoraModule(target, 2, 1.0, use_dora=True)
     x = torch.randn(4, 8)
     with torch.no_grad():
-        assert torch.allclose(adapter(x), target(x), atol=1e-6)
+        assert torch.allclose(adapter(target.forward, x), target(x), atol=1e-6)
         nn.init.normal_(adapter.lora_up.weight)
         adapter.dora_scale.mul_(3)
         direction = target.weight + 0.5 * adapter.lora_up.weight @ adapter.lora_down.weight
         weight = adapter.dora_scale * direction / direction.norm(dim=1, keepdim=True)
-        assert torch.allclose(adapter(x), x @ weight.T + target.bias, atol=1e-5)
+        assert torch.allclose(adapter(target.forward, x), x @ weight.T + target.bias, atol=1e-5)
         adapter.multiplier = 0.25
-        assert torch.allclose(adapter(x), x @ (0.75 * target.weight + 0.25 * weight).T + target.bias, atol=1e-5)
+        assert torch.allclose(
+            adapter(target.forward, x), x @ (0.75 * target.weight + 0.25 * weight).T + target.bias, atol=1e-5
+        )
         assert torch.allclose(
             adapter.factors().apply(target.weight, adapter.multiplier), 0.75 * target.weight + 0.25 * weight, atol=1e-6
         )
@@ -223,7 +225,7 @@ def test_dora_under_autocast_has_norms_in_float32_and_a_gradient_for_every_facto
     with torch.autocast("cpu", torch.bfloat16):
         length = adapter.direction_norm(target.forward, torch.float32)
         adapter.dora_scale.data += 1
-        adapter(torch.randn(2, 64)).sum().backward()
+        adapter(target.forward, torch.randn(2, 64)).sum().backward()
     update = adapter.lora_up.weight @ adapter.lora_down.weight
     torch.testing.assert_close(length, update.norm(dim=1).detach(), rtol=1e-5, atol=0)
     assert all(parameter.grad is not None for parameter in adapter.parameters())
@@ -384,7 +386,7 @@ def test_lora_keeps_little_for_backward():
     x = torch.randn(1, 512, 256, requires_grad=True)
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
-        adapter(x)
+        adapter(target.forward, x)
     parameters = {p.data_ptr() for p in [*target.parameters(), *adapter.parameters(), x]}
     assert sum(t.numel() for t in kept if t.data_ptr() not in parameters) <= 512 * 4
 
