@@ -4,12 +4,32 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from tokenizers import Tokenizer, pre_tokenizers, trainers
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, pre_tokenizers, processors, trainers
 from tokenizers.models import BPE
 
-from hunyuan_model import bpe_tokenizers
-from hunyuan_model.bpe_tokenizers import CLIP_SPECIAL_TOKENS, END_OF_WORD, clip_pre_tokenizer, llama_pre_tokenizer
+from hunyuan_model.clip_bpe import (
+    CLIP_SPECIAL_TOKENS,
+    END_OF_WORD,
+    Merges,
+    clip_bpe_tokenizer,
+    clip_pre_tokenizer,
+)
 from utils.files import write_text
+
+# https://github.com/meta-llama/llama-models, llama3/tokenizer.py
+LLAMA_PATTERN = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
+    r"|\s+(?!\S)|\s+"
+)
+LLAMA_SPECIAL_TOKENS = (
+    "<|begin_of_text|>",
+    "<|end_of_text|>",
+    "<|start_header_id|>",
+    "<|end_header_id|>",
+    "<|eot_id|>",
+    "<image>",
+    "<pad>",
+)
 
 TRAINING_TEXT = (
     "Describe the video by detailing the following aspects: 1. The main content and theme of the video.",
@@ -43,9 +63,41 @@ def _trained(
     return [*alphabet, *endings, *map("".join, pairs)], pairs
 
 
+def llama_pre_tokenizer() -> pre_tokenizers.PreTokenizer:
+    """Splits text into words, spaces included, and words into bytes."""
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    split = pre_tokenizers.Split(Regex(LLAMA_PATTERN), behavior="isolated")
+    return pre_tokenizers.Sequence([split, byte_level])
+
+
+def llama_bpe_tokenizer(tokens: Sequence[str], merges: Merges) -> Tokenizer:
+    """A Llama 3 tokenizer, which puts `<|begin_of_text|>` before every text. Special tokens have the highest ids.
+
+    Args:
+        tokens: byte-level tokens in the order of their ids.
+        merges: pairs of tokens in the order in which they are merged.
+    """
+    tokenizer = Tokenizer(BPE({token: index for index, token in enumerate(tokens)}, merges, ignore_merges=True))
+    tokenizer.pre_tokenizer = llama_pre_tokenizer()
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([AddedToken(token, special=True) for token in LLAMA_SPECIAL_TOKENS])
+    begin = LLAMA_SPECIAL_TOKENS[0]
+    tokenizer.post_processor = processors.Sequence(
+        [
+            processors.ByteLevel(trim_offsets=False),
+            processors.TemplateProcessing(
+                single=f"{begin} $A",
+                pair=f"{begin} $A {begin}:1 $B:1",
+                special_tokens=[(begin, tokenizer.token_to_id(begin))],
+            ),
+        ]
+    )
+    return tokenizer
+
+
 def llama_tokenizer(text: Sequence[str] = TRAINING_TEXT, merges: int = MERGES) -> Tokenizer:
     """A small Llama 3 tokenizer. With enough merges every word of `text` is one token."""
-    return bpe_tokenizers.llama_tokenizer(*_trained(text, merges, llama_pre_tokenizer()))
+    return llama_bpe_tokenizer(*_trained(text, merges, llama_pre_tokenizer()))
 
 
 def clip_tokenizer(text: Sequence[str] = TRAINING_TEXT, merges: int = MERGES) -> Tokenizer:
@@ -55,7 +107,7 @@ def clip_tokenizer(text: Sequence[str] = TRAINING_TEXT, merges: int = MERGES) ->
     """
     tokens, pairs = _trained(text, merges, clip_pre_tokenizer(), END_OF_WORD)
     ids = {token: index for index, token in enumerate([*tokens, *CLIP_SPECIAL_TOKENS])}
-    return bpe_tokenizers.clip_tokenizer(ids, pairs)
+    return clip_bpe_tokenizer(ids, pairs)
 
 
 def write_tokenizer(tokenizer: Tokenizer, folder: Path, **config: object) -> None:

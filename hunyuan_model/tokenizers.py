@@ -13,7 +13,7 @@ import torch
 from tokenizers import Encoding, Tokenizer
 from torch import Tensor
 
-from hunyuan_model import bpe_tokenizers
+from hunyuan_model.clip_bpe import clip_bpe_tokenizer
 from utils.errors import UserError, one_line
 from utils.files import read_text
 
@@ -176,7 +176,7 @@ def _load(path: Path) -> Tokenizer:
     text = read_text(path, "tokenizer")
     try:
         if path.name == VOCABULARY_FILE:
-            return bpe_tokenizers.clip_tokenizer(json.loads(text), _merges(path.with_name("merges.txt")))
+            return clip_bpe_tokenizer(json.loads(text), _merges(path.with_name("merges.txt")))
         return Tokenizer.from_str(text)
     except UserError:
         raise
