@@ -10,6 +10,8 @@ import sys
 import traceback
 from concurrent.futures import ProcessPoolExecutor
 
+import torch
+
 from benchmarks.comparison import print_comparisons, run
 
 ANYWHERE = ("saved_bytes", "dit_speed", "training_overhead")
@@ -18,8 +20,6 @@ ON_A_GPU = ("gpu_suite",)
 
 
 def all_that_run_here() -> tuple[str, ...]:
-    import torch
-
     on_linux = ON_LINUX if sys.platform == "linux" else ()
     return ANYWHERE + on_linux + (ON_A_GPU if torch.cuda.is_available() else ())
 

@@ -1,6 +1,7 @@
 """Devices and dtypes by name, and errors that mean too little memory."""
 
 import gc
+import os
 
 import torch
 
@@ -31,6 +32,18 @@ def resolve_device(name: str | None = None) -> torch.device:
     if device.type == "cuda" and device.index is not None:
         torch.cuda.set_device(device)
     return device
+
+
+def own_device(name: str | None) -> torch.device:
+    """Like `resolve_device`, but None means the GPU with the local rank of this process if a launcher started it.
+
+    Raises:
+        UserError: torch does not know the name or cannot use the device.
+    """
+    local_rank = os.environ.get("LOCAL_RANK")
+    if name is None and local_rank is not None and torch.cuda.is_available():
+        name = f"cuda:{local_rank}"
+    return resolve_device(name)
 
 
 # Out of memory, CUDA, its libraries and torch's CPU allocator raise a plain RuntimeError with one of these texts.

@@ -26,9 +26,9 @@ from hunyuan_model.checkpoints.identification import VAE
 from modules.memory.vae_encoding import plan_vae_encoding
 from modules.options import VaeOptions
 from utils.cli import print_table
-from utils.device_utils import DTYPES, default_dtype, dtype_word
+from utils.device_utils import DTYPES, default_dtype, dtype_word, own_device
 from utils.errors import UserError
-from utils.processes import own_device, process_share
+from utils.processes import process_share
 
 
 def scan_and_report(config: DatasetConfig, options: LatentCachingOptions) -> list[ScannedDataset]:

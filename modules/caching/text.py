@@ -25,9 +25,9 @@ from hunyuan_model.text_encoder import ClipTextEncoder, LlmTextEncoder
 from modules.memory.text_encoder import plan_text_encoder_1
 from modules.options import TextEncoderOptions
 from utils.cli import print_table
-from utils.device_utils import DTYPES, default_dtype, dtype_word, is_out_of_memory, release_memory
+from utils.device_utils import DTYPES, default_dtype, dtype_word, is_out_of_memory, own_device, release_memory
 from utils.errors import UserError
-from utils.processes import own_device, process_share
+from utils.processes import process_share
 
 
 def text_provenance(encoders: TextEncoderOptions) -> dict[str, Any]:

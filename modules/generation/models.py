@@ -17,8 +17,7 @@ from modules.generation.options import GenerationOptions
 from networks.files.merged_files import merge_files
 from networks.hooks import LoraHooks
 from networks.merging import match_loras, weight_changes
-from utils.device_utils import DTYPES, default_dtype
-from utils.processes import own_device
+from utils.device_utils import DTYPES, default_dtype, own_device
 
 
 def check_model_files(options: GenerationOptions) -> None:

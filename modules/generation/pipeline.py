@@ -28,9 +28,8 @@ from modules.generation.source_pixels import source_pixels
 from modules.generation.text_encoding import encode_texts, lazy_text_encoders
 from modules.memory.plan import explain_out_of_memory
 from networks.hooks import LoraHooks
-from utils.device_utils import is_out_of_memory, release_memory
+from utils.device_utils import is_out_of_memory, own_device, release_memory
 from utils.errors import UserError, one_line
-from utils.processes import own_device
 from utils.video_io import to_uint8
 
 # What a user can do when memory runs out.

@@ -17,8 +17,7 @@ from modules.memory.measure import add_step_cache_memory, estimate_vae, measure_
 from modules.memory.meter import ModelUsage
 from modules.memory.text_encoder import PlanRows, plan_text_encoder_1
 from utils.cli import print_table
-from utils.device_utils import default_dtype
-from utils.processes import own_device
+from utils.device_utils import default_dtype, own_device
 
 
 def plan_memory(options: GenerationOptions, requests: Sequence[Request]) -> GenerationOptions:

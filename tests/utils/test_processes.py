@@ -3,8 +3,9 @@
 import pytest
 import torch
 
+from utils.device_utils import own_device
 from utils.errors import UserError
-from utils.processes import own_device, process_share
+from utils.processes import process_share
 
 
 def test_alone_it_is_the_first_of_one(monkeypatch):
