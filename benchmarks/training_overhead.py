@@ -23,7 +23,8 @@ from benchmarks.comparison import Comparison, print_comparisons
 from benchmarks.throughput import now, timed
 from examples.tiny_models import write_tiny_models
 from modules.flow_matching import interpolate, velocity_target, weighted_mse
-from modules.training import loop
+from modules.training.denoiser import Denoiser
+from modules.training.loop import Trainer
 from tests.training_world import command, write_world
 
 LIMIT = 1.25
@@ -39,19 +40,19 @@ class Alternation:
         self.optimizer: torch.optim.Optimizer | None = None
         self.started = time.perf_counter()
 
-    def after(self, trainer: Any) -> None:
-        device = trainer.model.device
+    def after(self, trainer: Trainer) -> None:
+        device = trainer.denoiser.device
         self.whole.append(now(device) - self.started)
         data = trainer.loader.dataset.dataset
-        latents = trainer.model.latents(batch := data.batch_of(0, trainer.progress.step % len(data)))
+        latents = trainer.denoiser.latents(batch := data.batch_of(0, trainer.progress.step % len(data)))
         parameters = list(trainer.trained.tensors.values())
         self.optimizer = self.optimizer or torch.optim.AdamW(parameters, lr=0.0)
         noise, sigma = torch.randn_like(latents), torch.rand(len(latents), device=device)
-        self.bare.append(timed(lambda: self.step(trainer.model, batch, latents, noise, sigma, parameters), device))
+        self.bare.append(timed(lambda: self.step(trainer.denoiser, batch, latents, noise, sigma, parameters), device))
         self.started = now(device)
 
-    def step(self, model: Any, batch: Any, latents: Any, noise: Any, sigma: Any, parameters: list) -> None:
-        velocity = model.velocity(interpolate(latents, noise, sigma), sigma, batch)
+    def step(self, denoiser: Denoiser, batch: Any, latents: Any, noise: Any, sigma: Any, parameters: list) -> None:
+        velocity = denoiser.velocity(interpolate(latents, noise, sigma), sigma, batch)
         weighted_mse(velocity, velocity_target(latents, noise)).mean().backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         self.optimizer.step()
@@ -60,18 +61,18 @@ class Alternation:
 
 def measure(words: list[str]) -> Alternation:
     """Runs the script with a bare step between its steps."""
-    alternation, after_step = Alternation(), loop.after_step
+    alternation, after_step = Alternation(), Trainer.after_step
 
-    def after(trainer: Any, summary: Any) -> None:
+    def after(trainer: Trainer, summary: Any) -> None:
         after_step(trainer, summary)
         alternation.after(trainer)
 
-    loop.after_step = after
+    Trainer.after_step = after
     try:
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
             hv_train_network.main(words)
     finally:
-        loop.after_step = after_step
+        Trainer.after_step = after_step
     return alternation
 
 

@@ -3,12 +3,15 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+from hunyuan_model.attention_modes import require_attention
 from utils.cli import option
 from utils.dtype_names import DTYPE_NAMES
 from utils.errors import UserError
 
 # of torch.compile
 COMPILE_MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
+# what helps full fine-tuning
+SAVE_MEMORY = "give --gradient_checkpointing, --full_bf16, --optimizer_type adafactor or fewer --trainable_modules"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,16 +68,22 @@ class TextEncoderOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
-class DitOptions:
+class DitFileOptions:
     """DiT"""
 
     dit: Path | None = option(
         None, help="DiT: official .pt, .safetensors (official, ComfyUI or fp8) or diffusers folder", path="any"
     )
+    dit_in_channels: int | None = option(None, help="input channels of the DiT; must agree with the file", minimum=1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DitOptions(DitFileOptions):
+    """DiT"""
+
     dit_dtype: str | None = option(
         None, help="dtype of the DiT; unset: bfloat16 on a GPU, float32 on a CPU", choices=DTYPE_NAMES
     )
-    dit_in_channels: int | None = option(None, help="input channels of the DiT; must agree with the file", minimum=1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,7 +99,14 @@ class CompileOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
-class BlockSwapOptions:
+class EmbedderOffloadOptions:
+    """block swap"""
+
+    img_in_txt_in_offloading: bool = option(False, help="keep the image and text embedders in main memory")
+
+
+@dataclass(frozen=True, kw_only=True)
+class BlockSwapOptions(EmbedderOffloadOptions):
     """block swap"""
 
     blocks_to_swap: int | None = option(
@@ -101,7 +117,93 @@ class BlockSwapOptions:
         help="pin the memory of swapped blocks on Windows too, where pinned memory counts as GPU memory; "
         "other systems always pin it",
     )
-    img_in_txt_in_offloading: bool = option(False, help="keep the image and text embedders in main memory as well")
+
+
+@dataclass(frozen=True, kw_only=True)
+class FullSwapOptions(EmbedderOffloadOptions):
+    """block swap"""
+
+    blocks_to_swap: int | None = option(None, help="refused: trained blocks cannot be swapped", minimum=0)
+
+    def __post_init__(self) -> None:
+        if self.blocks_to_swap:
+            raise UserError(
+                f"--blocks_to_swap {self.blocks_to_swap}: only frozen blocks can be swapped; leave it out, and to "
+                f"save memory {SAVE_MEMORY}"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttentionOptions:
+    """attention"""
+
+    sdpa: bool = option(False, help="PyTorch's attention (default)")
+    flash_attn: bool = option(False, help="FlashAttention, needs the package flash-attn")
+    sage_attn: bool = option(False, help="refused: SageAttention has no backward pass")
+    xformers: bool = option(False, help="xformers, needs the package xformers")
+    split_attn: bool = option(False, help="run the items of a batch one by one, without an attention mask")
+
+    def __post_init__(self) -> None:
+        if self.sage_attn:
+            raise UserError("--sage_attn: SageAttention has no backward pass; train with --sdpa or --flash_attn")
+        if len(self._chosen()) > 1:
+            raise UserError(f"{' and '.join(f'--{name}' for name in self._chosen())}: choose one attention backend")
+        require_attention(self.mode)
+
+    def _chosen(self) -> list[str]:
+        return [name for name in ("sdpa", "flash_attn", "flash3", "xformers") if getattr(self, name, False)]
+
+    @property
+    def mode(self) -> str:
+        """The backend's name for `hunyuan_model.attention.attention_backend`."""
+        chosen = next(iter(self._chosen()), "torch")
+        return "flash" if chosen == "flash_attn" else chosen
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoraAttentionOptions(AttentionOptions):
+    """attention"""
+
+    flash3: bool = option(False, help="FlashAttention 3, needs its package")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointingOptions:
+    """activation checkpointing"""
+
+    gradient_checkpointing: bool = option(False, help="recompute activations in the backward pass to save memory")
+    selective_checkpointing: bool = option(
+        False, help="recompute all but large matrix products and attention: faster, but saves less memory"
+    )
+
+    def __post_init__(self) -> None:
+        if self.selective_checkpointing and self.gradient_checkpointing:
+            raise UserError("--selective_checkpointing and --gradient_checkpointing exclude each other; give one")
+
+    @property
+    def policy(self) -> str | None:
+        """The policy for `modules.blocks.activation_checkpointing`; None without checkpointing."""
+        if self.selective_checkpointing:
+            return "selective"
+        return "full" if self.gradient_checkpointing else None
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoraCheckpointingOptions(CheckpointingOptions):
+    """activation checkpointing"""
+
+    gradient_checkpointing_cpu_offload: bool = option(
+        False, help="with --gradient_checkpointing: keep the inputs of the blocks in main memory"
+    )
+
+    def __post_init__(self) -> None:
+        if self.gradient_checkpointing_cpu_offload and not self.gradient_checkpointing:
+            raise UserError("--gradient_checkpointing_cpu_offload needs --gradient_checkpointing")
+        super().__post_init__()
+
+    @property
+    def policy(self) -> str | None:
+        return "offload" if self.gradient_checkpointing_cpu_offload else super().policy
 
 
 def require(options: object, *names: str) -> None:

@@ -1,4 +1,4 @@
-"""A video DiT as training sees it: batches in, velocities out; and what of it is trained."""
+"""The DiT as training calls it: batches in, velocities out; and the protocol of what is trained."""
 
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -7,36 +7,41 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from dataset.image_video_dataset import Batch
+from hunyuan_model.models import HYVideoDiffusionTransformer
+from hunyuan_model.vae import SCALING_FACTOR
 from modules.generation.sampler import GUIDANCE_SCALE, TIMESTEP_SCALE
-from utils.errors import UserError
 
 
 @dataclass(frozen=True)
-class TrainingModel:
-    """A DiT with what its call needs besides the batch.
+class Denoiser:
+    """A DiT, called with the batches of training.
 
     Attributes:
-        dit: called as dit(x, timestep, text_states, text_mask, text_states_2, guidance), with `config.in_channels` and
-            `config.guidance_embed`.
-        latent_scale: latents of the DiT = latents of the cache x this.
-        guidance: embedded guidance scale; the model is given it x 1000.
+        guidance: embedded guidance scale; the DiT takes it times 1000.
+        device: where the DiT runs.
         split_batches: run the items of a batch one by one.
     """
 
-    dit: nn.Module
-    latent_scale: float
+    dit: HYVideoDiffusionTransformer
     guidance: float
     device: torch.device
     split_batches: bool = False
 
-    def latents(self, batch: Any) -> Tensor:
-        """Scaled latents x0 of a batch, (B, C, f, h, w) float32 on the device."""
-        return batch.latents.to(self.device, torch.float32) * self.latent_scale
+    def latents(self, batch: Batch) -> Tensor:
+        """The latents x0 of a batch in the scale of the DiT, (B, C, f, h, w) float32 on the device."""
+        return batch.latents.to(self.device, torch.float32) * SCALING_FACTOR
 
-    def velocity(self, x_t: Tensor, sigma: Tensor, batch: Any) -> Tensor:
-        """What the DiT predicts for noisy latents x_t (B, C, f, h, w) at sigma (B,) and the captions of the batch."""
+    def velocity(self, x_t: Tensor, sigma: Tensor, batch: Batch) -> Tensor:
+        """The velocity that the DiT predicts, (B, C, f, h, w).
+
+        Args:
+            x_t: noisy latents (B, C, f, h, w).
+            sigma: their noise levels (B,) in 0..1.
+            batch: its captions condition the DiT, and its first frames do in an image-to-video DiT.
+        """
         guidance = torch.full_like(sigma, self.guidance * GUIDANCE_SCALE) if self.dit.config.guidance_embed else None
         captions = [batch.text_states, batch.text_mask, batch.text_states_2]
         captions = [tensor.to(self.device, non_blocking=True) for tensor in captions]
@@ -48,13 +53,14 @@ class TrainingModel:
         return torch.cat([self._velocity_of_item(item) for item in items])
 
     def _velocity_of_item(self, arguments: Sequence[Tensor | None]) -> Tensor:
-        # Casts that autocast keeps from one item to the next would sum the items' gradients in half precision; and
-        # selective checkpointing, which counts operations, would miss them where a block's second run makes its own.
+        # Autocast would reuse its cast weights for the next item. Then the gradients of the items would be summed in
+        # half precision, and selective checkpointing, which counts operations, would find fewer of them in the second
+        # run of a block than in the first.
         torch.clear_autocast_cache()
         return self.dit(*arguments)
 
-    def _with_image(self, x_t: Tensor, batch: Any) -> Tensor:
-        """Image-to-video models with doubled input channels see the first frame, and zeros after it, beside x_t."""
+    def _with_image(self, x_t: Tensor, batch: Batch) -> Tensor:
+        """For an image-to-video DiT with twice the input channels: x_t, and the first frame followed by zeros."""
         if self.dit.config.in_channels == x_t.shape[1]:
             return x_t
         image = torch.zeros_like(x_t)
@@ -62,45 +68,34 @@ class TrainingModel:
         return torch.cat((x_t, image), dim=1)  # B 2C f h w
 
 
-def check_input_channels(path: Path, channels: int, latent_channels: int, previews: bool) -> None:
-    """Whether a DiT takes what `TrainingModel` gives it: latents, alone or beside those of an image.
-
-    Raises:
-        UserError: the DiT at `path` takes something else, or an image where previews, which have none, are wanted.
-    """
-    doubled = 2 * latent_channels
-    if channels not in (latent_channels, doubled):
-        raise UserError(
-            f"{path}: {channels} input channels; only {latent_channels} (text to video) and {doubled} (latents and an "
-            "image, as in SkyReels-V1-I2V) can be trained"
-        )
-    if channels == doubled and previews:
-        raise UserError(
-            f"--sample_prompts: {path} makes videos of an image, and previews start from no image; leave it out"
-        )
-
-
 class Trained(Protocol):
-    """What is trained: a network beside the frozen DiT, or parts of the DiT itself."""
+    """What is trained: a network beside the frozen DiT, or parameters of the DiT itself."""
 
     @property
     def tensors(self) -> dict[str, Tensor]:
         """Every trained tensor by name."""
 
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What the metadata of a checkpoint say of it: fields of `networks.files.metadata.RunFacts`."""
+
     def parameter_groups(self, learning_rate: float) -> list[dict[str, Any]]:
-        """Groups for the optimizer."""
+        """Parameter groups for the optimizer."""
 
-    def start_epoch(self) -> None: ...
+    def start_epoch(self) -> None:
+        """Called before the first step of every epoch."""
 
-    def start_step(self) -> None: ...
+    def start_step(self) -> None:
+        """Called before every step."""
 
     def after_update(self) -> None:
         """Called after every optimizer step."""
 
     def evaluation(self) -> AbstractContextManager[None]:
-        """Without dropout, as what is saved is used later."""
+        """Inside, dropout is off, as it will be when the checkpoint is used."""
 
     def switched_off(self) -> AbstractContextManager[None]:
-        """The DiT as it was before training."""
+        """Inside, the DiT is as it was before training."""
 
-    def save(self, path: Path, dtype: torch.dtype | None, metadata: Mapping[str, str]) -> None: ...
+    def save(self, path: Path, metadata: Mapping[str, str]) -> list[Path]:
+        """Writes a checkpoint; returns every file that was written, `path` first."""

@@ -1,4 +1,4 @@
-"""What processes tell each other in a step. With one process nothing is sent."""
+"""Communication between the processes of a run. With one process nothing is sent."""
 
 from collections.abc import Iterable, Sequence
 
@@ -11,13 +11,13 @@ BUCKET_ELEMENTS = 16_000_000
 
 
 def global_positions(accelerator: Accelerator, batches: Sequence[Sequence[str]]) -> tuple[list[list[int]], int]:
-    """Where each of this rank's samples stands in the step's global batch, and how many samples that has.
+    """The position of each sample of this process in the step's global batch, and the size of the global batch.
 
-    The global batch is ordered by the names of its items, so that it does not depend on how they are spread over
-    batches and processes.
+    The global batch is sorted by the names of its items, so it does not depend on their distribution over batches and
+    processes.
 
     Args:
-        batches: item names of each micro step's batch of this rank; empty without a batch.
+        batches: for each micro step, the names of the items in the batch of this process; empty without a batch.
     """
     rank = accelerator.process_index
     own = [[(name, micro, rank, at) for at, name in enumerate(names)] for micro, names in enumerate(batches)]
@@ -32,13 +32,13 @@ def sum_over_processes(accelerator: Accelerator, values: Tensor) -> Tensor:
 
 
 def least_of_processes(number: int) -> int:
-    """The smallest that any process has, so that all decide alike."""
+    """The smallest number of any process, so that all processes decide alike."""
     return min(gather_object([number]))
 
 
 @torch.no_grad()
 def sum_gradients(accelerator: Accelerator, parameters: Iterable[nn.Parameter]) -> None:
-    """Adds up the gradients of all processes, in flat buffers; a rank that had no batch joins with zeros."""
+    """Adds up the gradients of all processes in flat buffers; a process without a batch takes part with zeros."""
     if accelerator.num_processes == 1:
         return
     for bucket in _buckets(parameters):
@@ -50,7 +50,7 @@ def sum_gradients(accelerator: Accelerator, parameters: Iterable[nn.Parameter]) 
 
 
 def _buckets(parameters: Iterable[nn.Parameter]) -> Iterable[list[nn.Parameter]]:
-    """Groups of parameters of one dtype whose gradients fit into one buffer."""
+    """Groups parameters of one dtype whose gradients fit into one buffer."""
     bucket: list[nn.Parameter] = []
     for parameter in parameters:
         elements = sum(member.numel() for member in bucket) + parameter.numel()

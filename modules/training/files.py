@@ -1,7 +1,10 @@
-"""Names of the files that training leaves, which of them are old, and which state to continue from.
+"""The files of a training run: their names, which of them are old, and the state to continue from.
 
 {name}.safetensors  {name}-{epoch:06d}.safetensors  {name}-step{step:08d}.safetensors  {name}-best-step{step:08d}...
 {name}-state        {name}-{epoch:06d}-state        {name}-step{step:08d}-state
+
+A state may be on the Hugging Face Hub. The access token comes from --huggingface_token, or from HF_TOKEN or
+`hf auth login`, and is given to huggingface_hub only. Importing this module does not import torch.
 """
 
 import json
@@ -11,21 +14,98 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
+import huggingface_hub
 import psutil
 
-from utils.errors import UserError
+from utils.cli import option, unused_options
+from utils.errors import UserError, one_line
 from utils.files import REPLACED, TEMPORARY_SUFFIX, read_text
 
 PROGRESS_FILE = "train_state.json"
 SETTINGS_FILE = "settings.toml"
 STATE_SUFFIX = "-state"
-COMPANIONS = r"(\.[\w-]+)?\.safetensors|\.settings\.toml"  # endings of what is written for one checkpoint
+COMPANIONS = r"(\.[\w-]+)?\.safetensors|\.settings\.toml"  # endings of the files of one checkpoint
 STATE_VERSION = 1
+REPO_TYPES = ("model", "dataset", "space")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SaveOptions:
+    """saving and resuming"""
+
+    output_dir: Path | None = option(None, help="folder for checkpoints, states, previews and train_log.jsonl")
+    output_name: str | None = option(None, help="first part of the name of every checkpoint and state")
+    save_every_n_epochs: int | None = option(None, help="save a checkpoint every N epochs", minimum=1)
+    save_every_n_steps: int | None = option(None, help="save a checkpoint every N steps", minimum=1)
+    save_last_n_epochs: int | None = option(None, help="keep only the last N checkpoints of epochs", minimum=1)
+    save_last_n_epochs_state: int | None = option(None, help="the same for states", minimum=1)
+    save_last_n_steps: int | None = option(None, help="remove checkpoints that are more than N steps old", minimum=1)
+    save_last_n_steps_state: int | None = option(None, help="the same for states", minimum=1)
+    save_state: bool = option(False, help="save a state to resume from with every checkpoint")
+    save_state_on_train_end: bool = option(False, help="save a state at the end")
+    resume: str | None = option(None, help="state folder to continue from; auto: the newest state of --output_name")
+
+    def __post_init__(self) -> None:
+        if self.output_name is not None and Path(self.output_name).name != self.output_name:
+            raise UserError(f"--output_name {self.output_name}: a file name without folders is expected")
+        for folder in (self.output_dir, *self.output_dir.parents) if self.output_dir is not None else ():
+            if folder.is_file():
+                raise UserError(f"--output_dir {self.output_dir}: {folder} is a file, a folder is expected")
+
+    def ignored(self) -> list[str]:
+        """The options that were changed but have no effect."""
+        used = {}
+        for unit, every in (("epochs", self.save_every_n_epochs), ("steps", self.save_every_n_steps)):
+            used[f"save_last_n_{unit}"] = every is not None
+            used[f"save_last_n_{unit}_state"] = every is not None and self.save_state
+        return unused_options(self, used)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoraSaveOptions(SaveOptions):
+    """saving and resuming"""
+
+    save_precision: str | None = option(
+        None, help="dtype of saved checkpoints; unset: float32", choices=("float", "fp32", "fp16", "bf16")
+    )
+    save_format: list[str] = option(
+        ["default"], help="LoRA file formats to write: default, other (ComfyUI), diffusers, ..."
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class HuggingFaceOptions:
+    """Hugging Face Hub"""
+
+    huggingface_repo_id: str | None = option(None, help="repository to upload to, user/name")
+    huggingface_repo_type: str | None = option(None, help="kind of the repository; unset: model", choices=REPO_TYPES)
+    huggingface_path_in_repo: str | None = option(None, help="folder in the repository; unset: its root")
+    huggingface_token: str | None = option(None, help="access token; better: the variable HF_TOKEN", secret=True)
+    huggingface_repo_visibility: str | None = option(
+        None, help="visibility of a repository that must be created; unset: private", choices=("public", "private")
+    )
+    save_state_to_huggingface: bool = option(False, help="upload the states as well")
+    resume_from_huggingface: bool = option(
+        False, help="--resume is user/name/folder[:revision[:repo_type]] on the Hub instead of a local folder"
+    )
+    async_upload: bool = option(False, help="upload in the background while training goes on")
+
+    def __post_init__(self) -> None:
+        if self.huggingface_repo_id is None:
+            if self.save_state_to_huggingface:
+                raise UserError("--save_state_to_huggingface needs --huggingface_repo_id, the repository to upload to")
+        elif self.huggingface_repo_id.count("/") != 1 or not all(self.huggingface_repo_id.split("/")):
+            raise UserError(f"--huggingface_repo_id {self.huggingface_repo_id}: user/name is expected")
+
+    def message_of(self, error: Exception) -> str:
+        """What huggingface_hub says, in one line and without the token."""
+        text = one_line(error) or type(error).__name__
+        return text.replace(self.huggingface_token, "***") if self.huggingface_token else text
 
 
 @dataclass(frozen=True)
 class TrainingFiles:
-    """The files of one run, by output folder and name."""
+    """The files of one run: --output_dir and --output_name."""
 
     folder: Path
     name: str
@@ -46,7 +126,7 @@ class TrainingFiles:
         return self.folder / f"{stem}{STATE_SUFFIX}"
 
     def settings(self, stem: str) -> Path:
-        """Not {stem}.toml, which may be the config file that a user keeps beside the results."""
+        """Not {stem}.toml: that may be a config file of the user."""
         return self.folder / f"{stem}.{SETTINGS_FILE}"
 
     @property
@@ -58,7 +138,7 @@ class TrainingFiles:
         return self.folder / "sample"
 
     def states(self) -> list[Path]:
-        """Every complete state of this name, in no order."""
+        """Every complete state of this name, in any order."""
         pattern = re.compile(re.escape(self.name) + r"(-\d{6}|-step\d{8})?" + STATE_SUFFIX)
         folders = self.folder.iterdir() if self.folder.is_dir() else []
         return [path for path in folders if pattern.fullmatch(path.name) and (path / PROGRESS_FILE).is_file()]
@@ -76,14 +156,14 @@ class TrainingFiles:
                 shutil.rmtree(path, ignore_errors=True)
 
     def remove_best(self, step: int) -> None:
-        """Removes the checkpoint that was among the best until now."""
+        """Removes the checkpoint of a step that no longer has one of the lowest validation losses."""
         pattern = re.compile(f"{re.escape(self.best_of_step(step))}({COMPANIONS})")
         for path in self.folder.iterdir():
             if pattern.fullmatch(path.name):
                 path.unlink(missing_ok=True)
 
     def remove_leftovers(self) -> None:
-        """Removes what killed runs of this name left half written, and puts a state back that was to be replaced."""
+        """Removes unfinished files of killed runs of this name, and restores a state that was being replaced."""
         stem = re.escape(self.name) + r"(-\d{6}|(-best)?-step\d{8})?"
         name = rf"(?P<name>{stem}({COMPANIONS}|{STATE_SUFFIX}))"
         pattern = re.compile(rf"{name}\.(?P<owner>\w+){re.escape(TEMPORARY_SUFFIX)}")
@@ -106,7 +186,7 @@ class TrainingFiles:
 
 
 def _is_of_another_run(owner: str) -> bool:
-    """Whether a process other than this one, by its number, may be writing: a run with a similar name."""
+    """Whether another running process, such as a run with a similar name, may still be writing; `owner` is its id."""
     return owner.isdigit() and int(owner) != os.getpid() and psutil.pid_exists(int(owner))
 
 
@@ -114,7 +194,7 @@ def read_progress(state: Path) -> dict:
     """The counters of a state folder.
 
     Raises:
-        UserError: the folder is missing or no complete state of this trainer.
+        UserError: the folder is missing or is not a complete state of this trainer.
     """
     if not state.exists():
         raise UserError(f"--resume {state}: no such folder; give a folder whose name ends in {STATE_SUFFIX}, or auto")
@@ -122,7 +202,7 @@ def read_progress(state: Path) -> dict:
         hint = "a LoRA file has no optimizer state; continue from it with --network_weights"
         raise UserError(f"--resume {state}: is a file, a state folder is expected ({hint})")
     if not (state / PROGRESS_FILE).is_file():
-        raise UserError(f"--resume {state}: no {PROGRESS_FILE} in it; it is no state that this trainer saved")
+        raise UserError(f"--resume {state}: no {PROGRESS_FILE} in it; it is not a state that this trainer saved")
     try:
         progress = json.loads(read_text(state / PROGRESS_FILE, "training state"))
         version = progress["version"]
@@ -141,10 +221,58 @@ def damaged(file: Path) -> UserError:
 
 
 def find_state(resume: str | None, files: TrainingFiles) -> Path | None:
-    """The state folder that --resume means; None to start anew, also for `auto` where there is no state yet."""
+    """The state folder of --resume; None to start a new run, also with `auto` when there is no state yet."""
     if resume is None:
         return None
     if resume == "auto":
         return max(files.states(), key=lambda state: read_progress(state)["step"], default=None)
     read_progress(Path(resume))
     return Path(resume)
+
+
+@dataclass(frozen=True)
+class RemoteState:
+    """A state folder on the Hub."""
+
+    repo_id: str
+    folder: str
+    revision: str | None
+    repo_type: str
+
+    @classmethod
+    def parse(cls, text: str) -> "RemoteState":
+        """Reads `user/name/folder[:revision[:repo_type]]`.
+
+        Raises:
+            UserError: another form.
+        """
+        place, *rest = text.split(":")
+        user, _, place = place.partition("/")
+        name, _, folder = place.partition("/")
+        revision, repo_type = (*rest, "", "")[:2]
+        if not (user and name and folder) or len(rest) > 2 or (repo_type or "model") not in REPO_TYPES:
+            raise UserError(f"--resume {text}: user/name/folder[:revision[:repo_type]] is expected")
+        return cls(f"{user}/{name}", folder.strip("/"), revision or None, repo_type or "model")
+
+
+def download_state(text: str, options: HuggingFaceOptions) -> Path:
+    """Downloads the state of `--resume` with `--resume_from_huggingface`; returns its local folder.
+
+    Raises:
+        UserError: the text has another form, or the download fails.
+    """
+    state = RemoteState.parse(text)
+    try:
+        root = huggingface_hub.snapshot_download(
+            state.repo_id,
+            repo_type=state.repo_type,
+            revision=state.revision,
+            allow_patterns=f"{state.folder}/**",
+            token=options.huggingface_token,
+        )
+    except Exception as error:  # the library passes on the errors of several HTTP and file libraries
+        raise UserError(f"--resume {text}: {options.message_of(error)}") from None
+    folder = Path(root, state.folder)
+    if not folder.is_dir():
+        raise UserError(f"--resume {text}: {state.repo_id} has no folder {state.folder}")
+    return folder

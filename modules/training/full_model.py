@@ -1,6 +1,7 @@
-"""Full fine-tuning: the parameters of a model themselves are trained, all of them or some."""
+"""Full fine-tuning: all or some parameters of the DiT itself are trained."""
 
 import contextlib
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hunyuan_model import checkpoints
+from hunyuan_model.block_swap import offload_embedders
+from hunyuan_model.checkpoints.identification import identify
+from hunyuan_model.models import HYVideoDiffusionTransformer
+from modules.blocks.activation_checkpointing import apply_activation_checkpointing
+from modules.training import setup
+from modules.training.options import FullTrainerOptions
+from modules.training.setup import TrainingSetup
+from modules.training.state import check_tensors
+from utils.device_utils import DTYPES
 from utils.errors import UserError
 from utils.safetensors_utils import streamed_file
 
@@ -27,17 +38,38 @@ def trained_names(names: Sequence[str], parts: Sequence[str]) -> set[str]:
     return {name for name in names if any(part in name for part in parts)}
 
 
+class HalfGradScaler(torch.amp.GradScaler):
+    """A gradient scaler that also unscales float16 gradients, which torch's own scaler refuses.
+
+    Gradients that overflow float16 are found and their step is skipped, as with torch's scaler.
+    """
+
+    def _unscale_grads_(self, optimizer: Any, inv_scale: Any, found_inf: Any, allow_fp16: bool) -> Any:
+        return super()._unscale_grads_(optimizer, inv_scale, found_inf, True)
+
+
 class TrainedModel:
-    """A model some or all of whose parameters are trained.
+    """A model of which all or some parameters are trained.
 
     Args:
         model: its parameters have the names under which they are saved.
-        names: of the parameters that are trained; all others are frozen.
-        untouched: the weights are those of the file that training started from.
+        names: the parameters that are trained; all others are frozen.
+        dtype: of saved checkpoints; None keeps that of each parameter.
+        source_config: the config in the file that training started from, which is written into every checkpoint.
+        untouched: the weights are still those of that file.
     """
 
-    def __init__(self, model: nn.Module, names: set[str], untouched: bool = True) -> None:
-        self.model, self.untouched = model, untouched
+    facts: Mapping[str, Any] = {}  # the metadata say nothing of a network
+
+    def __init__(
+        self,
+        model: nn.Module,
+        names: set[str],
+        dtype: torch.dtype | None = None,
+        source_config: Mapping[str, Any] | None = None,
+        untouched: bool = True,
+    ) -> None:
+        self.model, self.dtype, self.source_config, self.untouched = model, dtype, source_config, untouched
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(name in names)
 
@@ -47,21 +79,21 @@ class TrainedModel:
         return {name: tensor for name, tensor in self.model.named_parameters() if tensor.requires_grad}
 
     def parameter_groups(self, learning_rate: float) -> list[dict[str, Any]]:
-        """One group for the optimizer."""
+        """One parameter group for the optimizer."""
         return [{"params": list(self.tensors.values()), "lr": learning_rate}]
 
     def start_epoch(self) -> None:
         self.model.train()
 
     def start_step(self) -> None:
-        """Nothing is drawn anew."""
+        """Nothing changes from step to step."""
 
     def after_update(self) -> None:
         self.untouched = False
 
     @contextlib.contextmanager
     def evaluation(self) -> Iterator[None]:
-        """Without dropout, as the saved model is used later."""
+        """Inside, dropout is off, as it will be when the checkpoint is used."""
         was_training = self.model.training
         self.model.eval()
         try:
@@ -71,21 +103,95 @@ class TrainedModel:
 
     @contextlib.contextmanager
     def switched_off(self) -> Iterator[None]:
-        """The model as it was before training: before the first step only, for no copy of the weights is kept."""
+        """Inside, the model is as it was before training. Only before the first step, because no copy is kept."""
         if not self.untouched:
             raise RuntimeError("the weights from before training are gone")
         yield
 
-    def save(self, path: Path, dtype: torch.dtype | None, metadata: Mapping[str, str]) -> None:
-        """Writes the whole model, frozen parameters included, in the memory of one tensor.
-
-        Args:
-            path: safetensors file.
-            dtype: of the file; None keeps that of each parameter.
-            metadata: of the file.
-        """
+    def save(self, path: Path, metadata: Mapping[str, str]) -> list[Path]:
+        """Writes the whole model, including frozen parameters, tensor by tensor; returns the path."""
+        if self.source_config:
+            metadata = {**metadata, "config": json.dumps(self.source_config)}
         weights = {name: tensor.detach() for name, tensor in self.model.named_parameters()}
-        layout = {name: (dtype or tensor.dtype, tuple(tensor.shape)) for name, tensor in weights.items()}
+        layout = {name: (self.dtype or tensor.dtype, tuple(tensor.shape)) for name, tensor in weights.items()}
         with streamed_file(path, layout, metadata) as write:
             for name, tensor in weights.items():
                 write(name, tensor.to(layout[name][0]))
+        return [path]
+
+
+def dit_shapes(run: TrainingSetup[FullTrainerOptions]) -> dict[str, torch.Size]:
+    """The shape of every parameter of the DiT by its official name, after comparing the DiT with the caches."""
+    config = setup.read_dit_config(run.options, run.train_set)
+    with torch.device("meta"):
+        dit = HYVideoDiffusionTransformer(config)
+    return {name: weight.shape for name, weight in dit.named_parameters()}
+
+
+def check_trained(run: TrainingSetup[FullTrainerOptions], shapes: Mapping[str, torch.Size], names: set[str]) -> None:
+    """Whether the trained parameters fit the other options and the state.
+
+    Args:
+        shapes: every parameter of the DiT.
+        names: the trained ones.
+
+    Raises:
+        UserError: they do not.
+    """
+    options = run.options
+    check_dtypes(options, run.accelerator.mixed_precision, has_frozen=len(names) < len(shapes))
+    if options.swap.img_in_txt_in_offloading and any(name.startswith(("img_in.", "txt_in.")) for name in names):
+        raise UserError("--img_in_txt_in_offloading: --trainable_modules trains what it would offload; leave it out")
+    if run.state is not None:
+        check_tensors(run.state, {name: shapes[name] for name in names})
+        if run.validation_set is not None and run.progress.base_validation_loss is None:
+            raise UserError(
+                f"--resume: {run.state} knows no validation loss from before training, and those weights are gone; "
+                "resume without validation, or start a new run"
+            )
+
+
+def check_dtypes(options: FullTrainerOptions, autocast: str, has_frozen: bool) -> None:
+    """Whether the dtypes of weights and autocast fit together.
+
+    Args:
+        autocast: "no", "fp16" or "bf16".
+        has_frozen: some weights are not trained.
+
+    Raises:
+        UserError: they do not.
+    """
+    trained = options.tuning.trained_dtype
+    if trained == "float16" and autocast != "fp16":
+        raise UserError("--full_fp16 needs --mixed_precision fp16, whose scaled loss keeps gradients from vanishing")
+    if trained == "bfloat16" and autocast == "fp16":
+        raise UserError("--full_bf16 and --mixed_precision fp16 contradict each other; give bf16 or no")
+    if has_frozen and autocast == "no" and DTYPES[options.tuning.saved_dtype] != DTYPES[trained]:
+        raise UserError(
+            f"--dit_dtype {options.tuning.dit_dtype}: the trained weights are {trained}; give --mixed_precision bf16, "
+            "with which both compute together"
+        )
+
+
+def load_model(run: TrainingSetup[FullTrainerOptions], names: set[str]) -> HYVideoDiffusionTransformer:
+    """The DiT with trained weights in the dtype of training and frozen ones in --dit_dtype."""
+    options, device = run.options, run.accelerator.device
+    trained, frozen = DTYPES[options.tuning.trained_dtype], DTYPES[options.tuning.saved_dtype]
+    setup.verify_attention(options, run.accelerator, trained)
+
+    def dtype_of(name: str) -> torch.dtype:
+        return trained if name in names else frozen
+
+    dit = checkpoints.load_dit(options.dit.dit, device, dtype_of, attention=options.attention.mode)
+    if options.swap.img_in_txt_in_offloading:
+        offload_embedders(dit, device)
+    apply_activation_checkpointing(dit, options.checkpointing.policy or "none", device)
+    return dit
+
+
+def select_trained(
+    run: TrainingSetup[FullTrainerOptions], dit: HYVideoDiffusionTransformer, names: set[str]
+) -> TrainedModel:
+    """Freezes all parameters of the DiT but the trained ones."""
+    config = identify(run.options.dit.dit).checkpoint.config
+    return TrainedModel(dit, names, DTYPES[run.options.tuning.saved_dtype], config, untouched=run.state is None)

@@ -1,6 +1,6 @@
-"""What a run tells: `train_log.jsonl`, the trackers of accelerate, and a progress bar.
+"""The log of a run: `train_log.jsonl`, the trackers of accelerate, and a progress bar.
 
-The file holds nothing that depends on the clock, so that two runs can be compared line by line.
+Nothing in the file depends on the clock, so two runs can be compared line by line.
 """
 
 import json
@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from accelerate import Accelerator
 from tqdm import tqdm
@@ -20,10 +21,10 @@ from modules.training.files import TrainingFiles
 from modules.training.state import Progress
 from utils.files import read_text, write_text
 
-BANDS = 5  # equal shares of sigma 0..1, for the loss per timestep band
+BANDS = 5  # of equal width in sigma 0..1, for the loss by timestep
 SMOOTHING = 0.98
 MEDIAN_OF_STEPS = 50
-FIRST_STEPS = 10  # what counts as the start of a run
+FIRST_STEPS = 10  # their mean loss is that of the start of a run
 
 
 def band_name(band: int) -> str:
@@ -41,7 +42,7 @@ def smoothed(past: float | None, value: float) -> float:
 
 
 class TrainingLog:
-    """The log of the process that writes; silent in the others. Runs of other names keep their lines in the file."""
+    """The log of a run, written by the main process. Runs of other names keep their lines in the file."""
 
     def __init__(self, files: TrainingFiles, accelerator: Accelerator, progress: Progress, total_steps: int) -> None:
         self.path, self.run, self.accelerator, self.progress = files.log, files.name, accelerator, progress
@@ -69,7 +70,7 @@ class TrainingLog:
             self.file.close()
 
     def summary(self) -> list[tuple[str, object]]:
-        """Rows for the table at the end."""
+        """Rows for the table that is printed at the end."""
         rows: list[tuple[str, object]] = [("log", self.path)]
         if self.losses:
             first, last = statistics.mean(self.progress.first_losses), statistics.mean(self.losses)
@@ -79,14 +80,14 @@ class TrainingLog:
         return rows
 
     def record(self, step: int, **values: Any) -> None:
-        """One line of the file; steps count from 1."""
+        """Writes a line to the file; steps count from 1."""
         if self.active:
             line = {"run": self.run, "step": step, **values}
             self.file.write(json.dumps(line, ensure_ascii=False, allow_nan=False) + "\n")
             self.file.flush()
 
     def say(self, text: str) -> None:
-        """A line for the person at the terminal, above the bar."""
+        """Prints a line above the progress bar."""
         if self.active:
             self.bar.write(text, file=sys.stderr)
 
@@ -100,7 +101,7 @@ class TrainingLog:
         rates: Sequence[float],
         **extra: Any,
     ) -> None:
-        """A finished step; steps and epochs count from 1."""
+        """Logs a step that changed the weights; steps and epochs count from 1."""
         progress = self.progress
         self.losses.append(loss)
         if len(progress.first_losses) < FIRST_STEPS:
@@ -130,12 +131,12 @@ class TrainingLog:
         )
 
     def track(self, values: Mapping[str, float], step: int) -> None:
-        """Numbers for TensorBoard and wandb."""
+        """Logs numbers to TensorBoard and wandb."""
         if self.accelerator.trackers:
             self.accelerator.log(dict(values), step=step)
 
     def _tick(self) -> float:
-        """Seconds of this step; moves the bar."""
+        """Moves the progress bar; returns the seconds of this step."""
         now = time.perf_counter()
         seconds, self.step_started = now - self.step_started, now
         self.seconds.append(seconds)
@@ -149,11 +150,11 @@ class TrainingLog:
         return seconds
 
     def skipped_step(self) -> None:
-        """A step without an update."""
+        """Counts a step that did not change the weights."""
         self._tick()
 
     def pause(self) -> "_Pause":
-        """Context whose time counts for no step: saving, validation, previews."""
+        """Inside, time does not count as that of a step: for saving, validation and previews."""
         return _Pause(self)
 
 
@@ -169,16 +170,14 @@ class _Pause:
 
 
 def peak_memory(device: torch.device) -> int:
-    """Bytes: the most that torch took of a GPU, or what this process holds of host memory now."""
+    """Bytes: the most that torch has allocated on a GPU, or what this process now uses of main memory."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    import psutil
-
     return psutil.Process().memory_info().rss
 
 
 def _cut_after(path: Path, run: str, step: int) -> None:
-    """Keeps of a run the lines up to `step`, for if it is resumed it writes the later ones again; 0 starts anew."""
+    """Removes the lines of this run after `step`, which the resumed run writes again; all of them if `step` is 0."""
     lines = read_text(path, "training log").splitlines() if path.exists() else []
     kept = [line for line in lines if _is_kept(line, run, step)]
     if kept != lines:
@@ -189,5 +188,5 @@ def _is_kept(line: str, run: str, step: int) -> bool:
     try:
         values = json.loads(line)
         return values["run"] != run or (step > 0 and values["step"] <= step)
-    except (json.JSONDecodeError, KeyError, TypeError):  # a line cut off when the run was killed
+    except (json.JSONDecodeError, KeyError, TypeError):  # a line that a killed run left incomplete
         return False

@@ -1,12 +1,15 @@
-"""The protocol of network modules (`--network_module`): ours and third parties' are called in the same way.
+"""LoRA training: the network that is trained beside the frozen DiT, from its options to its files.
 
-What a module lacks of the optional methods is skipped.
+Our network modules (`--network_module`) and those of other projects are called in the same way, by the protocol of
+kohya's trainers. Optional methods that a network does not have are skipped.
 """
 
 import contextlib
 import importlib
 import inspect
-from collections.abc import Iterator, Mapping
+import io
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -14,6 +17,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hunyuan_model import checkpoints
+from hunyuan_model.block_swap import enable_block_swap, offload_embedders, swapped_blocks
+from hunyuan_model.models import HunyuanVideoConfig, HYVideoDiffusionTransformer
+from modules.blocks.activation_checkpointing import apply_activation_checkpointing
+from modules.blocks.compilation import compile_blocks, require_backend
+from modules.training import setup
+from modules.training.options import LoraTrainerOptions
+from modules.training.setup import TrainingSetup
+from modules.training.state import check_tensors
+from networks.files.format_table import FORMATS
+from networks.files.lora_files import load_native, read_lora, require_formats, write_formats
+from networks.merging import weight_changes
+from utils.device_utils import DTYPES, default_dtype
 from utils.errors import UserError, did_you_mean, one_line
 from utils.plugins import refuse_taken
 
@@ -24,18 +40,18 @@ def import_network_module(name: str) -> ModuleType:
     """The module called `name`.
 
     Raises:
-        UserError: it cannot be imported, or is no network module.
+        UserError: it cannot be imported, or is not a network module.
     """
     if not all(part.isidentifier() for part in name.split(".")):
         raise UserError(f"--network_module '{name}': a dotted path such as networks.lora is expected")
     try:
         module = importlib.import_module(name)
-    except Exception as error:  # what another's module does while it is imported is not ours to know
+    except Exception as error:  # importing a module of another project may raise anything
         package = name.split(".")[0]
         hint = did_you_mean(name, OWN_MODULES) or f"; is the package {package} installed?"
         raise UserError(f"--network_module {name}: cannot be imported: {one_line(error)}{hint}") from None
     if _creator(module) is None:
-        raise UserError(f"--network_module {name}: has no create_arch_network; {', '.join(OWN_MODULES)} are ours")
+        raise UserError(f"--network_module {name}: has no create_arch_network; give one of {', '.join(OWN_MODULES)}")
     return module
 
 
@@ -55,7 +71,7 @@ def create_network(
     """A new network for the DiT.
 
     Raises:
-        UserError: an argument is one that the trainer gives.
+        UserError: an argument that another option or the trainer sets, or that the module refuses.
     """
     creator = _creator(module)
     ours = list(inspect.signature(creator).parameters)[:6]
@@ -66,10 +82,10 @@ def create_network(
 
 
 def create_network_from_weights(module: ModuleType, dit: nn.Module, weights: Mapping[str, Tensor]) -> nn.Module:
-    """The network whose rank and alpha are those of `weights`.
+    """A network with the rank and alpha of `weights`.
 
     Raises:
-        UserError: the module cannot do that.
+        UserError: the module cannot read them.
     """
     creator = _creator(module, "_from_weights")
     if creator is None:
@@ -82,14 +98,10 @@ def create_network_from_weights(module: ModuleType, dit: nn.Module, weights: Map
 
 
 class TrainedNetwork:
-    """A network that is applied to a frozen DiT and trained.
+    """A network that is applied to a frozen DiT and trained."""
 
-    Args:
-        max_norm: largest norm of a module's weight change, None for no limit.
-    """
-
-    def __init__(self, network: nn.Module, dit: nn.Module, device: torch.device, max_norm: float | None = None) -> None:
-        self.network, self.dit, self.device, self.max_norm = network, dit, device, max_norm
+    def __init__(self, network: nn.Module, dit: nn.Module, device: torch.device, options: LoraTrainerOptions) -> None:
+        self.network, self.dit, self.device, self.options = network, dit, device, options
         network.apply_to([], dit, False, True)
         network.to(device, torch.float32)
         self._call("prepare_grad_etc", dit)
@@ -103,13 +115,17 @@ class TrainedNetwork:
         """Every trained tensor by name."""
         return {name: tensor for name, tensor in self.network.named_parameters() if tensor.requires_grad}
 
-    def sizes(self) -> tuple[int, float] | None:
-        """Rank and alpha of our own networks, also where they came from a file."""
-        adapters = getattr(self.network, "adapters", None)
-        return (adapters[0].rank, float(adapters[0].alpha)) if adapters else None
+    @property
+    def facts(self) -> dict[str, Any]:
+        """Rank, alpha and arguments, for the metadata."""
+        options, adapters = self.options.network, getattr(self.network, "adapters", None)
+        dim, alpha = options.network_dim, options.network_alpha
+        if adapters:  # those of our own networks may come from --network_weights
+            dim, alpha = adapters[0].rank, float(adapters[0].alpha)
+        return {"network_dim": dim, "network_alpha": alpha, "network_args": options.arguments}
 
     def parameter_groups(self, learning_rate: float) -> list[dict[str, Any]]:
-        """Groups for the optimizer; each holds its parameters under `params` and, where it differs, `lr`."""
+        """Parameter groups for the optimizer; a group may have its own `lr`."""
         groups = self.network.prepare_optimizer_params(unet_lr=learning_rate)
         groups = groups[0] if isinstance(groups, tuple) else groups
         return [{**group, "params": list(group["params"])} for group in groups]
@@ -125,13 +141,14 @@ class TrainedNetwork:
         self._call("on_step_start")
 
     def after_update(self) -> None:
-        """Shrinks every module's weight change to at most `max_norm`."""
-        if self.max_norm is not None:
-            self._call("apply_max_norm_regularization", self.max_norm, self.device)
+        """Scales every module's weight change down to the norm of --scale_weight_norms."""
+        max_norm = self.options.network.scale_weight_norms
+        if max_norm is not None:
+            self._call("apply_max_norm_regularization", max_norm, self.device)
 
     @contextlib.contextmanager
     def evaluation(self) -> Iterator[None]:
-        """Without dropout, as the saved network is used later."""
+        """Inside, dropout is off, as it will be when the checkpoint is used."""
         was_training = self.network.training
         self.network.eval()
         try:
@@ -141,12 +158,126 @@ class TrainedNetwork:
 
     @contextlib.contextmanager
     def switched_off(self) -> Iterator[None]:
-        """The DiT as if the network were not there."""
+        """Inside, the DiT is as it was before training."""
         self._call("set_multiplier", 0.0)
         try:
             yield
         finally:
             self._call("set_multiplier", 1.0)
 
-    def save(self, path: Path, dtype: torch.dtype | None, metadata: Mapping[str, str]) -> None:
+    def save(self, path: Path, metadata: Mapping[str, str]) -> list[Path]:
+        """Writes the network, and beside it the other formats of --save_format; returns the paths."""
+        dtype = DTYPES[self.options.save.save_precision or "float32"]
         self.network.save_weights(str(path), dtype, dict(metadata))
+        return [path, *write_formats(path, self.options.save.save_format)]
+
+
+def check_choices(options: LoraTrainerOptions) -> None:
+    """Whether what is chosen by name exists, and whether every LoRA file is one, by its header.
+
+    Raises:
+        UserError: one is not.
+    """
+    setup.check_choices(options)
+    if options.compile.compile:
+        require_backend(options.compile.compile_backend)
+    for name in options.save.save_format:
+        if name not in FORMATS:
+            raise UserError(f"--save_format {name}: unknown{did_you_mean(name, list(FORMATS))}; {', '.join(FORMATS)}")
+    for path in options.network.base_weights:
+        read_lora(path)
+    weights, wanted = options.network.network_weights, options.network.network_dim or 4
+    if weights is not None:
+        ranks = {factors.rank for factors in read_lora(weights).modules.values()}
+        if not options.network.dim_from_weights and ranks != {wanted}:
+            raise UserError(
+                f"--network_weights {weights}: has rank {', '.join(map(str, sorted(ranks)))}, --network_dim is "
+                f"{wanted}; give --dim_from_weights instead"
+            )
+
+
+def check_network(run: TrainingSetup[LoraTrainerOptions], module: ModuleType) -> int:
+    """Tries the network on a DiT without weights; returns the number of trained weights.
+
+    Raises:
+        UserError: the DiT, the caches, the network, the formats or the state do not fit together.
+    """
+    options = run.options
+    config = setup.read_dit_config(options, run.train_set)
+    swapped_blocks(options.swap.blocks_to_swap or 0, config.depth_double, config.depth_single, training=True)
+    shapes = trained_shapes(options, module, config)
+    if module.__name__ in OWN_MODULES:
+        require_formats(shapes, options.save.save_format)
+        if run.state is not None:
+            check_tensors(run.state, shapes)
+    return sum(map(math.prod, shapes.values()))
+
+
+def trained_shapes(
+    options: LoraTrainerOptions, module: ModuleType, config: HunyuanVideoConfig
+) -> dict[str, Sequence[int]]:
+    """The shapes of the trained tensors by name; of other projects' networks those that exist before `apply_to`."""
+    if options.network.dim_from_weights:
+        tensors = load_native(options.network.network_weights)
+        return {name: tensor.shape for name, tensor in tensors.items() if not name.endswith(".alpha")}
+    with torch.device("meta"):
+        network = trial_network(options, module, HYVideoDiffusionTransformer(config))
+    return {name: parameter.shape for name, parameter in network.named_parameters()}
+
+
+def new_network(options: LoraTrainerOptions, module: ModuleType, dit: nn.Module) -> nn.Module:
+    """A new network with the rank, alpha, dropout and arguments of the options."""
+    network = options.network
+    return create_network(
+        module, dit, network.network_dim, network.network_alpha, network.network_dropout, network.arguments
+    )
+
+
+def trial_network(options: LoraTrainerOptions, module: ModuleType, dit: nn.Module) -> nn.Module:
+    """As `new_network`, without what the module prints."""
+    with contextlib.redirect_stdout(io.StringIO()):
+        return new_network(options, module, dit)
+
+
+def load_model(run: TrainingSetup[LoraTrainerOptions]) -> HYVideoDiffusionTransformer:
+    """The frozen DiT with --base_weights merged; blocks that will be swapped are in main memory."""
+    options, device = run.options, run.accelerator.device
+    path, swap, network = options.dit.dit, options.swap.blocks_to_swap or 0, options.network
+    merges = list(zip(network.base_weights, network.base_multipliers, strict=True))
+    dtype = default_dtype(options.dit.dit_dtype, device, on_gpu="bfloat16")
+    setup.verify_attention(options, run.accelerator, dtype)
+    changes = weight_changes(checkpoints.open_dit(path).shapes, merges) if merges else None
+    place = checkpoints.block_swap_placement(checkpoints.read_dit_config(path), swap, device)
+    return checkpoints.load_dit(
+        path, place, dtype, options.memory.fp8_base, options.attention.mode, compute_device=device, changes=changes
+    )
+
+
+def apply_network(
+    run: TrainingSetup[LoraTrainerOptions], module: ModuleType, dit: HYVideoDiffusionTransformer
+) -> TrainedNetwork:
+    """The network, applied to the DiT, and around the blocks of the DiT what saves memory and time.
+
+    From the inside out: network, compilation, block swap, activation checkpointing; docs/design.md says why.
+    """
+    options, device = run.options, run.accelerator.device
+    torch.manual_seed(run.progress.seed)
+    if options.network.dim_from_weights:
+        network = create_network_from_weights(module, dit, load_native(options.network.network_weights))
+    else:
+        network = new_network(options, module, dit)
+    trained = TrainedNetwork(network, dit, device, options)
+    if options.network.network_weights is not None:
+        network.load_weights(str(options.network.network_weights))
+    if options.compile.compile:
+        compile_blocks(dit.blocks, options.compile)
+    if options.swap.blocks_to_swap:
+        ring, pin = options.memory.block_swap_ring_size, options.swap.use_pinned_memory_for_block_swap
+        enable_block_swap(dit, options.swap.blocks_to_swap, device, ring, training=True, pin=pin or None)
+    if options.swap.img_in_txt_in_offloading:
+        offload_embedders(dit, device)
+    policy, swapped = options.checkpointing.policy, bool(options.swap.blocks_to_swap)
+    apply_activation_checkpointing(dit, policy or "none", device, options.compile.compile, swapped)
+    if policy is not None:
+        trained.enable_gradient_checkpointing()
+    return trained

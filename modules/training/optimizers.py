@@ -27,6 +27,7 @@ _PACKAGES = {
 }
 OPTIMIZERS = {name.lower(): f"{package}.{name}" for package, names in _PACKAGES.items() for name in names.split()}
 _TAKEN = {"params": "the network", "lr": "--learning_rate"}
+_SMALL_GRADIENT = 1e-4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,7 +46,7 @@ class OptimizerOptions:
 
     @property
     def path(self) -> str:
-        """Dotted path of the class; short names in any case, an empty name is AdamW."""
+        """Dotted path of the class. Short names may be in any case; an empty name means AdamW."""
         name = self.optimizer_type or "AdamW"
         if "." in name:
             return name
@@ -64,7 +65,7 @@ class OptimizerOptions:
 
     @property
     def adapts_own_rate(self) -> bool:
-        """Adafactor's default: it sets its own step size and takes no learning rate."""
+        """Whether this is Adafactor with `relative_step`, its default: it sets its own learning rate."""
         return self.path == OPTIMIZERS["adafactor"] and self.arguments.get("relative_step", True)
 
     def ignored(self) -> list[str]:
@@ -78,7 +79,7 @@ class OptimizerOptions:
 
 
 def optimizer_class(options: OptimizerOptions) -> type:
-    """Imports the optimizer and checks the names of its arguments; call it before any model is loaded."""
+    """Imports the optimizer and checks the names of its arguments."""
     # bitsandbytes reports on import which of its optional kernels a CPU lacks.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     cls = load_class(options.path, "--optimizer_type")
@@ -87,7 +88,7 @@ def optimizer_class(options: OptimizerOptions) -> type:
 
 
 def create_optimizer(options: OptimizerOptions, parameter_groups: list[dict]) -> "torch.optim.Optimizer":
-    """Builds the optimizer over the groups of the network; a group's own `lr` wins over --learning_rate.
+    """The optimizer for parameter groups; the `lr` of a group takes precedence over --learning_rate.
 
     Raises:
         UserError: unknown arguments, or values that the optimizer refuses.
@@ -110,17 +111,15 @@ def create_optimizer(options: OptimizerOptions, parameter_groups: list[dict]) ->
 
 
 def _kernels(cls: type, parameter_groups: list[dict]) -> dict[str, bool]:
-    """Arguments with which torch's own optimizers copy at most one tensor at a time on CUDA.
+    """Arguments for torch's own optimizers that save memory on CUDA.
 
     Their default there, "foreach", copies all states in every step: 24 GiB for AdamW on the whole model.
     """
-    import torch
-
     weights = [weight for group in parameter_groups for weight in group["params"]]
     if not cls.__module__.startswith("torch.optim.") or not all(weight.is_cuda for weight in weights):
         return {}
-    # In half precision the fused kernels round later, which hides from `try_optimizer` that states underflow.
-    if cls in (torch.optim.Adam, torch.optim.AdamW) and all(weight.dtype == torch.float32 for weight in weights):
+    # In half precision the fused kernels round later, so `try_optimizer` would not notice that states underflow.
+    if cls.__name__ in ("Adam", "AdamW") and all(str(weight.dtype) == "torch.float32" for weight in weights):
         return {"fused": True}
     return {"foreach": False} if "foreach" in inspect.signature(cls).parameters else {}
 
@@ -131,16 +130,16 @@ def _has_modes(optimizer: "torch.optim.Optimizer") -> bool:
 
 @contextlib.contextmanager
 def averaged_weights(optimizer: "torch.optim.Optimizer") -> Iterator[None]:
-    """Inside, the parameters hold what is to be saved, shown and validated; afterwards they are what they were.
+    """Inside, the parameters are those to save, preview and validate; afterwards they are restored.
 
-    Schedule-free optimizers (arXiv 2405.15682) train at another point than the average that they are about; for every
-    other optimizer this changes nothing.
+    Schedule-free optimizers (arXiv 2405.15682) compute gradients at one point and give an average of such points as the
+    result. With every other optimizer this changes nothing.
     """
     if not _has_modes(optimizer):
         yield
         return
-    # The optimizer's own way back rounds, so that looking at a training would change it.
-    # The copy waits in main memory: validation and previews need that of the GPU.
+    # The optimizer's own way back to the training point rounds, so a validation would change the training. The copy is
+    # kept in main memory, because validation and previews need the memory of the GPU.
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     trained = [parameter.detach().to("cpu", copy=True) for parameter in parameters]
     optimizer.eval()
@@ -150,3 +149,33 @@ def averaged_weights(optimizer: "torch.optim.Optimizer") -> Iterator[None]:
         optimizer.train()
         for parameter, value in zip(parameters, trained, strict=True):
             parameter.data.copy_(value)
+
+
+def try_optimizer(options: OptimizerOptions, dtype: "torch.dtype", device: "torch.device") -> float:
+    """Takes one step on a small matrix; returns the bytes of optimizer state per weight on the device.
+
+    The gradients are small, and zero in one row: with some optimizers their states underflow in half precision.
+
+    Raises:
+        UserError: the optimizer does not work with the dtype, or its states underflow and the weights become NaN.
+    """
+    import torch
+
+    # Large enough for the paged optimizers of bitsandbytes, which page states from 100,000 weights on.
+    weight = torch.nn.Parameter(torch.zeros(512, 512, dtype=dtype, device=device))
+    weight.grad = torch.full_like(weight, _SMALL_GRADIENT)
+    weight.grad[0] = 0
+    optimizer = create_optimizer(options, [{"params": [weight]}])
+    try:
+        optimizer.step()
+        problem = "" if weight.isfinite().all() else "its states underflow, and weights become NaN"
+    except (RuntimeError, NotImplementedError, ValueError, TypeError) as error:
+        problem = one_line(error)
+    if problem:
+        name = str(dtype).removeprefix("torch.")
+        raise UserError(
+            f"--optimizer_type {options.description}: does not work with {name} weights: {problem}; give "
+            "--optimizer_type adafactor or adamw8bit, or a larger eps"
+        )
+    states = [value for value in optimizer.state[weight].values() if isinstance(value, torch.Tensor)]
+    return sum(state.nbytes for state in states if state.device == weight.device) / weight.numel()

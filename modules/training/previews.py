@@ -1,20 +1,24 @@
-"""Videos and images of the model in training, through the sampler that generation uses."""
+"""Videos and images from the model in training, made with the sampler and the decoder of generation."""
 
 import dataclasses
 import io
 import time
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-import torch
 from accelerate import Accelerator
-from torch import Tensor, nn
+from PIL import Image
+from torch import Tensor
 from tqdm import tqdm
 
+from hunyuan_model.models import HYVideoDiffusionTransformer
+from modules.generation.decoding import Decoder, lazy_vae
 from modules.generation.requests import Request
 from modules.generation.sampler import Conditioning, sample_latents
+from modules.generation.text_encoding import encode_texts, lazy_text_encoders
 from modules.training.files import TrainingFiles
 from modules.training.log import TrainingLog
+from modules.training.options import TrainerOptions
 from utils.device_utils import release_memory
 from utils.errors import one_line
 from utils.video_io import save_image, save_video, to_uint8
@@ -22,65 +26,38 @@ from utils.video_io import save_image, save_video, to_uint8
 if TYPE_CHECKING:
     from tensorboard.compat.proto.summary_pb2 import Summary
 
-Decode = Callable[[Tensor], Tensor]
-"""Scaled latents (1, C, f, h, w) -> pixels (3, F, H, W) in 0..1."""
-
-
-PreviewPrompt = tuple[Request, Conditioning, Conditioning | None]
-"""A request with its encoded positive and negative prompt."""
-
-
-@torch.no_grad()
-def encode_prompts(
-    requests: Sequence[Request], load_1: Callable[[], Any], load_2: Callable[[], Any], device: torch.device
-) -> list[PreviewPrompt]:
-    """Encodes every prompt, with one text encoder in memory at a time.
-
-    Args:
-        load_1: loads an encoder with `encode([prompt])` -> states (1, L, D), mask (1, L).
-        load_2: loads an encoder with `encode([prompt])` -> pooled (1, D2).
-    """
-    if not requests:
-        return []
-    texts = list({text: None for request in requests for text in (request.prompt, request.negative_prompt)})
-    encoder = load_1()
-    states = {text: [tensor.cpu() for tensor in encoder.encode([text])] for text in texts}
-    del encoder
-    release_memory(device)
-    encoder = load_2()
-    pooled = {text: encoder.encode([text]).cpu() for text in texts}
-    del encoder
-    release_memory(device)
-    encoded = {text: Conditioning(*states[text], pooled[text]) for text in texts}
-    return [(request, encoded[request.prompt], encoded[request.negative_prompt]) for request in requests]
+PreviewPrompt = tuple[Request, Conditioning, Conditioning]
+"""A request with its encoded prompt and negative prompt."""
 
 
 class Previewer:
-    """Makes the previews of a run; one that fails is reported, and training goes on.
+    """Makes the previews of a run on the main process. One that fails is reported, and training goes on.
 
     Args:
-        prompts: requests with their encoded positive and negative prompts.
-        decode: needed on the main process only, which makes the previews.
-        seed: of requests that have none.
+        decoder: its VAE is on the device only while it decodes.
+        seed: for requests that have none.
     """
 
     def __init__(
         self,
-        dit: nn.Module,
         prompts: Sequence[PreviewPrompt],
-        decode: Decode | None,
+        decoder: Decoder,
         files: TrainingFiles,
         accelerator: Accelerator,
         seed: int,
     ) -> None:
-        self.dit, self.prompts, self.decode = dit, prompts, decode
+        self.prompts, self.decoder = prompts, decoder
         self.files, self.accelerator, self.seed = files, accelerator, seed
 
-    def run(self, moment: str, log: TrainingLog) -> None:
-        """Makes every preview; `moment` is `e{epoch:06d}` or the step as `{step:06d}`, for the names."""
+    def run(self, dit: HYVideoDiffusionTransformer, moment: str, log: TrainingLog) -> None:
+        """Makes every preview.
+
+        Args:
+            moment: part of the file names: the epoch as `e{epoch:06d}` or the step as `{step:06d}`.
+        """
         for index, prompt in enumerate(self.prompts):
             try:
-                pixels = self._make(index, moment, *prompt)
+                pixels = self._make(dit, index, moment, *prompt)
                 _track(self.accelerator, index, pixels, prompt[0], log.progress.step)
                 log.record(log.progress.step, preview=f"{self.files.name}_{moment}_{index:02d}")
             except Exception as error:
@@ -89,29 +66,58 @@ class Previewer:
             release_memory(self.accelerator.device)
 
     def _make(
-        self, index: int, moment: str, request: Request, positive: Conditioning, negative: Conditioning | None
+        self,
+        dit: HYVideoDiffusionTransformer,
+        index: int,
+        moment: str,
+        request: Request,
+        positive: Conditioning,
+        negative: Conditioning,
     ) -> Tensor:
+        """Samples, decodes and saves one preview; returns its pixels (3, F, H, W) in 0..1."""
         device = self.accelerator.device
         seeded = dataclasses.replace(request, seed=self.seed if request.seed is None else request.seed)
-        silent = not self.accelerator.is_main_process
-        bar = tqdm(total=request.steps, desc=f"preview {index + 1}", unit="step", leave=False, disable=silent)
+        bar = tqdm(total=request.steps, desc=f"preview {index + 1}", unit="step", leave=False)
 
         def before_step(step: int, steps: int) -> None:
             bar.update(step - bar.n)
 
         with bar, self.accelerator.autocast():
-            latents = sample_latents(self.dit, seeded, positive, negative, device=device, before_step=before_step)
-        with torch.no_grad():
-            pixels = self.decode(latents)
+            latents = sample_latents(dit, seeded, positive, negative, device=device, before_step=before_step)
+        try:
+            pixels = self.decoder.decode(latents)
+        finally:
+            self.decoder.vae.release()
         seed = "" if request.seed is None else f"_{request.seed}"
         stem = f"{self.files.name}_{moment}_{index:02d}_{time.strftime('%Y%m%d%H%M%S')}{seed}"
         if pixels.shape[1] == 1:
-            path = self.files.previews / f"{stem}.png"
-            save_image(pixels, path)
+            save_image(pixels, self.files.previews / f"{stem}.png")
         else:
-            path = self.files.previews / f"{stem}.mp4"
-            save_video(pixels, path, request.fps)
+            save_video(pixels, self.files.previews / f"{stem}.mp4", request.fps)
         return pixels
+
+
+def create_previewer(
+    options: TrainerOptions, requests: Sequence[Request], accelerator: Accelerator, seed: int
+) -> Previewer | None:
+    """Encodes the prompts and loads the VAE into main memory, on the main process; None without requests.
+
+    Call it before the DiT is loaded: the text encoders need the memory of the device, and are gone afterwards.
+
+    Args:
+        seed: for requests that have none.
+    """
+    if not requests:
+        return None
+    device, vae = accelerator.device, options.vae
+    decoder = Decoder(lazy_vae(vae, device, "offload"), device, vae.vae_chunk_size, vae.tile_size)
+    if not accelerator.is_main_process:
+        return Previewer([], decoder, options.files, accelerator, seed)
+    texts = [text for request in requests for text in (request.prompt, request.negative_prompt)]
+    encoded = encode_texts(texts, *lazy_text_encoders(options.text, device))
+    prompts = [(request, encoded[request.prompt], encoded[request.negative_prompt]) for request in requests]
+    decoder.vae.load()
+    return Previewer(prompts, decoder, options.files, accelerator, seed)
 
 
 def _track(accelerator: Accelerator, index: int, pixels: Tensor, request: Request, step: int) -> None:
@@ -129,8 +135,7 @@ def _track(accelerator: Accelerator, index: int, pixels: Tensor, request: Reques
 
 
 def image_summary(tag: str, pixels: Tensor, fps: float) -> "Summary":
-    """TensorBoard's summary of pixels (3, F, H, W) in 0..1: a GIF, which moves if there is more than one frame."""
-    from PIL import Image
+    """TensorBoard's summary of pixels (3, F, H, W) in 0..1: a GIF, animated if there is more than one frame."""
     from tensorboard.compat.proto.summary_pb2 import Summary
 
     first, *rest = [Image.fromarray(frame) for frame in to_uint8(pixels).numpy()]

@@ -1,7 +1,7 @@
 """Learning-rate schedules. Importing this module does not import torch.
 
-All are LambdaLR or similar: `state_dict` holds the step and nothing that depends on the past, so a resumed run goes on
-with the same rates. They count optimizer steps: call `step()` once after each, whatever the number of processes.
+All are LambdaLR or similar: their rates depend on the step alone, so a resumed run continues with the same rates. They
+count optimizer steps: call `step()` once after each, whatever the number of processes.
 """
 
 import functools
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from torch.optim import Optimizer
     from torch.optim.lr_scheduler import LRScheduler
 
-# Of these, transformers lacks two, and importing it takes seconds that the default schedule does not need.
+# Schedules that need no import of transformers, which takes seconds; two of them are not in transformers.
 _OWN = ("constant", "piecewise_constant", "rex")
 SCHEDULES = (
     *_OWN,
@@ -58,15 +58,15 @@ class SchedulerOptions:
     """learning-rate schedule"""
 
     lr_scheduler: str = option("constant", help="schedule of the learning rate", choices=SCHEDULES)
-    lr_warmup_steps: Steps = option(Steps(0), help="steps, or share of all steps, in which the rate rises from 0")
-    lr_decay_steps: Steps = option(Steps(0), help="steps, or share of all steps, in which warmup_stable_decay falls")
+    lr_warmup_steps: Steps = option(Steps(0), help="steps, or share of all steps, over which the rate rises from 0")
+    lr_decay_steps: Steps = option(Steps(0), help="steps, or share of all steps, over which warmup_stable_decay falls")
     lr_scheduler_num_cycles: int = option(1, help="number of cosine waves", minimum=1)
     lr_scheduler_power: float = option(1.0, help="power of the polynomial", minimum=0)
     lr_scheduler_timescale: int | None = option(
-        None, help="time scale of inverse_sqrt; the warm-up steps if unset", minimum=1
+        None, help="time scale of inverse_sqrt; unset: the warm-up steps", minimum=1
     )
     lr_scheduler_min_lr_ratio: float | None = option(
-        None, help="lowest rate as a share of the first one", minimum=0, maximum=1
+        None, help="lowest rate, as a share of --learning_rate", minimum=0, maximum=1
     )
     lr_scheduler_type: str | None = option(
         None, help="dotted path of a scheduler class, or a name in torch.optim.lr_scheduler"
@@ -103,7 +103,7 @@ class SchedulerOptions:
         return self.lr_scheduler_type or self.lr_scheduler
 
     def ignored(self, own_rate: bool = False) -> list[str]:
-        """The options that were changed but have no effect with the chosen schedule, for a warning.
+        """The options that were changed but have no effect with the chosen schedule.
 
         Args:
             own_rate: `OptimizerOptions.adapts_own_rate`.
@@ -123,7 +123,7 @@ class SchedulerOptions:
 
 
 def parse_step_rules(rules: object) -> tuple[tuple[tuple[int, float], ...], float]:
-    """`"1:10,0.1:20,0.01"`: the full rate before step 10, a tenth before step 20, a hundredth from then on.
+    """`"1:10,0.1:20,0.01"`: the full rate before step 10, a tenth of it before step 20, then a hundredth.
 
     Returns:
         ((10, 1.0), (20, 0.1)) and 0.01.
@@ -143,9 +143,9 @@ def piecewise_factor(step: int, pairs: tuple[tuple[int, float], ...], last: floa
 
 
 def rex_factor(step: int, *, warmup: int, total: int, floor: float, rex_alpha: float, rex_beta: float) -> float:
-    """REX (arXiv 2107.04197): r / (alpha + beta r) with r, the share of the run that remains, falling from 1 to 0.
+    """REX (arXiv 2107.04197): r / (alpha + beta r), where r is the remaining share of the run, from 1 down to 0.
 
-    The paper has alpha = beta = 1/2; 0.1 and 0.9 keep the rate high for longer.
+    The paper has alpha = beta = 1/2; the defaults 0.1 and 0.9 keep the rate high for longer.
     """
     if step < warmup:
         return step / warmup
@@ -167,8 +167,6 @@ def create_scheduler(options: SchedulerOptions, optimizer: "Optimizer", total_st
             return _custom(options, optimizer)
         if options.lr_scheduler == "adafactor" or optimizer.defaults.get("relative_step"):
             return _adafactor(options, optimizer)
-        if options.lr_scheduler == "constant" and not options.arguments:
-            return _constant(optimizer)
         if options.lr_scheduler in _OWN:
             return _own(options, optimizer, warmup, total_steps)
         return _from_transformers(options, optimizer, warmup, decay, total_steps)
@@ -182,7 +180,7 @@ def create_scheduler(options: SchedulerOptions, optimizer: "Optimizer", total_st
 
 
 def scheduler_class(options: SchedulerOptions) -> type | None:
-    """Imports a custom scheduler and checks the names of its arguments; call it before any model is loaded."""
+    """Imports the class of --lr_scheduler_type and checks the names of its arguments; None without one."""
     if not options.lr_scheduler_type:
         return None
     cls = load_class(options.custom_path, "--lr_scheduler_type")
@@ -206,23 +204,18 @@ def _adafactor(options: SchedulerOptions, optimizer: "Optimizer") -> "LRSchedule
 
     class FloatAdafactorSchedule(AdafactorSchedule):
         def get_lr(self) -> list[float]:
-            return [float(rate) for rate in super().get_lr()]  # tensors otherwise, which no log takes
+            return [float(rate) for rate in super().get_lr()]  # tensors, which cannot be logged as JSON
 
     return FloatAdafactorSchedule(optimizer, **options.arguments)
-
-
-def _constant(optimizer: "Optimizer") -> "LRScheduler":
-    # The default goes without transformers, whose schedulers take seconds to import.
-    from torch.optim.lr_scheduler import LambdaLR
-
-    return LambdaLR(optimizer, functools.partial(piecewise_factor, pairs=(), last=1.0))
 
 
 def _own(options: SchedulerOptions, optimizer: "Optimizer", warmup: int, total: int) -> "LRScheduler":
     from torch.optim.lr_scheduler import ConstantLR, LambdaLR
 
     if options.lr_scheduler == "constant":
-        return ConstantLR(optimizer, factor=1.0)
+        if options.arguments:  # these have no effect; the class is that of states saved with them
+            return ConstantLR(optimizer, factor=1.0)
+        return LambdaLR(optimizer, functools.partial(piecewise_factor, pairs=(), last=1.0))
     if options.lr_scheduler == "piecewise_constant":
         pairs, last = parse_step_rules(options.arguments["step_rules"])
         return LambdaLR(optimizer, functools.partial(piecewise_factor, pairs=pairs, last=last))
@@ -237,7 +230,7 @@ def _from_transformers(
     from transformers import get_scheduler
 
     cycles, lowest = options.lr_scheduler_num_cycles, options.lr_scheduler_min_lr_ratio
-    # A cosine of half a wave per cycle is how transformers counts where the rate may end low.
+    # For these schedules, transformers counts one fall of the cosine as half a cycle.
     shape: dict[str, Any] = {
         "cosine_with_restarts": {"num_cycles": cycles},
         "polynomial": {"power": options.lr_scheduler_power},

@@ -1,32 +1,43 @@
-"""What a run must remember to continue exactly: counters as JSON, tensors beside it, in one folder that is whole.
+"""The state from which a run continues exactly: a folder with counters, settings, trained tensors and optimizer states.
 
-Noise, timesteps, dropout and data order are functions of (seed, step), so no random state is kept.
+Noise, timesteps, dropout and data order are functions of (seed, step), so no random state is saved.
 """
 
 import dataclasses
 import errno
 import json
 import pickle
+import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from modules.training.files import PROGRESS_FILE, SETTINGS_FILE, STATE_VERSION, damaged, read_progress
+from modules.training.optimizers import OptimizerOptions
+from modules.training.options import TrainerOptions
 from utils.errors import UserError, one_line
-from utils.files import atomic_folder, atomic_path, write_text
+from utils.files import atomic_folder, atomic_path, read_toml, write_text
 from utils.safetensors_utils import iterate_tensors, read_header, streamed_file
 
 TRAINED_FILE = "trained.safetensors"
 OPTIMIZER_FILE = "optimizer.pt"
 
+Options = TypeVar("Options", bound=TrainerOptions)
+# Options that influence the weights: those of these groups, and these.
+_GROUPS = ("optimizer", "scheduler", "timesteps", "network", "tuning", "dit")
+_FURTHER = ("guidance_scale", "max_grad_norm", "mixed_precision")
+_COMPARED_AS_CLASSES = ("optimizer_type", "lr_scheduler", "lr_scheduler_type")
+_KEPT = "the saved value stays"
+_TAKES_EFFECT = "takes effect from here on"
+
 
 @dataclass
 class Progress:
-    """The counters of a run: what changes from step to step besides tensors."""
+    """The counters of a run: everything that changes from step to step and is not a tensor."""
 
     seed: int
     step: int = 0
@@ -42,11 +53,11 @@ class Progress:
     best: list[tuple[float, int]] = field(default_factory=list)  # (validation loss, step), best first
     session_id: int = 0
     started_at: float = 0.0
-    arithmetic: dict[str, Any] = field(default_factory=dict)  # what the steps mean: batches per step, per epoch, data
+    arithmetic: dict[str, Any] = field(default_factory=dict)  # batches per step, batches per epoch, items
 
     @classmethod
     def load(cls, folder: Path) -> "Progress":
-        """Reads the counters of a state folder; UserError as `modules.training.files.read_progress`."""
+        """Reads the counters of a state folder; raises what `modules.training.files.read_progress` raises."""
         values = read_progress(folder)
         names = {known.name for known in dataclasses.fields(cls)}
         progress = cls(**{name: value for name, value in values.items() if name in names})
@@ -57,7 +68,7 @@ class Progress:
         return progress
 
     def validation_facts(self) -> dict[str, float]:
-        """What validation found so far, for the metadata."""
+        """The results of validation so far, for the metadata."""
         facts = {
             "loss": self.validation_loss,
             "base_loss": self.base_validation_loss,
@@ -68,7 +79,7 @@ class Progress:
         return {name: value for name, value in facts.items() if value is not None}
 
     def differences(self, arithmetic: Mapping[str, Any]) -> list[str]:
-        """What the current run counts otherwise than the one that saved this state, in words."""
+        """How the arithmetic of the current run differs from that of the run that saved this state, in words."""
         return [
             f"{name} was {self.arithmetic[name]}, is {value}"
             for name, value in arithmetic.items()
@@ -102,11 +113,11 @@ def save_state(
         write_text(temporary / PROGRESS_FILE, json.dumps(content, indent=2, allow_nan=False) + "\n")
 
 
-def check_network(folder: Path, shapes: Mapping[str, Sequence[int]]) -> None:
-    """Compares the trained tensors of a state, by their header, with those of this run.
+def check_tensors(folder: Path, shapes: Mapping[str, Sequence[int]]) -> None:
+    """Compares the trained tensors of a state with those of this run; reads the header of the file only.
 
     Raises:
-        UserError: they are of another network.
+        UserError: names or shapes differ.
     """
     shapes = {name: tuple(shape) for name, shape in shapes.items()}
     found = {name: tuple(info.shape) for name, info in read_header(folder / TRAINED_FILE)[0].items()}
@@ -119,17 +130,17 @@ def check_network(folder: Path, shapes: Mapping[str, Sequence[int]]) -> None:
 
 
 def load_state(folder: Path, trained: Mapping[str, Tensor], stateful: Mapping[str, Any]) -> None:
-    """Puts the tensors of a state folder back, in place.
+    """Loads the tensors of a state folder into the trained tensors and into optimizer, scheduler, ..., in place.
 
     Raises:
         UserError: the state belongs to another network or optimizer, or is damaged.
     """
-    check_network(folder, {name: tensor.shape for name, tensor in trained.items()})
+    check_tensors(folder, {name: tensor.shape for name, tensor in trained.items()})
     with torch.no_grad():
         for name, saved in iterate_tensors(folder / TRAINED_FILE):
             trained[name].copy_(saved)
     try:
-        # Mapped, for every process reads it, and with full fine-tuning it has twice the size of the model.
+        # Memory-mapped: every process reads it, and in full fine-tuning it is twice as large as the model.
         states = torch.load(folder / OPTIMIZER_FILE, map_location="cpu", weights_only=True, mmap=True)
     except (RuntimeError, OSError, EOFError, ValueError, pickle.UnpicklingError):
         raise damaged(folder / OPTIMIZER_FILE) from None
@@ -146,12 +157,75 @@ def load_state(folder: Path, trained: Mapping[str, Tensor], stateful: Mapping[st
 
 
 def _keep_kernels(part: Any, saved: Mapping[str, Any]) -> None:
-    """Which kernels an optimizer uses is up to the device that it runs on, not to the one that it was saved on."""
+    """Keeps the kernels that were chosen for this device; the state may come from another one."""
     for group, own in zip(saved.get("param_groups", ()), getattr(part, "param_groups", ())):
         group.update({name: own[name] for name in ("foreach", "fused") if name in own})
 
 
 def _leave_file(part: Any) -> None:
-    """Copies what an optimizer keeps in main memory out of the mapped file, which may be deleted or overwritten."""
+    """Copies optimizer states on the CPU out of the memory-mapped file, which may be deleted or overwritten later."""
     for state in getattr(part, "state", {}).values():
         state.update({k: v.clone() for k, v in state.items() if isinstance(v, Tensor) and v.device.type == "cpu"})
+
+
+def resumed_options(options: Options, state: Path | None) -> tuple[Options, list[str]]:
+    """The options of a resumed run: learning rate and optimizer arguments stay those of the saved run.
+
+    Returns:
+        The options, and a line for each option that influences the weights and differs from the saved run.
+
+    Raises:
+        UserError: the state was saved with another optimizer or schedule.
+    """
+    if state is None:
+        return options, []
+    saved, now = _flat(read_toml(state / SETTINGS_FILE, "settings of the state")), _settings(options)
+    _check_classes(options, saved, state)
+    kept = {"optimizer": ["learning_rate", "optimizer_args"]}
+    if options.scheduler.lr_scheduler_type:
+        kept["scheduler"] = ["lr_scheduler_args"]
+    effects = {name: _KEPT for names in (*kept.values(), ["network_weights", "dim_from_weights"]) for name in names}
+    effects["network_args"] = f"{_TAKES_EFFECT}, but for learning rates"
+    notes = [
+        f"--resume: {name} is {now.get(name, 'unset')} and was {saved.get(name, 'unset')}: "
+        f"{effects.get(name, _TAKES_EFFECT)}"
+        for name in _names(options)
+        if now.get(name) != saved.get(name)
+    ]
+    groups = {
+        group: dataclasses.replace(getattr(options, group), **{name: saved[name] for name in names if name in saved})
+        for group, names in kept.items()
+    }
+    return dataclasses.replace(options, **groups), notes
+
+
+def _check_classes(options: TrainerOptions, saved: Mapping[str, Any], state: Path) -> None:
+    kind = OptimizerOptions(optimizer_type=saved.get("optimizer_type", "")).path
+    if options.optimizer.path != kind:
+        raise UserError(
+            f"--optimizer_type {options.optimizer.path}: the state {state} is of {kind}; give that, or start a new run "
+            "from its checkpoint"
+        )
+    schedule = saved.get("lr_scheduler_type") or saved.get("lr_scheduler")
+    if options.scheduler.description != schedule:
+        raise UserError(
+            f"--lr_scheduler {options.scheduler.description}: the state {state} is of {schedule}; give that, or start "
+            "a new run from its checkpoint"
+        )
+
+
+def _settings(options: TrainerOptions) -> dict[str, Any]:
+    return _flat(tomllib.loads(options.settings(seed=0)))
+
+
+def _flat(sections: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings by name; sections are only headings."""
+    tables = [section for section in sections.values() if isinstance(section, dict)]
+    return {name: value for table in tables for name, value in table.items()}
+
+
+def _names(options: TrainerOptions) -> list[str]:
+    """The options that influence the weights, apart from those that `_check_classes` compares."""
+    groups = [vars(options)[name] for name in _GROUPS if name in vars(options)]
+    names = [field.name for group in groups for field in dataclasses.fields(group)]
+    return [name for name in (*names, *_FURTHER) if name not in _COMPARED_AS_CLASSES]

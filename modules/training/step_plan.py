@@ -1,25 +1,34 @@
-"""Which batches belong to which optimizer step: a pure function of the step, so that a run can start at any step.
+"""Which batches and which random numbers belong to a step.
 
-A step takes the next `accumulation x processes` batches of the epoch, fewer at the epoch's end; no step crosses an
-epoch. Rank r takes batch `micro x processes + r` of the step for each micro step.
+Both depend only on the seed, the step and the position in the global batch, so a run can start at any step.
+
+A step takes the next `accumulation x processes` batches of the epoch; the last step of an epoch takes those that are
+left. In micro step m, rank r takes batch `m x processes + r` of the step.
 """
 
 import math
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+import torch
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from utils.errors import UserError
 
 BatchKey = tuple[int, int] | None
+"""(epoch, batch of the epoch); None where the epoch has no batch left."""
+
+# The first number of every key of a random generator: what its numbers are used for.
+NOISE, DROPOUT, VALIDATION = range(3)
 
 
 @dataclass(frozen=True)
 class StepPlan:
-    """The arithmetic of a run; steps and epochs count from 0."""
+    """How the batches of a run are divided into steps and epochs; both count from 0."""
 
     batches_per_epoch: int
     accumulation: int
@@ -56,7 +65,7 @@ class StepPlan:
         return (step + 1) % self.steps_per_epoch == 0
 
     def batch_keys(self, step: int, rank: int) -> list[BatchKey]:
-        """(epoch, batch of the epoch) for each micro step of a rank; None where the epoch has no batch left."""
+        """The batch of a rank for each micro step."""
         epoch, step_of_epoch = divmod(step, self.steps_per_epoch)
         first = step_of_epoch * self.batches_per_step + rank
         batches = range(first, first + self.batches_per_step, self.processes)
@@ -78,9 +87,9 @@ class _KeySampler(Sampler[BatchKey]):
 
 
 class _KeyedDataset(Dataset):
-    """Batches by (epoch, batch): workers that live through all epochs learn the epoch with every request.
+    """A dataset whose keys hold the epoch, because the workers of the DataLoader live through all epochs.
 
-    A user's mistake is delivered as a batch: torch would fold the traceback of an exception into its message.
+    A UserError is returned as if it were a batch: torch would put the traceback of a raised one into its message.
     """
 
     def __init__(self, dataset: Any) -> None:
@@ -94,21 +103,21 @@ class _KeyedDataset(Dataset):
 
 
 def as_it_is(batch: Any) -> Any:
-    """The dataset makes whole batches; there is nothing to collate."""
+    """The collate_fn for a dataset whose items are whole batches already."""
     return batch
 
 
 def ignore_stop_signals(_worker: int) -> None:
-    """Ctrl+C reaches every process of a terminal, and a launcher, systemd or SLURM sends SIGTERM to all of a run.
+    """Leaves it to the main process to end the workers.
 
-    The main process decides when the workers end.
+    Ctrl+C reaches every process of a terminal; launchers, systemd and SLURM send SIGTERM to every process of a run.
     """
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
 
 
 def delivered(loader: DataLoader) -> Iterator[Any]:
-    """The batches of a `batch_loader`; its workers end with them, or when they are closed.
+    """The batches of a `batch_loader`. Its workers end after the last batch, or when this iterator is closed.
 
     Raises:
         UserError: the dataset raised it.
@@ -121,17 +130,18 @@ def delivered(loader: DataLoader) -> Iterator[Any]:
             yield batch
     finally:
         if loader.num_workers:
-            # A traceback may hold the iterator until torch ends its workers by SIGTERM, which they ignore.
+            # A traceback may keep the iterator alive; torch would then end the workers with SIGTERM, which they ignore.
             batches._shutdown_workers()
 
 
 def batch_loader(dataset: Any, plan: StepPlan, rank: int, first_step: int, workers: int) -> DataLoader:
-    """One loader for the whole run of a rank, from `first_step` on: `plan.accumulation` items for each step; read it
-    through `delivered`.
+    """The batches of a rank from `first_step` to the end of the run, `plan.accumulation` of them for each step.
+
+    Read it through `delivered`.
 
     Args:
-        dataset: `batch_of(epoch, index)`; can be pickled.
-        workers: loader processes; 0 loads in this process.
+        dataset: has `batch_of(epoch, index)`, and can be pickled.
+        workers: processes that load; 0: load in this process.
     """
     return DataLoader(
         _KeyedDataset(dataset),
@@ -141,3 +151,29 @@ def batch_loader(dataset: Any, plan: StepPlan, rank: int, first_step: int, worke
         collate_fn=as_it_is,
         worker_init_fn=ignore_stop_signals,
     )
+
+
+def generator_for(*key: int) -> torch.Generator:
+    """A CPU generator, seeded by the key."""
+    return torch.Generator("cpu").manual_seed(seed_for(*key))
+
+
+def seed_for(*key: int) -> int:
+    """A seed of 63 bits from a key of integers; similar keys give unrelated seeds (numpy's SeedSequence)."""
+    return int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> 1)
+
+
+def step_generators(seed: int, step: int, positions: Sequence[int]) -> list[torch.Generator]:
+    """One generator for each sample of a batch; `positions` are those in the global batch."""
+    return [generator_for(NOISE, seed, step, position) for position in positions]
+
+
+def draw_noise(latents: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
+    """Standard normal noise of the shape of latents (B, C, f, h, w), drawn on the CPU, a generator for each sample."""
+    noise = torch.stack([torch.randn(latents.shape[1:], generator=generator) for generator in generators])
+    return noise.to(latents.device, non_blocking=True)
+
+
+def seed_dropout(seed: int, step: int, position: int) -> None:
+    """Seeds torch's global generators, which dropout uses, for the batch at this position of the global batch."""
+    torch.manual_seed(seed_for(DROPOUT, seed, step, position))

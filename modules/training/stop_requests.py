@@ -1,4 +1,4 @@
-"""How a person stops a run, or asks it to save: Ctrl+C, SIGTERM, a file `save` or `save_quit` in the output folder."""
+"""Requests to stop or to save: Ctrl+C, SIGTERM, or a file `save` or `save_quit` in the output folder."""
 
 import contextlib
 import os
@@ -11,11 +11,11 @@ SAVE_FILE, SAVE_AND_QUIT_FILE = "save", "save_quit"
 
 
 class StopRequests:
-    """Context in which signals ask for a clean stop; a second Ctrl+C interrupts at once.
+    """A context in which Ctrl+C and SIGTERM ask for a stop after the step; a second Ctrl+C interrupts at once.
 
     Args:
-        folder: where the request files are expected.
-        speaks: say what a signal does; one process of a run is enough.
+        folder: where the files `save` and `save_quit` are expected.
+        speaks: print what a signal does; for one process of a run.
     """
 
     def __init__(self, folder: Path, speaks: bool = True) -> None:
@@ -35,19 +35,19 @@ class StopRequests:
             signal.signal(number, handler)
 
     def _on_signal(self, number: int, _frame: FrameType | None) -> None:
-        # A launcher that is interrupted sends SIGTERM after the terminal's SIGINT: only Ctrl+C twice means at once.
+        # An interrupted launcher sends SIGTERM after the SIGINT of the terminal, so only SIGINT counts as Ctrl+C.
         if number == signal.SIGINT and self._interrupted:
             raise KeyboardInterrupt
         self._interrupted |= number == signal.SIGINT
         speaks, self.quit = self.speaks and not self.quit, True
-        # Past sys.stderr: the progress bar may be writing to it, and Python lets nobody in twice.
+        # Not through sys.stderr: the progress bar may be writing to it, and it cannot be entered twice.
         with contextlib.suppress(OSError):
             if speaks:
                 text = f"\n{signal.Signals(number).name}: saving after this step; Ctrl+C stops at once\n"
                 os.write(2, text.encode())
 
     def poll_files(self) -> None:
-        """Takes notice of the request files and removes them; for the process that writes."""
+        """Reads and removes the files `save` and `save_quit`; for the main process."""
         for name in (SAVE_FILE, SAVE_AND_QUIT_FILE):
             path = self.folder / name
             if path.is_file():

@@ -1,22 +1,25 @@
-"""At which sigma a sample is trained, and how much its loss counts.
+"""At which sigma a sample is trained, and the weight of its loss.
 
-Every sampler is a quantile function: it takes one number u in 0..1 and returns sigma in 0..1, increasing in u. So one
-uniform draw per sample is all the randomness there is, a truncated distribution is a narrower range of u, stratified
-sampling is a share of that range, and evenly spaced u give the fixed sigmas of a validation.
+Every sampler is a quantile function: it takes a number u in 0..1 and returns sigma in 0..1, increasing in u. A sample
+needs one uniform draw of u. A truncated distribution is a narrower range of u; stratified sampling draws from a part of
+that range; evenly spaced u give the fixed sigmas of the validation.
 
-The options and the samplers need no torch, so that a script can check and plot them at once.
+Importing this module does not import torch, so that scripts can check the options first.
 """
 
 import functools
+import importlib.util
 import math
 import random
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from statistics import NormalDist
 from typing import TYPE_CHECKING
 
-from utils.cli import option, unused_options
+from modules.flow_matching import shift_sigmas
+from utils.cli import option, print_table, unused_options
 from utils.errors import UserError
 
 if TYPE_CHECKING:
@@ -25,41 +28,35 @@ if TYPE_CHECKING:
 TIMESTEPS = 1000
 _NORMAL = NormalDist()
 _SMALLEST = sys.float_info.epsilon / 2
+_SAMPLERS = ("sigma", "uniform", "sigmoid", "shift")
+
+# Of --show_timesteps.
+PLOTTED_QUANTILES = 20_000
+CONSOLE_BINS, IMAGE_BINS = 25, 200
+BAR_LENGTH = 60
+IMAGE_NAME = "timesteps.png"
 
 
 @dataclass(frozen=True, kw_only=True)
 class TimestepOptions:
     """timesteps and loss weighting"""
 
-    timestep_sampling: str = option(
-        "sigma",
-        help="distribution of the trained timesteps",
-        choices=("sigma", "uniform", "sigmoid", "shift", "logsnr"),
-    )
-    discrete_flow_shift: float = option(1.0, help="shift towards noise, for the samplers sigma and shift")
-    sigmoid_scale: float = option(1.0, help="width of the samplers sigmoid and shift", minimum=0)
+    preserve_distribution_shape, num_timestep_buckets = False, None  # options of LoRA training only
+
+    timestep_sampling: str = option("sigma", help="distribution of the trained timesteps", choices=_SAMPLERS)
+    discrete_flow_shift: float = option(1.0, help="shift towards noise, for the distributions sigma and shift")
+    sigmoid_scale: float = option(1.0, help="width of the distributions sigmoid and shift", minimum=0)
     weighting_scheme: str = option(
         "none",
-        help="logit_normal and mode: density of the sampler sigma; sigma_sqrt and cosmap: weight of the loss",
+        help="logit_normal, mode: density for the distribution sigma; sigma_sqrt, cosmap: weight of the loss",
         choices=("logit_normal", "mode", "cosmap", "sigma_sqrt", "none"),
     )
-    logit_mean: float = option(0.0, help="mean for logit_normal, and of log(SNR) for the sampler logsnr")
-    logit_std: float = option(1.0, help="deviation for logit_normal, and of log(SNR) for the sampler logsnr", minimum=0)
-    # The bounds within which the density is one: Esser et al. 2024 (arXiv 2403.03206), equation 20.
+    logit_mean: float = option(0.0, help="mean for logit_normal, and of log(SNR) for logsnr")
+    logit_std: float = option(1.0, help="standard deviation for logit_normal, and of log(SNR) for logsnr", minimum=0)
+    # Outside of these bounds the function is no density: Esser et al. 2024 (arXiv 2403.03206), equation 20.
     mode_scale: float = option(1.29, help="scale of the weighting scheme mode", minimum=-1, maximum=1.75)
-    min_timestep: int | None = option(None, help="smallest timestep; 0", minimum=0, maximum=TIMESTEPS - 1)
-    max_timestep: int | None = option(None, help="largest timestep; 1000", minimum=1, maximum=TIMESTEPS)
-    preserve_distribution_shape: bool = option(
-        False, help="cut the distribution at min and max_timestep instead of squeezing it in between"
-    )
-    num_timestep_buckets: int | None = option(
-        None, help="cut the distribution in so many equally likely parts and train each once per cycle", minimum=2
-    )
-    show_timesteps: str | None = option(
-        None,
-        help="show the distribution and end: in a window (without a display: a PNG file) or on the console",
-        choices=("image", "console"),
-    )
+    min_timestep: int | None = option(None, help="smallest timestep; unset: 0", minimum=0, maximum=TIMESTEPS - 1)
+    max_timestep: int | None = option(None, help="largest timestep; unset: 1000", minimum=1, maximum=TIMESTEPS)
 
     def __post_init__(self) -> None:
         if self.discrete_flow_shift <= 0:
@@ -83,7 +80,7 @@ class TimestepOptions:
         return (self.min_timestep or 0) / TIMESTEPS, highest / TIMESTEPS
 
     def ignored(self) -> list[str]:
-        """The options that were changed but have no effect with the chosen sampler, for a warning."""
+        """The options that were changed but have no effect with the chosen distribution."""
         sampler, scheme = self.timestep_sampling, self.weighting_scheme
         logit_normal = sampler == "sigma" and scheme == "logit_normal"
         used = {
@@ -98,13 +95,28 @@ class TimestepOptions:
         return unused_options(self, used)
 
 
-def shift_sigma(sigma: float, shift: float) -> float:
-    """s' = shift s / (1 + (shift - 1) s): more time at high noise for shift > 1."""
-    return shift * sigma / (1 + (shift - 1) * sigma)
+@dataclass(frozen=True, kw_only=True)
+class LoraTimestepOptions(TimestepOptions):
+    """timesteps and loss weighting"""
+
+    timestep_sampling: str = option(
+        "sigma", help="distribution of the trained timesteps", choices=(*_SAMPLERS, "logsnr")
+    )
+    preserve_distribution_shape: bool = option(
+        False, help="truncate the distribution at --min_timestep and --max_timestep instead of squeezing it in between"
+    )
+    num_timestep_buckets: int | None = option(
+        None, help="stratified sampling: number of equally likely buckets, each trained once per cycle", minimum=2
+    )
+    show_timesteps: str | None = option(
+        None,
+        help="show the distribution, then stop: in a window (without a display: as a PNG file) or on the console",
+        choices=("image", "console"),
+    )
 
 
 def normal_quantile(u: float) -> float:
-    """The standard normal number below which a share u lies; finite also at 0 and 1."""
+    """The quantile function of the standard normal distribution; finite also at 0 and 1."""
     return _NORMAL.inv_cdf(min(max(u, _SMALLEST), 1 - _SMALLEST))
 
 
@@ -114,7 +126,7 @@ def sigmoid(x: float) -> float:
 
 
 def density_quantile(u: float, options: TimestepOptions) -> float:
-    """The densities of Stable Diffusion 3 (arXiv 2403.03206, section 3.1) as increasing functions of u."""
+    """The quantile functions of the densities of Stable Diffusion 3 (arXiv 2403.03206, section 3.1)."""
     if options.weighting_scheme == "logit_normal":
         return sigmoid(options.logit_mean + options.logit_std * normal_quantile(u))
     if options.weighting_scheme == "mode":
@@ -123,9 +135,9 @@ def density_quantile(u: float, options: TimestepOptions) -> float:
 
 
 def _sigma(u: float, options: TimestepOptions) -> float:
-    # The scheduler's list of 1000 shifted sigmas runs from 1 downwards and the density picks an index of it.
+    # The density picks an index from the list of 1000 shifted sigmas, which starts at 1 and falls.
     index = min(int(density_quantile(1 - u, options) * TIMESTEPS), TIMESTEPS - 1)
-    return shift_sigma((TIMESTEPS - index) / TIMESTEPS, options.discrete_flow_shift)
+    return shift_sigmas((TIMESTEPS - index) / TIMESTEPS, options.discrete_flow_shift)
 
 
 def _uniform(u: float, options: TimestepOptions) -> float:
@@ -137,7 +149,7 @@ def _sigmoid(u: float, options: TimestepOptions) -> float:
 
 
 def _shift(u: float, options: TimestepOptions) -> float:
-    return shift_sigma(_sigmoid(u, options), options.discrete_flow_shift)
+    return shift_sigmas(_sigmoid(u, options), options.discrete_flow_shift)
 
 
 def _logsnr(u: float, options: TimestepOptions) -> float:
@@ -156,7 +168,7 @@ SAMPLERS: dict[str, Callable[[float, TimestepOptions], float]] = {
 
 @functools.lru_cache
 def _mass_within(options: TimestepOptions) -> tuple[float, float]:
-    """The range of u whose sigmas are trained: all of it, unless the distribution is cut at the window."""
+    """The range of u whose sigmas are trained: 0..1, unless the distribution is truncated."""
     if not options.preserve_distribution_shape:
         return 0.0, 1.0
     low, high = options.window
@@ -175,7 +187,7 @@ def _first_above(options: TimestepOptions, reached: Callable[[float], bool]) -> 
 
 
 def sigma_at(u: float, options: TimestepOptions) -> float:
-    """The sigma below which a share u of the training lies, with the window of min and max_timestep."""
+    """The u-quantile of the trained sigmas, within --min_timestep and --max_timestep."""
     first, last = _mass_within(options)
     sigma = SAMPLERS[options.timestep_sampling](first + u * (last - first), options)
     low, high = options.window
@@ -192,10 +204,10 @@ def _bucket_order(buckets: int, cycle: int, seed: int) -> list[int]:
 
 
 def stratified(u: float, position: int, buckets: int | None, seed: int) -> float:
-    """Moves u into the bucket that belongs to the sample number `position` of the run.
+    """Stratified sampling: moves u into the bucket of the sample at `position` in the run; None: leaves it.
 
-    Any `buckets` consecutive samples from a multiple of `buckets` on fill each bucket once, in an order that depends on
-    seed and cycle alone, so a resumed run continues it.
+    A cycle is `buckets` consecutive samples and uses each bucket once, in an order that depends on the seed and the
+    number of the cycle alone, so a resumed run continues it.
     """
     if buckets is None:
         return u
@@ -206,14 +218,14 @@ def stratified(u: float, position: int, buckets: int | None, seed: int) -> float
 def sample_sigmas(
     options: TimestepOptions, generators: Sequence["torch.Generator"], positions: Sequence[int], seed: int
 ) -> "torch.Tensor":
-    """Sigmas (B,) in float32 on the CPU; each takes one draw of its own generator and depends on nothing else.
+    """Sigmas (B,) in float32 on the CPU, one draw from each generator.
 
     Args:
         generators: one CPU generator per sample.
         positions: number of each sample in the run, counted over all steps and processes.
-        seed: of the run; decides the order of the buckets.
+        seed: of the run, for the order of the buckets.
     """
-    import torch  # here, so that the options above are checked before torch is imported
+    import torch
 
     draws = [torch.rand((), generator=generator, dtype=torch.float64).item() for generator in generators]
     buckets = options.num_timestep_buckets
@@ -229,11 +241,76 @@ def sample_sigmas(
 def loss_weight(sigma: "torch.Tensor", scheme: str) -> "torch.Tensor":
     """Weight of a sample's loss, sigma (B,) -> (B,).
 
-    sigma_sqrt is 1 / sigma^2, bounded at the smallest sigma of the 1000-step schedule that it was made for; cosmap is
-    2 / (pi (1 - 2 sigma + 2 sigma^2)); the other schemes weigh all samples alike.
+    sigma_sqrt is 1 / sigma^2, with sigma at least 1/1000, the smallest in the 1000-step schedule that it was made for;
+    cosmap is 2 / (pi (1 - 2 sigma + 2 sigma^2)); the other schemes give every sample the weight 1.
     """
     if scheme == "sigma_sqrt":
         return sigma.clamp(min=1 / TIMESTEPS) ** -2
     if scheme == "cosmap":
         return 2 / (math.pi * (1 - 2 * sigma + 2 * sigma**2))
     return sigma.new_ones(sigma.shape)
+
+
+def show_timesteps(options: LoraTimestepOptions, folder: Path) -> None:
+    """Shows how often each timestep is trained and the weight of its loss; a PNG file is written into `folder`.
+
+    Raises:
+        UserError: --show_timesteps image, and matplotlib is not installed.
+    """
+    if options.show_timesteps == "image":
+        _show_image(options, folder)
+    else:
+        _show_on_console(options)
+
+
+def timestep_shares(options: TimestepOptions, bins: int) -> list[float]:
+    """The share of the samples in each of `bins` equal ranges of timesteps 0..1000."""
+    counts = [0] * bins
+    for index in range(PLOTTED_QUANTILES):
+        sigma = sigma_at((index + 0.5) / PLOTTED_QUANTILES, options)
+        counts[min(int(sigma * bins), bins - 1)] += 1
+    return [count / PLOTTED_QUANTILES for count in counts]
+
+
+def bin_weights(options: TimestepOptions, bins: int) -> list[float]:
+    """The weight of the loss in the middle of each of `bins` equal ranges of timesteps."""
+    import torch
+
+    return loss_weight((torch.arange(bins) + 0.5) / bins, options.weighting_scheme).tolist()
+
+
+def _title(options: TimestepOptions) -> str:
+    return f"timesteps: {options.timestep_sampling}, weighting scheme {options.weighting_scheme}"
+
+
+def _show_on_console(options: TimestepOptions) -> None:
+    shares, weights = timestep_shares(options, CONSOLE_BINS), bin_weights(options, CONSOLE_BINS)
+    width = TIMESTEPS // CONSOLE_BINS
+    bars = ["#" * round(BAR_LENGTH * share / max(shares)) for share in shares]
+    rows = [
+        (f"{index * width:4}-{(index + 1) * width:<4}", f"{share:6.2%}", f"{weight:.4g}", bar)
+        for index, (share, weight, bar) in enumerate(zip(shares, weights, bars, strict=True))
+    ]
+    print_table(_title(options), rows, ("timestep", "samples", "loss weight", ""))
+
+
+def _show_image(options: LoraTimestepOptions, folder: Path) -> None:
+    if importlib.util.find_spec("matplotlib") is None:
+        raise UserError("--show_timesteps image: matplotlib is not installed; pip install matplotlib, or use console")
+    import matplotlib.pyplot as plt
+
+    shares, weights = timestep_shares(options, IMAGE_BINS), bin_weights(options, IMAGE_BINS)
+    middles = [(index + 0.5) * TIMESTEPS / IMAGE_BINS for index in range(IMAGE_BINS)]
+    figure, (upper, lower) = plt.subplots(2, sharex=True, figsize=(9, 6))
+    upper.bar(middles, shares, width=TIMESTEPS / IMAGE_BINS)
+    upper.set(title=_title(options), ylabel="share of the samples")
+    lower.plot(middles, weights)
+    lower.set(xlabel="timestep (1000 sigma)", ylabel="loss weight", ylim=(0, None))
+    if plt.get_backend().lower() != "agg":  # the backend that matplotlib chooses without a display
+        plt.show()
+    else:
+        path = folder / IMAGE_NAME
+        folder.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path)
+        print(f"no display: the picture is in {path}")
+    plt.close(figure)

@@ -20,6 +20,7 @@ from utils.errors import UserError
 ARCHITECTURE = "hunyuan-video"
 IMPLEMENTATION = "https://github.com/Tencent/HunyuanVideo"
 BASE_MODEL_VERSION = "hunyuan_video"
+RESOLUTION = "1280,720"
 # Other programs need these to use a file; they are written even with --no_metadata.
 MINIMUM_KEYS = ("ss_base_model_version", "ss_network_module", "ss_network_dim", "ss_network_alpha", "ss_network_args")
 _OPTION_NAMES = (
@@ -29,29 +30,57 @@ _OPTION_NAMES = (
     "max_timestep preserve_distribution_shape num_timestep_buckets trainable_modules full_fp16 full_bf16"
 )
 
+# What is written for options that only one of the training scripts has.
+_OF_OTHER_SCRIPTS = {
+    "gradient_checkpointing_cpu_offload": False,
+    "training_comment": None,
+    "preserve_distribution_shape": False,
+    "num_timestep_buckets": None,
+}
+
 
 @dataclass(frozen=True, kw_only=True)
 class MetadataOptions:
     """metadata"""
 
-    no_metadata: bool = option(False, help="write only the metadata that other programs need to use the file")
-    training_comment: str | None = option(None, help="any text, stored as ss_training_comment")
+    no_metadata = False  # an option of LoRA training only
+
     metadata_title: str | None = option(None, help="title; --output_name if unset")
     metadata_author: str | None = option(None, help="author")
     metadata_description: str | None = option(None, help="description")
     metadata_license: str | None = option(None, help="license")
     metadata_tags: str | None = option(None, help="tags, separated by commas")
-    metadata_reso: str | None = option(None, help="resolution, such as 1280,720 or 1024; 1280,720 if unset")
-    metadata_arch: str | None = option(None, help=f"architecture; {ARCHITECTURE}/lora if unset")
+
+    @property
+    def architecture(self) -> str:
+        return ARCHITECTURE
+
+    @property
+    def resolution(self) -> str:
+        """`WIDTHxHEIGHT`."""
+        return RESOLUTION.replace(",", "x")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoraMetadataOptions(MetadataOptions):
+    """metadata"""
+
+    no_metadata: bool = option(False, help="write only the metadata that other programs need to use the file")
+    training_comment: str | None = option(None, help="any text, stored as ss_training_comment")
+    metadata_reso: str | None = option(None, help=f"resolution, such as 1280,720 or 1024; unset: {RESOLUTION}")
+    metadata_arch: str | None = option(None, help=f"architecture; unset: {ARCHITECTURE}/lora")
 
     def __post_init__(self) -> None:
         if not re.fullmatch(r"\d+([,x]\d+)?", self.metadata_reso or "1024"):
             raise UserError(f"--metadata_reso {self.metadata_reso}: WIDTH,HEIGHT or one number is expected")
 
     @property
+    def architecture(self) -> str:
+        return self.metadata_arch or f"{ARCHITECTURE}/lora"
+
+    @property
     def resolution(self) -> str:
-        """`1280x720`."""
-        width, _, height = (self.metadata_reso or "1280,720").replace("x", ",").partition(",")
+        width, _, height = (self.metadata_reso or RESOLUTION).replace("x", ",").partition(",")
         return f"{width}x{height or width}"
 
 
@@ -106,6 +135,7 @@ def checkpoint_metadata(facts: RunFacts, options: MetadataOptions, *groups: Any,
 def training_metadata(facts: RunFacts, settings: Mapping[str, Any]) -> dict[str, str]:
     """The `ss_*` keys; of `settings` (options by name) only those in _OPTION_NAMES are used."""
     values = {"full_fp16": False, "full_bf16": False}
+    settings = _OF_OTHER_SCRIPTS | settings
     values |= {name: settings[name] for name in _OPTION_NAMES.split() if name in settings}
     values |= {field.name: getattr(facts, field.name) for field in dataclasses.fields(facts)}
     values |= {f"validation_{name}": value for name, value in values.pop("validation").items()}
@@ -127,7 +157,7 @@ def modelspec_metadata(
     low, high = timesteps
     values = {
         "sai_model_spec": "1.0.0",
-        "architecture": options.metadata_arch or f"{ARCHITECTURE}/lora",
+        "architecture": options.architecture,
         "implementation": IMPLEMENTATION,
         "title": options.metadata_title or title,
         "date": date.isoformat(),

@@ -37,12 +37,12 @@ MISTAKES = {
     "the target's sign is turned": "trainer.velocity_target = lambda latents, noise: latents - noise",
     "noise and data are swapped": "trainer.interpolate = lambda latents, noise, sigma: mixed(noise, latents, sigma); "
     "trainer.velocity_target = lambda latents, noise: velocity(noise, latents)",
-    "the latents are scaled twice": "hunyuan_video.SCALING_FACTOR **= 2",
+    "the latents are scaled twice": "denoiser.SCALING_FACTOR **= 2",
 }
 WITH_MISTAKE = """
 from hv_train_network import main
+from modules.training import denoiser
 from modules.training import loop as trainer
-from modules.training import hunyuan_video
 
 mixed, velocity = trainer.interpolate, trainer.velocity_target
 {}

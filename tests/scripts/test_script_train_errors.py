@@ -118,7 +118,7 @@ WRONG = {
     "prompts without models": (
         ["--sample_at_first", "--sample_prompts", "{}/good_prompts.txt"], "not given: --text_encoder1",
     ),
-    "prompts without a time": (["--sample_prompts", "{}/good_prompts.txt"], "--sample_prompts: needs --sample_every"),
+    "prompts without a time": (["--sample_prompts", "{}/good_prompts.txt"], "--sample_prompts: needs one of --sample_"),
     "bad prompts": (
         ["--sample_prompts", "{}/prompts.txt", *MODELS], "prompts.txt: line 1: unknown option --q",
     ),

@@ -11,7 +11,7 @@ import torch
 
 from hunyuan_model.checkpoints import load_dit
 from hunyuan_model.vae import SCALING_FACTOR
-from modules.training.step_noise import draw_noise, step_generators
+from modules.training.step_plan import draw_noise, step_generators
 from modules.training.timesteps import TimestepOptions, sample_sigmas
 from tests.conftest import ROOT
 from tests.training_world import (
@@ -98,11 +98,11 @@ def gradients_by_hand(model, batch, step, seed=7):
 
 
 def test_two_steps_are_adamw_written_by_hand_on_the_plain_model(dit, tmp_path, monkeypatch):
-    from modules.training.denoiser import TrainingModel
+    from modules.training.denoiser import Denoiser
 
     batches = []
-    original = TrainingModel.velocity
-    monkeypatch.setattr(TrainingModel, "velocity", lambda *given: (batches.append(given[3]), original(*given))[1])
+    original = Denoiser.velocity
+    monkeypatch.setattr(Denoiser, "velocity", lambda *given: (batches.append(given[3]), original(*given))[1])
     words = ["--max_train_steps", 2, "--timestep_sampling", "uniform", "--guidance_scale", 6, "--max_grad_norm", 0]
     settings = ["--optimizer_args", "eps=1e-3", "weight_decay=0.1", "betas=0.8,0.9"]
     tuned = tune(write_world(tmp_path, items=2), dit, tmp_path / "out", *words, *settings)
@@ -190,7 +190,7 @@ def test_running_out_of_memory_says_what_to_try(world, dit, tmp_path, monkeypatc
     def out_of_memory(*_):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr("modules.training.denoiser.TrainingModel.velocity", out_of_memory)
+    monkeypatch.setattr("modules.training.denoiser.Denoiser.velocity", out_of_memory)
     with pytest.raises(UserError, match=r"out of GPU memory on the largest batch, .*: give --gradient_checkpointing"):
         tune(world, dit, tmp_path)
 

@@ -1,7 +1,11 @@
 """What hv_train_network.py does when something goes wrong: NaN in a cache, NaN in the weights, a failing preview."""
 
+import shutil
+
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from hunyuan_model.checkpoints import load_dit
 from tests.training_world import assert_same, log_of, train, write_world
@@ -99,3 +103,17 @@ def test_previews_do_not_change_the_training(world, tiny_models, tmp_path, monke
     assert_same(train(world, tiny_models.dit, tmp_path / "failing", *dropout, *preview_words), without)
     assert "preview 1 failed, training goes on: OutOfMemoryError: CUDA out of memory" in capsys.readouterr().err
     assert sum("preview_failed" in line for line in log_of(tmp_path / "failing")) == 6
+
+
+def test_a_preview_whose_vae_overflows_float16_is_decoded_again_in_float32(
+    world, tiny_models, tmp_path, capsys, preview_words
+):
+    vae = shutil.copytree(tiny_models.vae.parent, tmp_path / "vae") / tiny_models.vae.name
+    state = torch.load(vae, weights_only=True)
+    state["state_dict"]["decoder.conv_in.conv.weight"].mul_(1e5)
+    torch.save(state, vae)
+    words = [vae if word == tiny_models.vae else word for word in preview_words]
+    train(world, tiny_models.dit, tmp_path / "out", "--max_train_steps", 2, *words, "--vae_dtype", "float16")
+    pictures = list((tmp_path / "out" / "sample").glob("*.png"))
+    assert pictures and all(np.asarray(Image.open(picture)).std() > 0 for picture in pictures)
+    assert "the VAE made NaN; decoding again in float32" in capsys.readouterr().err

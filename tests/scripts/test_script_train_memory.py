@@ -9,7 +9,8 @@ import modules.training.loop
 from hunyuan_model import checkpoints
 from hunyuan_model.block_swap import swapped_blocks
 from hunyuan_model.checkpoints.stored_tensors import StoredTensors
-from hv_train_network import Options, load_model
+from modules.training.network import load_model
+from modules.training.options import LoraTrainerOptions
 from tests.training_world import command, train, write_world
 from utils.errors import UserError
 
@@ -56,7 +57,7 @@ def test_running_out_while_the_models_are_loaded_says_what_to_try(world, tiny_mo
 
 
 def test_running_out_on_the_largest_batch_says_what_to_try(world, tiny_models, tmp_path, monkeypatch):
-    monkeypatch.setattr(modules.training.loop.TrainingModel, "velocity", out_of_memory)
+    monkeypatch.setattr(modules.training.loop.Denoiser, "velocity", out_of_memory)
     with pytest.raises(UserError, match=r"out of GPU memory on the largest batch.*batch of 1, latents 1x6x8"):
         train(world, tiny_models.dit, tmp_path)
     assert not (tmp_path / "lora.safetensors").exists()
@@ -69,7 +70,8 @@ def test_only_swapped_blocks_pass_through_main_memory(world, tiny_models, tmp_pa
     monkeypatch.setattr(StoredTensors, "_require_finite", lambda self, name, tensor: tensor)
     monkeypatch.setattr(checkpoints, "load_dit", lambda *words, load=checkpoints.load_dit, **_: load(*words))
     argv = [str(word) for word in command(world, tiny_models.dit, tmp_path, "--blocks_to_swap", 2, *words)]
-    dit = load_model(Options.parse("", argv), SimpleNamespace(device=torch.device("meta"), mixed_precision="no"))
+    accelerator = SimpleNamespace(device=torch.device("meta"), mixed_precision="no")
+    dit = load_model(SimpleNamespace(options=LoraTrainerOptions.parse("", argv), accelerator=accelerator))
     swapped = swapped_blocks(2, len(dit.double_blocks), len(dit.single_blocks))
     on_host = {name for name, weight in dit.named_parameters() if weight.device.type == "cpu"}
     expected = {id(weight) for index in swapped for weight in dit.blocks[index].parameters()}

@@ -4,7 +4,6 @@ import huggingface_hub
 import pytest
 import torch
 
-import hv_train_network
 from tests.training_world import assert_same, log_of, run_training, train
 from utils.errors import UserError
 
@@ -13,10 +12,10 @@ from utils.errors import UserError
 def no_model(monkeypatch):
     """Fails the test if the DiT is loaded."""
 
-    def load(*_):
+    def load(*_, **__):
         raise AssertionError("the DiT was loaded")
 
-    monkeypatch.setattr(hv_train_network, "load_model", load)
+    monkeypatch.setattr("hunyuan_model.checkpoints.load_dit", load)
 
 
 @pytest.mark.parametrize(

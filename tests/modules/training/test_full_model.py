@@ -6,9 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from modules.training.full_model import TrainedModel, trained_names
-from modules.training.half_precision import HalfGradScaler, try_optimizer
-from modules.training.optimizers import OptimizerOptions
+from modules.training.full_model import HalfGradScaler, TrainedModel, trained_names
+from modules.training.optimizers import OptimizerOptions, try_optimizer
 from utils.errors import UserError
 from utils.safetensors_utils import read_header
 
@@ -69,7 +68,8 @@ def test_the_model_before_training_is_gone_after_the_first_update(model):
 @pytest.mark.parametrize("dtype", [None, torch.float16])
 def test_the_file_holds_every_weight(model, tmp_path, dtype):
     path = tmp_path / "model.safetensors"
-    TrainedModel(model.to(torch.bfloat16), {"2.weight"}).save(path, dtype, {"title": "T"})
+    written = TrainedModel(model.to(torch.bfloat16), {"2.weight"}, dtype).save(path, {"title": "T"})
+    assert written == [path]
     infos, metadata = read_header(path)
     assert {name: (info.shape, info.dtype) for name, info in infos.items()} == {
         name: (tuple(p.shape), dtype or torch.bfloat16) for name, p in model.named_parameters()

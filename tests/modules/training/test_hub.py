@@ -6,7 +6,8 @@ from pathlib import Path
 import huggingface_hub
 import pytest
 
-from modules.training.huggingface_utils import HuggingFaceOptions, RemoteState, Uploader, download_state
+from modules.training.files import HuggingFaceOptions, RemoteState, download_state
+from modules.training.saver import Uploader
 from utils.errors import UserError
 
 TOKEN = "hf_secret"

@@ -18,15 +18,22 @@ from accelerate import Accelerator
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from modules.memory.meter import MemoryMeter
-from modules.training import loop as trainer
 from modules.training import setup as training_setup
-from modules.training.denoiser import TrainingModel
+from modules.training.denoiser import Denoiser
+from modules.training.loop import Trainer
 from modules.training.optimizers import OptimizerOptions
+from modules.training.options import DistributedOptions, LogOptions, LoraPrecisionOptions
 from modules.training.state import Progress, load_state, save_state
-from modules.training.step_noise import draw_noise, generator_for, seed_for, step_generators
-from modules.training.step_plan import StepPlan, batch_loader, delivered
+from modules.training.step_plan import (
+    StepPlan,
+    batch_loader,
+    delivered,
+    draw_noise,
+    generator_for,
+    seed_for,
+    step_generators,
+)
 from modules.training.timesteps import TimestepOptions, sample_sigmas
-from modules.training.training_options import DistributedOptions, LogOptions, TrainingOptions
 from tests.training_world import assert_same, log_of, train, write_world
 from utils.errors import UserError
 
@@ -56,7 +63,7 @@ class Recorder(torch.nn.Module):
 
 def test_the_model_sees_timestep_and_guidance_times_1000():
     dit = Recorder()
-    model = TrainingModel(dit, SCALE, guidance=6.0, device=torch.device("cpu"))
+    model = Denoiser(dit, guidance=6.0, device=torch.device("cpu"))
     x, sigma = torch.randn(2, 16, 3, 4, 4), torch.tensor([0.25, 0.5])
     model.velocity(x, sigma, Batch(x))
     ((seen, timestep, guidance),) = dit.calls
@@ -67,14 +74,14 @@ def test_the_model_sees_timestep_and_guidance_times_1000():
 def test_a_model_without_guidance_is_given_none():
     dit = Recorder(guidance=False)
     x = torch.randn(2, 16, 3, 4, 4)
-    TrainingModel(dit, SCALE, 6.0, torch.device("cpu")).velocity(x, torch.rand(2), Batch(x))
+    Denoiser(dit, 6.0, torch.device("cpu")).velocity(x, torch.rand(2), Batch(x))
     assert dit.calls[0][2] is None
 
 
 def test_image_to_video_models_see_the_first_frame_beside_the_noisy_latents():
     dit = Recorder(channels=32)
     x, batch = torch.randn(2, 16, 3, 4, 4), Batch(torch.randn(2, 16, 3, 4, 4))
-    TrainingModel(dit, SCALE, 1.0, torch.device("cpu")).velocity(x, torch.rand(2), batch)
+    Denoiser(dit, 1.0, torch.device("cpu")).velocity(x, torch.rand(2), batch)
     seen = dit.calls[0][0]
     assert torch.equal(seen[:, :16], x)
     assert torch.equal(seen[:, 16:, 0], batch.latents[:, :, 0] * SCALE) and not seen[:, 16:, 1:].any()
@@ -82,7 +89,7 @@ def test_image_to_video_models_see_the_first_frame_beside_the_noisy_latents():
 
 def test_items_one_by_one_are_the_batch():
     dit = Recorder()
-    model = TrainingModel(dit, SCALE, 1.0, torch.device("cpu"), split_batches=True)
+    model = Denoiser(dit, 1.0, torch.device("cpu"), split_batches=True)
     x = torch.randn(2, 16, 3, 4, 4)
     assert torch.equal(model.velocity(x, torch.rand(2), Batch(x)), x) and len(dit.calls) == 2
 
@@ -92,14 +99,14 @@ def test_the_logged_loss_is_the_objective_computed_by_hand(tiny_models, tmp_path
     """x_t = (1 - s) x0 + s noise, target = noise - x0, loss = weight x mean (v - target)^2, in numpy."""
     world = write_world(tmp_path / "world", items=3)
     seen = []
-    original = TrainingModel.velocity
+    original = Denoiser.velocity
 
     def velocity(self, x_t, sigma, batch):
         result = original(self, x_t, sigma, batch)
         seen.append((batch, x_t.numpy(), sigma.item(), result.detach().numpy()))
         return result
 
-    monkeypatch.setattr(TrainingModel, "velocity", velocity)
+    monkeypatch.setattr(Denoiser, "velocity", velocity)
     words = ["--weighting_scheme", scheme, "--timestep_sampling", "sigmoid", "--max_train_steps", 3]
     train(world, tiny_models.dit, tmp_path / "out", *words)
     options = TimestepOptions(timestep_sampling="sigmoid", weighting_scheme=scheme)
@@ -115,17 +122,17 @@ def test_the_logged_loss_is_the_objective_computed_by_hand(tiny_models, tmp_path
 
 
 def test_the_loop_is_short_and_two_calls_from_the_script():
-    loop, source = inspect.getsource(trainer.train), inspect.getsource(trainer.train_batch)
-    assert loop.count("\n") < 40 and "train_batch(" in loop
+    loop, source = inspect.getsource(Trainer.train), inspect.getsource(Trainer.train_batch)
+    assert loop.count("\n") < 40 and "self.train_batch(" in loop
     assert "weighted_mse(" in source and "interpolate(" in source and "velocity_target(" in source
     import hv_train_network
 
-    assert "train(trainer)" in inspect.getsource(hv_train_network.main)
+    assert "trainer.train()" in inspect.getsource(hv_train_network.main)
 
 
 def test_the_graph_of_a_batch_is_gone_before_the_next(tiny_models, tmp_path, monkeypatch):
     """Else the activations of two batches need memory at once."""
-    original, alive = TrainingModel.velocity, []
+    original, alive = Denoiser.velocity, []
 
     def velocity(self, *arguments):
         assert all(storage.expired() for storage in alive)
@@ -133,28 +140,28 @@ def test_the_graph_of_a_batch_is_gone_before_the_next(tiny_models, tmp_path, mon
         alive.append(StorageWeakRef(prediction.untyped_storage()))
         return prediction
 
-    monkeypatch.setattr(TrainingModel, "velocity", velocity)
+    monkeypatch.setattr(Denoiser, "velocity", velocity)
     words = ["--max_train_steps", 2, "--gradient_accumulation_steps", 2]
     train(write_world(tmp_path / "world", items=4), tiny_models.dit, tmp_path / "out", *words)
     assert len(alive) == 6  # the first two try the largest batch
 
 
 def test_accumulation_is_rehearsed_with_gradients_beside_it_and_leaves_no_trace(tiny_models, tmp_path, monkeypatch):
-    world, original, beside = write_world(tmp_path / "world", items=4), trainer.rehearse, []
+    world, original, beside = write_world(tmp_path / "world", items=4), Trainer.rehearse, []
 
-    def rehearse(run, batch):
-        velocity = TrainingModel.velocity
+    def rehearse(run):
+        velocity = Denoiser.velocity
         with monkeypatch.context() as patch:
             weights = run.trained.tensors.values()
             watched = lambda *given: (beside.append(any(w.grad is not None for w in weights)), velocity(*given))[1]  # noqa: E731
-            patch.setattr(TrainingModel, "velocity", watched)
-            original(run, batch)
+            patch.setattr(Denoiser, "velocity", watched)
+            original(run)
 
     words = ["--max_train_steps", 2, "--gradient_accumulation_steps", 3, "--network_dropout", 0.5]
-    monkeypatch.setattr(trainer, "rehearse", rehearse)
+    monkeypatch.setattr(Trainer, "rehearse", rehearse)
     rehearsed = train(world, tiny_models.dit, tmp_path / "rehearsed", *words)
     assert beside == [False, True]
-    monkeypatch.setattr(trainer, "rehearse", lambda *_: None)
+    monkeypatch.setattr(Trainer, "rehearse", lambda *_: None)
     assert_same(rehearsed, train(world, tiny_models.dit, tmp_path / "plain", *words))
 
 
@@ -173,8 +180,10 @@ def test_the_rehearsal_has_room_for_the_states_that_the_optimizer_has_not_made_y
             seen.append(meter.live)
             return x_t + weight.sum()
 
+    batch = SimpleNamespace(latents=torch.zeros(1, 16, 1, 2, 2), bucket="16x16x1")
     run = SimpleNamespace(
-        model=Model(),
+        train_set=SimpleNamespace(largest_batch=lambda: batch),
+        denoiser=Model(),
         trained=SimpleNamespace(tensors={"weight": weight}),
         optimizer=optimizer,
         options=SimpleNamespace(optimizer=OptimizerOptions()),
@@ -182,14 +191,13 @@ def test_the_rehearsal_has_room_for_the_states_that_the_optimizer_has_not_made_y
         accelerator=SimpleNamespace(autocast=contextlib.nullcontext),
         log=SimpleNamespace(say=said.append),
     )
-    batch = SimpleNamespace(latents=torch.zeros(1, 16, 1, 2, 2), bucket="16x16x1")
     with MemoryMeter() as meter:
-        trainer.rehearse(run, batch)
+        Trainer.rehearse(run)
     assert weight.grad is None and not optimizer.state
     assert said == ["trying the largest batch: 1 of bucket 16x16x1"]
     optimizer.state[weight]["exp_avg"] = torch.zeros(300, 100)
     with MemoryMeter() as meter:
-        trainer.rehearse(run, batch)
+        Trainer.rehearse(run)
     assert seen[0] - seen[1] == pytest.approx(8 * weight.numel(), rel=0.001)
 
 
@@ -325,7 +333,10 @@ def test_processes_wait_for_previews_and_uploads_of_the_main_one(monkeypatch, gi
     """NCCL's own limit is ten minutes."""
     taken = {}
     monkeypatch.setattr(training_setup, "Accelerator", lambda **words: taken.update(words) or Accelerator(cpu=True))
-    training_setup.create_accelerator(TrainingOptions(), LogOptions(), DistributedOptions(**given))
+    options = SimpleNamespace(
+        precision=LoraPrecisionOptions(), log=LogOptions(), distributed=DistributedOptions(**given)
+    )
+    training_setup.create_accelerator(options)
     assert [handler.timeout for handler in taken["kwargs_handlers"]] == [timedelta(minutes=minutes)]
 
 
@@ -340,7 +351,7 @@ def test_a_process_whose_first_step_has_no_batch_unscales_the_gradients_of_the_o
         return accelerator
 
     monkeypatch.setattr(training_setup, "create_accelerator", with_scaler)
-    monkeypatch.setattr(trainer, "train", runs.append)
+    monkeypatch.setattr(Trainer, "train", lambda trainer: runs.append(trainer))
     train(write_world(tmp_path / "world", items=1), tiny_models.dit, tmp_path / "out")
     (run,) = runs
     for weight in run.trained.tensors.values():

@@ -217,9 +217,8 @@ def test_other_optimizers_are_not_touched_by_it() -> None:
 
 def test_checking_options_imports_nothing_heavy() -> None:
     code = (
-        "import sys; from modules import optimizers, schedulers, timestep_sampling;"
-        "optimizers.OptimizerOptions(optimizer_type='AdamW8bit'); schedulers.SchedulerOptions();"
-        "timestep_sampling.TimestepOptions();"
+        "import sys; from modules.training.options import OptimizerOptions, SchedulerOptions, LoraTimestepOptions;"
+        "OptimizerOptions(optimizer_type='AdamW8bit'); SchedulerOptions(); LoraTimestepOptions();"
         "assert not {'torch', 'transformers', 'bitsandbytes', 'diffusers'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[3], check=True, timeout=60)

@@ -1,6 +1,7 @@
 """Every sampler against the distribution it names, against diffusers' densities, and against its own order."""
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,11 +9,15 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 from diffusers.training_utils import compute_density_for_timestep_sampling, compute_loss_weighting_for_sd3
 
 from modules.training.timesteps import (
+    IMAGE_NAME,
+    LoraTimestepOptions,
     TimestepOptions,
     loss_weight,
     sample_sigmas,
+    show_timesteps,
     sigma_at,
     stratified,
+    timestep_shares,
 )
 from utils.errors import UserError
 
@@ -49,25 +54,25 @@ def unshift(s: torch.Tensor, shift: float) -> torch.Tensor:
 
 
 ANALYTIC = {
-    "uniform": (TimestepOptions(timestep_sampling="uniform"), lambda s: s),
+    "uniform": (LoraTimestepOptions(timestep_sampling="uniform"), lambda s: s),
     "sigmoid": (
-        TimestepOptions(timestep_sampling="sigmoid", sigmoid_scale=1.4),
+        LoraTimestepOptions(timestep_sampling="sigmoid", sigmoid_scale=1.4),
         lambda s: normal_cdf(logit(s) / 1.4),
     ),
     "shift": (
-        TimestepOptions(timestep_sampling="shift", discrete_flow_shift=7.0, sigmoid_scale=0.8),
+        LoraTimestepOptions(timestep_sampling="shift", discrete_flow_shift=7.0, sigmoid_scale=0.8),
         lambda s: normal_cdf(logit(unshift(s, 7.0)) / 0.8),
     ),
     "logsnr": (
-        TimestepOptions(timestep_sampling="logsnr", logit_mean=1.5, logit_std=2.0),
+        LoraTimestepOptions(timestep_sampling="logsnr", logit_mean=1.5, logit_std=2.0),
         lambda s: 1 - normal_cdf((-2 * logit(s) - 1.5) / 2.0),
     ),
     "window": (
-        TimestepOptions(timestep_sampling="sigmoid", min_timestep=200, max_timestep=700),
+        LoraTimestepOptions(timestep_sampling="sigmoid", min_timestep=200, max_timestep=700),
         lambda s: normal_cdf(logit((s - 0.2) / 0.5)),
     ),
     "cut": (
-        TimestepOptions(
+        LoraTimestepOptions(
             timestep_sampling="sigmoid", min_timestep=200, max_timestep=700, preserve_distribution_shape=True
         ),
         lambda s: (
@@ -89,7 +94,7 @@ def test_sampler_has_its_distribution(name: str) -> None:
 
 @pytest.mark.parametrize("scheme", ["logit_normal", "mode", "none"])
 def test_sigma_sampler_is_diffusers_density_on_diffusers_schedule(scheme: str) -> None:
-    options = TimestepOptions(
+    options = LoraTimestepOptions(
         discrete_flow_shift=3.0, weighting_scheme=scheme, logit_mean=0.6, logit_std=1.3, mode_scale=1.1
     )
     schedule = FlowMatchEulerDiscreteScheduler(shift=3.0).sigmas[:1000].double()
@@ -106,18 +111,18 @@ def test_sigma_sampler_is_diffusers_density_on_diffusers_schedule(scheme: str) -
 
 def test_a_sigma_schedule_value_is_hit_exactly() -> None:
     schedule = FlowMatchEulerDiscreteScheduler(shift=5.0).sigmas[:1000].tolist()
-    options = TimestepOptions(discrete_flow_shift=5.0)
+    options = LoraTimestepOptions(discrete_flow_shift=5.0)
     # In the middle of each of the 1000 cells of u.
     ours = [sigma_at((index + 0.5) / 1000, options) for index in range(1000)]
     assert ours == pytest.approx(schedule[::-1], abs=1e-6)
-    assert (sigma_at(0, TimestepOptions()), sigma_at(1, TimestepOptions())) == (0.001, 1)
+    assert (sigma_at(0, LoraTimestepOptions()), sigma_at(1, LoraTimestepOptions())) == (0.001, 1)
 
 
 @pytest.mark.parametrize("sampler", ["sigma", "uniform", "sigmoid", "shift", "logsnr"])
 @pytest.mark.parametrize("scheme", ["logit_normal", "mode"])
 @pytest.mark.parametrize("cut", [False, True])
 def test_every_sampler_increases_and_stays_in_its_window(sampler: str, scheme: str, cut: bool) -> None:
-    options = TimestepOptions(
+    options = LoraTimestepOptions(
         timestep_sampling=sampler,
         weighting_scheme=scheme,
         discrete_flow_shift=4.0,
@@ -132,13 +137,13 @@ def test_every_sampler_increases_and_stays_in_its_window(sampler: str, scheme: s
 
 
 def test_cutting_the_sigma_schedule_keeps_exactly_the_steps_of_the_window() -> None:
-    options = TimestepOptions(min_timestep=300, max_timestep=310, preserve_distribution_shape=True)
+    options = LoraTimestepOptions(min_timestep=300, max_timestep=310, preserve_distribution_shape=True)
     reached = {round(1000 * sigma_at((index + 0.5) / 1100, options)) for index in range(1100)}
     assert reached == set(range(300, 311))
 
 
 def test_a_sample_depends_on_its_own_generator_and_position_only() -> None:
-    options = TimestepOptions(timestep_sampling="shift", num_timestep_buckets=5)
+    options = LoraTimestepOptions(timestep_sampling="shift", num_timestep_buckets=5)
     together = sample_sigmas(options, generators(6), range(6), seed=1)
     alone = [sample_sigmas(options, generators(1, index), [index], seed=1) for index in (3, 0, 5, 1, 4, 2)]
     assert torch.equal(together[[3, 0, 5, 1, 4, 2]], torch.cat(alone))
@@ -157,7 +162,7 @@ def test_buckets_are_filled_once_per_cycle_in_an_order_of_the_seed() -> None:
 def test_buckets_keep_the_distribution_and_lower_its_scatter() -> None:
     options, cdf = ANALYTIC["shift"]
     plain = distance(draw(options, 400), cdf)
-    bucketed = TimestepOptions(
+    bucketed = LoraTimestepOptions(
         timestep_sampling="shift", discrete_flow_shift=7.0, sigmoid_scale=0.8, num_timestep_buckets=100
     )
     assert distance(draw(bucketed, 400), cdf) < min(plain, 1 / 100)
@@ -191,13 +196,43 @@ def test_loss_weight_stays_finite_at_sigma_zero() -> None:
 )
 def test_contradictions_are_refused(settings: dict, words: str) -> None:
     with pytest.raises(UserError, match=words):
-        TimestepOptions(**settings)
+        LoraTimestepOptions(**settings)
 
 
 def test_ignored_options_are_named() -> None:
-    assert TimestepOptions().ignored() == []
-    options = TimestepOptions(
+    assert LoraTimestepOptions().ignored() == []
+    options = LoraTimestepOptions(
         timestep_sampling="uniform", discrete_flow_shift=7.0, weighting_scheme="logit_normal", logit_mean=1.0
     )
     assert options.ignored() == ["discrete_flow_shift", "weighting_scheme", "logit_mean"]
-    assert TimestepOptions(timestep_sampling="uniform", weighting_scheme="cosmap").ignored() == []
+    assert LoraTimestepOptions(timestep_sampling="uniform", weighting_scheme="cosmap").ignored() == []
+
+
+def test_shares_of_a_known_distribution() -> None:
+    assert timestep_shares(LoraTimestepOptions(timestep_sampling="uniform"), 4) == [0.25] * 4
+    half = LoraTimestepOptions(timestep_sampling="uniform", min_timestep=500, max_timestep=1000)
+    assert timestep_shares(half, 4) == [0, 0, 0.5, 0.5]
+
+
+def test_console_shows_every_range(capsys: pytest.CaptureFixture, tmp_path: Path) -> None:
+    options = LoraTimestepOptions(weighting_scheme="cosmap", show_timesteps="console")
+    show_timesteps(options, tmp_path)
+    lines = capsys.readouterr().out.splitlines()
+    rows = [line.split() for line in lines if "%" in line]
+    assert len(rows) == 25
+    assert rows[0][:2] == ["0-40", "3.90%"] and rows[-1][:2] == ["960-1000", "4.10%"]  # sigma is 1/1000 to 1
+    assert rows[12][2] == "1.273"  # 2 / (pi / 2) at sigma 0.5
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_without_matplotlib_one_line_says_what_to_do(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(UserError, match="pip install matplotlib"):
+        show_timesteps(LoraTimestepOptions(show_timesteps="image"), tmp_path)
+
+
+def test_image_goes_to_a_file_without_a_display(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    monkeypatch.setenv("MPLBACKEND", "agg")
+    show_timesteps(LoraTimestepOptions(show_timesteps="image"), tmp_path / "output")
+    assert (tmp_path / "output" / IMAGE_NAME).read_bytes().startswith(b"\x89PNG")

@@ -7,20 +7,15 @@ import struct
 import pytest
 import torch
 
-from modules.training.huggingface_utils import HuggingFaceOptions
+from modules.options import LoraCheckpointingOptions
+from modules.training.files import HuggingFaceOptions, LoraSaveOptions
 from modules.training.optimizers import OptimizerOptions
-from modules.training.timesteps import TimestepOptions
-from modules.training.training_options import (
-    LogOptions,
-    NetworkOptions,
-    SaveOptions,
-    TrainingMemoryOptions,
-    TrainingOptions,
-)
+from modules.training.options import LogOptions, LoraMemoryOptions, NetworkOptions, TrainingOptions
+from modules.training.timesteps import LoraTimestepOptions
 from networks.files.lora_files import model_hashes
 from networks.files.metadata import (
     MINIMUM_KEYS,
-    MetadataOptions,
+    LoraMetadataOptions,
     RunFacts,
     checkpoint_metadata,
     modelspec_metadata,
@@ -70,15 +65,16 @@ def facts() -> RunFacts:
 def everything(facts: RunFacts, **settings) -> dict[str, str]:
     groups = (
         TrainingOptions(seed=42),
-        TrainingMemoryOptions(),
+        LoraCheckpointingOptions(),
+        LoraMemoryOptions(),
         OptimizerOptions(),
-        TimestepOptions(timestep_sampling="shift", discrete_flow_shift=7.0, min_timestep=100),
+        LoraTimestepOptions(timestep_sampling="shift", discrete_flow_shift=7.0, min_timestep=100),
         NetworkOptions(network_module="networks.lora"),
-        SaveOptions(output_name="cat"),
+        LoraSaveOptions(output_name="cat"),
         LogOptions(wandb_api_key=SECRET),
         HuggingFaceOptions(huggingface_token=SECRET),
     )
-    return checkpoint_metadata(facts, MetadataOptions(**settings), *groups, title="cat")
+    return checkpoint_metadata(facts, LoraMetadataOptions(**settings), *groups, title="cat")
 
 
 def test_keys_and_values_of_kohyas_tools(facts: RunFacts) -> None:
@@ -125,7 +121,7 @@ def test_modelspec(facts: RunFacts) -> None:
         "modelspec.tags": "cat,video",
         "modelspec.timestep_range": "100,1000",
     }
-    bare = modelspec_metadata(MetadataOptions(metadata_title="T", metadata_arch="x/lora"), "cat", 0)
+    bare = modelspec_metadata(LoraMetadataOptions(metadata_title="T", metadata_arch="x/lora"), "cat", 0)
     assert (bare["modelspec.title"], bare["modelspec.architecture"]) == ("T", "x/lora")
     assert bare["modelspec.resolution"] == "1280x720" and "modelspec.timestep_range" not in bare
 
@@ -142,13 +138,13 @@ def test_secrets_never_get_in(facts: RunFacts) -> None:
 
 @pytest.mark.parametrize(("text", "resolution"), [("1024", "1024x1024"), ("960x544", "960x544"), (None, "1280x720")])
 def test_resolution(text: str | None, resolution: str) -> None:
-    assert MetadataOptions(metadata_reso=text).resolution == resolution
+    assert LoraMetadataOptions(metadata_reso=text).resolution == resolution
 
 
 @pytest.mark.parametrize("text", ["big", "960,", "1,2,3", "-5"])
 def test_wrong_resolution(text: str) -> None:
     with pytest.raises(UserError, match="--metadata_reso"):
-        MetadataOptions(metadata_reso=text)
+        LoraMetadataOptions(metadata_reso=text)
 
 
 def written_by_hand(tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> bytes:
