@@ -1,4 +1,4 @@
-"""Runs the benchmarks that this machine can run, each in a process of its own, and prints one table of ratios.
+"""Runs the benchmarks that this machine can run, each in its own process, and prints one table of ratios.
 
 python -m benchmarks                      # all: about an hour on 2 cores
 python -m benchmarks saved_bytes dit_speed
@@ -19,7 +19,7 @@ ON_LINUX = ("vae_memory", "planner_memory", "full_size", "caching", "loading_mem
 ON_A_GPU = ("gpu_suite",)
 
 
-def all_that_run_here() -> tuple[str, ...]:
+def runnable_benchmarks() -> tuple[str, ...]:
     on_linux = ON_LINUX if sys.platform == "linux" else ()
     return ANYWHERE + on_linux + (ON_A_GPU if torch.cuda.is_available() else ())
 
@@ -32,11 +32,11 @@ def main() -> None:
     if unknown := set(names).difference(known):
         parser.error(f"{', '.join(unknown)}: no such benchmark; there are {', '.join(known)}")
     comparisons, failed = [], []
-    for name in names or all_that_run_here():
+    for name in names or runnable_benchmarks():
         print(f"\n=== python -m benchmarks.{name}", flush=True)
-        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as alone:
+        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
             try:
-                comparisons += alone.submit(run, name).result()
+                comparisons += process.submit(run, name).result()
             except (Exception, SystemExit):
                 traceback.print_exc()
                 failed.append(name)

@@ -43,7 +43,7 @@ LIMIT_MB, LIMIT_SECONDS = 1500, 2
 
 
 class AveragingVae:
-    """Latents that are averages of 1x8x8 pixels of every fourth frame; `passes` makes it slower."""
+    """Latents are averages of 1x8x8 pixels of every fourth frame, computed `passes` times to take longer."""
 
     def __init__(self, passes: int = 1) -> None:
         self.passes = passes
@@ -56,7 +56,7 @@ class AveragingVae:
 
 
 def write_clips(folder: Path, count: int, frames: int, size: tuple[int, int]) -> Path:
-    """`count` equal clips with captions and their config."""
+    """Writes `count` identical clips with captions, and their dataset config."""
     videos = folder / "videos"
     videos.mkdir()
     first = write_video(videos / "clip000.mp4", frames, 24, size, options={"preset": "ultrafast"})

@@ -2,9 +2,9 @@
 
     python -m benchmarks.dit_speed
 
-1 double and 2 single blocks of full width, 1020 image tokens (latents 1 x 60 x 68), 64 of 256 text tokens valid;
-forward, and forward with backward to the latents; bfloat16 on a GPU, float32 without one. Runs alternate, medians are
-compared.
+1 double and 2 single blocks of full width, 1020 image tokens (latents 1 x 60 x 68), 64 of 256 text tokens valid. The
+forward pass alone, and with the backward pass to the latents, in bfloat16 on a GPU and in float32 on a CPU. The runs of
+both models alternate; medians are compared.
 """
 
 import argparse
@@ -26,7 +26,7 @@ LIMIT = 0.85
 
 
 def diffusers_twin(model: HYVideoDiffusionTransformer) -> HunyuanVideoTransformer3DModel:
-    """diffusers' model on the same weights; only fused projections are copied."""
+    """diffusers' model with the same weights, which are shared except for those that must be split."""
     config = model.config
     with torch.device("meta"):
         twin = HunyuanVideoTransformer3DModel(

@@ -172,20 +172,21 @@ def start_training(
 
 
 def streamed_bytes(swap: BlockSwap) -> int:
-    """Bytes of a step's copies: forward and backward, each of all blocks but those that the other left in the ring."""
+    """Bytes that are copied in a step: all swapped blocks in the forward pass and again in the backward pass, except
+    for the blocks that are still in the ring from the pass before."""
     ring = len(swap.ring)
     return sum(block.nbytes for block in swap.blocks[ring:] + swap.blocks[:-ring])
 
 
 def step_operations(case: Case, config: HunyuanVideoConfig, shape: tuple[int, ...]) -> int:
-    """Floating-point operations of the blocks: forward, once more if they run again, and backward to their inputs."""
+    """Floating-point operations of the blocks: forward (twice with checkpointing), and backward to the inputs."""
     linear, attention = forward_operations(config, shape[2] * shape[3] * shape[4] // 4 + TEXT_TOKENS)
     runs = 2 if case.checkpointing in ("full", "offload") else 1
     return shape[0] * (runs * (linear + attention) + linear + 2 * attention)
 
 
 def measure(case: Case, config: HunyuanVideoConfig, device: torch.device) -> Result:
-    """Trains a few steps and takes the fastest."""
+    """Runs a few training steps and returns the fastest."""
     shape = SHAPES[case.shape]
     training = start_training(case, config, shape, device, autocast=True)
     if device.type == "cuda":
@@ -221,7 +222,7 @@ def predicted(
 def main(argv: Sequence[str] | None = None) -> list[Comparison]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results"))
-    parser.add_argument("--only", metavar="REGEX", default="", help="settings whose name it matches, as in the table")
+    parser.add_argument("--only", metavar="REGEX", default="", help="run only settings whose name contains a match")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--depth", type=int, nargs=2, default=(20, 40), help="double and single blocks")
     args = parser.parse_args(argv)
@@ -282,7 +283,7 @@ def print_results(machine: Machine, results: dict[Case, Result]) -> None:
 
 
 def comparisons_of(machine: Machine, results: dict[Case, Result]) -> list[Comparison]:
-    """Memory against the planner; swapping against the same settings without, and its copies against the step."""
+    """Memory against the prediction; time with block swap against time without; time of the copies against the step."""
     comparisons = []
     for case, result in results.items():
         measured, planned = result.peak_bytes / GIB, result.predicted_bytes / GIB

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import torch
 
+import merge_lora
 from benchmarks.comparison import Comparison, print_comparisons
 from benchmarks.loading_memory import MB, resident
 from examples.tiny_models import dit_shapes
@@ -47,8 +48,6 @@ def write_inputs(folder: Path, double_blocks: int, single_blocks: int) -> tuple[
 def merge_and_measure(words: list[str]) -> None:
     """Runs merge_lora.py in this process and prints its peak above torch, in bytes."""
     before = resident("VmRSS")
-    import merge_lora
-
     sys.argv = ["merge_lora.py", *words]
     merge_lora.main()
     print(resident("VmHWM") - before)

@@ -1,4 +1,4 @@
-"""Bytes that autograd keeps for the backward pass of 1 double and 2 single blocks of the 13B model.
+"""Bytes that autograd saves for the backward pass of 1 double and 2 single blocks of the 13B model.
 
     python -m benchmarks.saved_bytes
 
@@ -24,7 +24,7 @@ REFERENCE_TOOL_MB = 303
 
 
 def new_model(dtype: torch.dtype = torch.bfloat16) -> HYVideoDiffusionTransformer:
-    """One double and two single blocks of full width with small embedders, random weights."""
+    """A DiT of one double and two single blocks of full width, with small embedders and random weights."""
     config = HunyuanVideoConfig(depth_double=1, depth_single=2, depth_refiner=0, text_dim=64, text_dim_2=64)
     with torch.device("meta"):
         model = HYVideoDiffusionTransformer(config).to(dtype).requires_grad_(False)

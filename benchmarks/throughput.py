@@ -32,7 +32,7 @@ def matrix_product_rate(device: torch.device, dtype: torch.dtype, tokens: int) -
 
 
 def copy_bandwidth(device: torch.device) -> float:
-    """Bytes per second from pinned main memory."""
+    """Bytes per second of copies from pinned main memory to the device."""
     host = torch.empty(1 << 30, dtype=torch.uint8, pin_memory=device.type == "cuda")
     target = torch.empty_like(host, device=device, pin_memory=False)
     return host.numel() / min(timed(lambda: target.copy_(host, non_blocking=True), device) for _ in range(5))

@@ -1,4 +1,4 @@
-"""Peak resident memory and time of the full-size VAE in float32 on a CPU, against diffusers on the same weights.
+"""Peak resident memory and time of the full-size VAE in float32 on a CPU, against diffusers with the same weights.
 
     python -m benchmarks.vae_memory                # 17 x 256 x 256, no tiling; about 20 minutes and 8 GB on 2 cores
 
@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from diffusers import AutoencoderKLHunyuanVideo
 from torch import Tensor
 
 from benchmarks.comparison import Comparison, print_comparisons
@@ -31,12 +32,10 @@ GB = 1e9
 
 
 def new_model(contender: str, chunk_size: int) -> torch.nn.Module:
-    """Ours or diffusers', with the same random weights."""
+    """Our VAE or that of diffusers, with the same random weights."""
     torch.manual_seed(0)
     ours = AutoencoderKLCausal3D(VaeConfig()).requires_grad_(False)
     if contender == "diffusers":
-        from diffusers import AutoencoderKLHunyuanVideo
-
         with torch.device("meta"):
             model = AutoencoderKLHunyuanVideo()
         model.load_state_dict(ours.state_dict(), assign=True)
@@ -47,7 +46,7 @@ def new_model(contender: str, chunk_size: int) -> torch.nn.Module:
 
 
 def run_once(model: torch.nn.Module, operation: str, frames: int, size: int) -> Tensor:
-    """The means of the posterior, or the pixels."""
+    """Encodes or decodes random input; returns the posterior's mean or the pixels."""
     generator = torch.Generator().manual_seed(1)
     if operation == "encode":
         posterior = model.encode(torch.rand(1, 3, frames, size, size, generator=generator) * 2 - 1)
@@ -57,7 +56,7 @@ def run_once(model: torch.nn.Module, operation: str, frames: int, size: int) -> 
 
 
 def measure(contender: str, operation: str, frames: int, size: int, chunk_size: int, result: Path) -> None:
-    """Prints peak bytes above the loaded model and seconds; saves the output."""
+    """Prints the peak in bytes without the loaded model, and the seconds; saves the output."""
     model = new_model(contender, chunk_size)
     with torch.no_grad():
         run_once(model, operation, frames=1, size=32)  # memory and time of the libraries' first use

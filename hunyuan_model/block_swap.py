@@ -106,7 +106,7 @@ class _HostBlock:
 
 
 def _pin(flat: Tensor) -> bool:
-    """Pins memory in place. torch's own pinning would round every block up to a power of two."""
+    """Pins memory in place, because PyTorch's own allocator of pinned memory rounds up to a power of two."""
     if int(torch.cuda.cudart().cudaHostRegister(flat.data_ptr(), flat.numel(), 0)) == 0:
         return True
     with contextlib.suppress(RuntimeError):  # clears CUDA's error, which the next kernel would raise
@@ -133,7 +133,7 @@ class BlockSwap:
         self.storages = {flat.untyped_storage().data_ptr(): slot for slot, flat in enumerate(self.ring)}
         self.slot_of: dict[int, int] = {}  # block -> slot, least recently used first
         self.current: int | None = None
-        self.wanted: list[int] = []  # the current block and those that follow, which stay in the ring
+        self.wanted: list[int] = []  # the current block and the next ones, which stay in the ring
         on_gpu = device.type == "cuda"
         self.copy_stream = torch.cuda.Stream(device) if on_gpu else None
         self.copied = [torch.cuda.Event() for _ in self.ring] if on_gpu else None
@@ -146,12 +146,14 @@ class BlockSwap:
         return all(block.pinned for block in self.blocks)
 
     def begin(self, *_: object) -> None:
-        """Before the model runs: notes whether a backward pass follows. A checkpointed block runs without gradients and
-        cannot tell."""
+        """Called before the model runs: notes whether a backward pass follows.
+
+        The blocks cannot tell, because a checkpointed block always runs without gradients first.
+        """
         self.backward_follows = torch.is_grad_enabled()
 
     def acquire(self, index: int) -> None:
-        """Makes block `index` usable by the kernels that follow."""
+        """Makes the weights of block `index` ready for the kernels that are queued next."""
         if index == self.current:
             return
         self.wanted = [index, *self._upcoming(index)]
@@ -163,7 +165,7 @@ class BlockSwap:
             torch.cuda.current_stream(self.device).wait_event(self.copied[self.slot_of[index]])
 
     def prefetch(self) -> None:
-        """Starts to copy what is needed after the current block.
+        """Starts to copy the weights of the blocks that run after the current one.
 
         Called after the kernels of the current block are queued, because the CPU waits for copies from memory that is
         not pinned.
@@ -237,7 +239,7 @@ class BlockSwap:
                     return forward(*args)
                 with saved_tensors_hooks(pack, lambda packed: packed() if callable(packed) else packed):
                     return forward(*args)
-            finally:  # selective checkpointing ends a second run by an exception, once it has what it needs
+            finally:  # selective checkpointing ends the second run early, by an exception
                 self.prefetch()
 
         wrap_forward(block, WrapperKind.WEIGHT_STREAMING, stream)

@@ -1,7 +1,7 @@
-"""Linear layers whose frozen weight is stored as float8, half the memory of bfloat16.
+"""Linear layers whose frozen weight is stored as float8, in half the memory of bfloat16.
 
-The weight is float8_e4m3fn (arXiv 2209.05433) with one float32 scale per output channel. It is widened in forward and
-again in backward, so that autograd keeps nothing but the float8 weight.
+The weight is float8_e4m3fn (arXiv 2209.05433) with one float32 scale per output channel. It is dequantised in the
+forward pass and again in the backward pass, so autograd saves only the float8 weight.
 """
 
 from collections.abc import Callable
@@ -14,17 +14,18 @@ from utils.errors import UserError
 
 FP8 = torch.float8_e4m3fn
 FP8_MAX = torch.finfo(FP8).max
-# Rows quantised at a time: bounds the float32 copies to a few MB even for the widest matrix, so that the allocator
-# need not keep large holes.
+# Rows quantised at a time. The float32 copies of the widest matrix then need only a few MB, which avoids memory
+# fragmentation.
 _ROWS = 64
 _MANTISSA = (1 << 23) - 1
 
 
 def quantize(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """float8 weight (out, in) and scale (out, 1) float32 with weight x scale close to the given (out, in).
+    """Quantises a weight (out, in): float8 weight (out, in) and float32 scale (out, 1), whose product is close to it.
 
-    Scales are powers of two. So the mantissas are those of a plain cast, which is therefore never more exact, and
-    widening rounds nothing; what the scale buys is that small weights are not rounded as subnormals.
+    Scales are powers of two. So the mantissas are those of a plain cast to float8, the result is at least as exact as
+    that cast, and dequantising rounds nothing. With the scale, small weights do not become float8 subnormals, which
+    have fewer bits.
     """
     quantized = torch.empty(weight.shape, dtype=FP8, device=weight.device)
     scale = torch.empty(weight.shape[0], 1, dtype=torch.float32, device=weight.device)
@@ -37,20 +38,21 @@ def quantize(weight: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _scale_of(rows: Tensor) -> Tensor:
-    """The smallest power of two that brings each row within the range of float8; 1 for rows of zeros."""
+    """For each row, the smallest power of two s such that row / s is in the range of float8; 1 for rows of zeros."""
     largest = torch.maximum(rows.amax(-1, keepdim=True), -rows.amin(-1, keepdim=True)).float() / FP8_MAX
-    # Adding the largest mantissa carries into the exponent unless the mantissa is zero already: exact on any device.
+    # Rounds up to a power of two by integer arithmetic, which is exact on every device: adding the largest mantissa
+    # carries into the exponent unless the mantissa is zero.
     power = ((largest.view(torch.int32) + _MANTISSA) & ~_MANTISSA).view(torch.float32)
     return torch.where(largest > 0, power, 1.0)
 
 
 def dequantize(weight: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """weight x scale, rounded once; widening float8 is exact in every dtype."""
+    """weight x scale in `dtype`, rounded once: casting float8 to any other dtype is exact."""
     return weight.to(dtype).mul_(scale)
 
 
 def has_fp8_matmul(device: torch.device | str) -> bool:
-    """Whether this device multiplies float8 matrices with one scale per row (NVIDIA: Ada, Hopper and newer)."""
+    """Whether this device can multiply float8 matrices with one scale per row (NVIDIA: Ada, Hopper and newer)."""
     one = torch.ones(16, 1, device=device)
     matrix = torch.ones(16, 16, device=device).to(FP8)
     try:
@@ -61,10 +63,10 @@ def has_fp8_matmul(device: torch.device | str) -> bool:
 
 
 def _multiply_fast(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
-    """x (..., in) quantised per token, times weight (out, in), in float8 arithmetic -> (..., out) of x's dtype."""
+    """x @ weight.T + bias in float8 arithmetic, with x quantised per token: (..., in) -> (..., out) of x's dtype."""
     tokens = x.reshape(-1, x.shape[-1])
     token_scale = _scale_of(tokens)
-    # All rows at once, in x's dtype: a GPU is slower at many small steps, and float32 would double the memory.
+    # All rows at once, because many small steps are slower on a GPU; in x's dtype, because float32 needs more memory.
     tokens = torch.div(tokens, token_scale, out=torch.empty_like(tokens)).to(FP8)
     product = torch._scaled_mm(
         tokens, weight.t(), scale_a=token_scale, scale_b=scale.t().contiguous(), out_dtype=torch.bfloat16
@@ -74,7 +76,7 @@ def _multiply_fast(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None
 
 
 class _Fp8Matmul(torch.autograd.Function):
-    """x @ weight.T + bias whose backward widens the weight again instead of keeping the wide one."""
+    """x @ weight.T + bias. Backward dequantises the weight again instead of saving the dequantised one."""
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, fast: bool) -> Tensor:
@@ -90,13 +92,13 @@ class _Fp8Matmul(torch.autograd.Function):
 
 
 class Fp8Linear(nn.Module):
-    """A frozen nn.Linear in float8.
+    """A frozen nn.Linear with a float8 weight.
 
     Attributes:
         weight: (out, in) float8_e4m3fn.
-        scale: (out, 1) float32; a parameter like the weight, so that whatever moves parameters moves it too.
+        scale: (out, 1) float32; a parameter, so that code that moves parameters moves it with the weight.
         bias: (out,) in the model's dtype, or None.
-        fast: multiply in float8 arithmetic; the activations are rounded to float8 as well.
+        fast: multiply in float8 arithmetic, with activations quantised too.
     """
 
     def __init__(self, in_features: int, out_features: int, bias: Tensor | None, device: torch.device | str) -> None:
@@ -110,20 +112,20 @@ class Fp8Linear(nn.Module):
 
     @classmethod
     def from_linear(cls, linear: nn.Linear) -> "Fp8Linear":
-        """The quantised twin; of a linear layer on the meta device, one without data."""
+        """Quantises a linear layer. From a layer on the meta device, creates a layer without data."""
         layer = cls(linear.in_features, linear.out_features, linear.bias, "meta")
         if not linear.weight.is_meta:
             layer.set_weight(linear.weight.detach())
         return layer
 
     def set_weight(self, weight: Tensor) -> None:
-        """Quantises another weight (out, in) of any dtype into this layer."""
+        """Replaces the weight by another (out, in) of any dtype, which is quantised."""
         quantized, scale = quantize(weight)
         self.weight = nn.Parameter(quantized, requires_grad=False)
         self.scale = nn.Parameter(scale, requires_grad=False)
 
     def dequantized(self, dtype: torch.dtype) -> Tensor:
-        """The weight (out, in) that this layer stands for."""
+        """The weight (out, in), dequantised."""
         return dequantize(self.weight, self.scale, dtype)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -134,7 +136,7 @@ class Fp8Linear(nn.Module):
         return _Fp8Matmul.apply(x, self.weight, self.scale, bias, self.fast)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Fp8Linear":
-        """`model.to(dtype)` moves weight and scale, but casts only the bias."""
+        """Makes `model.to(dtype)` cast only the bias; `model.to(device)` moves all parameters."""
 
         def keep_dtype(tensor: Tensor) -> Tensor:
             moved = fn(tensor)
@@ -147,9 +149,9 @@ class Fp8Linear(nn.Module):
 
 
 def quantize_linears(model: nn.Module, wanted: Callable[[str], bool]) -> int:
-    """Replaces the linear layers whose dotted name is wanted by quantised ones, in place; returns how many.
+    """Replaces the linear layers whose dotted name is wanted by quantised ones, in place; returns their number.
 
-    On the meta device nothing is computed, so that a loader can fill the layers afterwards.
+    On the meta device the new layers have no data, and a loader fills them later.
     """
     names = [name for name, module in model.named_modules() if type(module) is nn.Linear and wanted(name)]
     for name in names:
@@ -160,10 +162,10 @@ def quantize_linears(model: nn.Module, wanted: Callable[[str], bool]) -> int:
 
 
 def use_fp8_matmul(model: nn.Module, device: torch.device | str) -> None:
-    """Lets every quantised layer multiply in float8 (--fp8_fast).
+    """Makes every quantised layer multiply in float8 arithmetic (--fp8_fast).
 
     Raises:
-        UserError: the device has no float8 matrix multiplication.
+        UserError: the device cannot multiply float8 matrices.
     """
     if not has_fp8_matmul(device):
         raise UserError(f"--fp8_fast: {device} has no float8 matrix multiplication (it needs Ada, Hopper or newer)")

@@ -1,4 +1,4 @@
-"""Small DiTs with random weights, for tests of what is applied to a DiT."""
+"""Small DiTs with random weights, for tests of what is put around a DiT."""
 
 from typing import Any
 
@@ -30,7 +30,7 @@ def small_config(**changes: Any) -> HunyuanVideoConfig:
 def random_dit(
     config: HunyuanVideoConfig, std: float = 0.3, dtype: torch.dtype = torch.float32
 ) -> HYVideoDiffusionTransformer:
-    """A frozen DiT whose every parameter matters; the same for the same config."""
+    """A frozen DiT in which no parameter is zero; the same for the same config."""
     torch.manual_seed(0)
     dit = HYVideoDiffusionTransformer(config).requires_grad_(False)
     for parameter in dit.parameters():
@@ -39,7 +39,7 @@ def random_dit(
 
 
 def prepare(dit: HYVideoDiffusionTransformer, checkpointing: str, rank: int = 4) -> nn.Module:
-    """Applies a LoRA and what saves activations, as a training run does; returns the LoRA."""
+    """Applies a LoRA and activation checkpointing, as a training run does; returns the LoRA."""
     network = create_arch_network(1.0, rank, rank, None, None, dit)
     network.apply_to(None, dit, False, True)
     if checkpointing == "none":

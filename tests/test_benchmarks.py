@@ -1,4 +1,4 @@
-"""The benchmarks themselves run by hand; here, that none is forgotten, and that they count and report rightly."""
+"""Benchmarks are run by hand. These tests check that all are listed, and that their counts and reports are right."""
 
 import json
 from pathlib import Path
@@ -60,7 +60,7 @@ def operations_of(depth_double: int, depth_single: int) -> tuple[int, int]:
 
 
 def test_operations_are_those_that_pytorch_counts() -> None:
-    """Of two double and four single blocks, as the difference between two models."""
+    """The difference between two models is two double and four single blocks."""
     counted = [more - less for more, less in zip(operations_of(3, 5), operations_of(1, 1), strict=True)]
     config = small_config(hidden_size=64, mlp_hidden=256, depth_double=2, depth_single=4)
     linear, attention = forward_operations(config, 256 + gpu_suite.TEXT_TOKENS)
@@ -109,7 +109,7 @@ def test_the_suite_keeps_what_it_has_and_goes_on(tmp_path: Path, monkeypatch: py
     monkeypatch.setattr(gpu_suite, "measure", measure)
     monkeypatch.setattr(gpu_suite, "matrix_product_rate", lambda *_, **__: 1e12)
     monkeypatch.setattr(gpu_suite, "copy_bandwidth", lambda *_: 1e10)
-    monkeypatch.setattr(gpu_suite, "release_memory", lambda *_: None)  # nothing was made, and pytest has much garbage
+    monkeypatch.setattr(gpu_suite, "release_memory", lambda *_: None)  # it collects pytest's garbage, which is slow
     words = ["--device", "cpu", "--output", str(tmp_path), "--only"]
     with pytest.raises(SystemExit, match=r"^failed: image 960x544, bf16, checkpointing offload"):
         gpu_suite.main([*words, "image.*bf16"])

@@ -20,7 +20,11 @@ DYNAMIC = {None: None, "auto": None, "true": True, "false": False}
 
 
 def require_backend(name: str) -> None:
-    """Refuses a --compile_backend that torch does not have."""
+    """Checks that PyTorch has this --compile_backend.
+
+    Raises:
+        UserError: it does not.
+    """
     known = torch._dynamo.list_backends(None)
     if name not in known:
         raise UserError(f"--compile_backend {name}: unknown{did_you_mean(name, known)}; torch has {', '.join(known)}")
@@ -36,7 +40,7 @@ def compile_blocks(blocks: Iterable[nn.Module], options: CompileOptions) -> None
     mode = WITHOUT_GRAPHS.get(options.compile_mode, options.compile_mode)
     if mode != options.compile_mode:
         given = options.compile_mode
-        print(f"note: --compile_mode {given}: compiled blocks take no CUDA graphs, {mode} is used", file=sys.stderr)
+        print(f"note: --compile_mode {given}: compiled blocks cannot use CUDA graphs, {mode} is used", file=sys.stderr)
     failures: list[str] = []
     for block in blocks:
         compiled = torch.compile(

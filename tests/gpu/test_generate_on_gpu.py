@@ -1,4 +1,4 @@
-"""hv_generate_video.py where it is used: the small models on a GPU, in the dtypes that are the defaults there.
+"""hv_generate_video.py with the small models on a GPU, in the dtypes that are the defaults there.
 
 pytest tests/gpu -m gpu
 """
@@ -68,7 +68,7 @@ def test_fp8_fast_is_close(generate):
 
 def test_nothing_stays_on_the_gpu(generate):
     left = []
-    for _ in range(2):  # libraries keep what their first use brings
+    for _ in range(2):  # libraries allocate lasting buffers at their first use
         generate("--step_cache=0.5", "--guidance_scale=2")
         release_memory(torch.device("cuda"))
         left.append(torch.cuda.memory_allocated())

@@ -1,4 +1,4 @@
-"""Loading straight to a GPU; the twins on the CPU are in tests/hunyuan_model.
+"""Loading directly to a GPU; the same tests for the CPU are in tests/hunyuan_model.
 
 pytest tests/gpu -m gpu
 """

@@ -1,4 +1,4 @@
-"""What only a GPU can show; everything here has a twin that runs on the CPU.
+"""Tests that need a GPU; each has a counterpart that runs on the CPU.
 
 pytest tests/gpu -m gpu
 """
@@ -91,7 +91,7 @@ def test_checkpointing_gives_the_same_gradients(checkpointing: str) -> None:
 
 
 def kept_after_forward(checkpointing: str) -> int:
-    """Bytes on the GPU that wait for the backward pass, in the second step: the first brings what stays."""
+    """Bytes saved on the GPU for the backward pass, in the second step: the first allocates lasting buffers too."""
     dit = new_model().to(DEVICE)
     prepare(dit, checkpointing).to(DEVICE)
     step(dit, SHAPE)
@@ -105,7 +105,7 @@ def kept_after_forward(checkpointing: str) -> int:
 
 def test_offloaded_checkpoints_leave_the_gpu() -> None:
     block_input = (5 * 32 * 32 + 32) * CONFIG.hidden_size * 2
-    # 10 of 12: the first needs no gradient, the last is leaving.
+    # 10 of 12 blocks: the input of the first needs no gradient, that of the last is still being copied.
     assert kept_after_forward("full") - kept_after_forward("offload") >= 9.5 * block_input
 
 
@@ -148,7 +148,7 @@ def test_installed_backends_are_exact(mode: str) -> None:
 @pytest.mark.parametrize("swap", [0, 4])
 @pytest.mark.parametrize("checkpointing", ["selective", "full"])
 def test_planner_is_within_a_tenth(checkpointing: str, swap: int, fp8: bool) -> None:
-    kept_after_forward("none")  # libraries keep what their first use brings
+    kept_after_forward("none")  # libraries allocate lasting buffers at their first use
     dit = new_model()
     if fp8:
         quantize_linears(dit, is_quantized_in_dit)

@@ -1,4 +1,4 @@
-"""hv_train_network.py and hv_train.py on a GPU: half precision, what saves memory, and exact resume.
+"""hv_train_network.py and hv_train.py on a GPU: half precision, memory savings, and exact resume.
 
 pytest tests/gpu -m gpu
 """

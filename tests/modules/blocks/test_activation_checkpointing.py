@@ -1,4 +1,4 @@
-"""Whatever is kept or made again, the gradients are those of plain autograd, bit for bit."""
+"""All ways to save activations give the gradients of plain autograd, bit for bit."""
 
 from collections.abc import Callable
 
@@ -37,7 +37,7 @@ def gradients(
         way(model.blocks)
     torch.manual_seed(7)
     seen = []
-    for _ in range(2):  # the second round sees whether anything of the first was left behind
+    for _ in range(2):  # the second round would show if the first left anything behind
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
             output = model(**inputs((1, 4, 4), 40, dtype))
         output.float().square().mean().backward()
@@ -77,9 +77,9 @@ def test_a_backward_pass_leaves_no_more_than_plain_autograd(way: str) -> None:
 
 
 def left_behind(way: Callable[[list[nn.Module]], None] | None) -> int:
-    """Bytes alive after another backward pass whose output is still referenced: the output.
+    """Bytes that a second backward pass leaves behind while its output is still referenced.
 
-    Of the first, the gradients of a LoRA stay, and the places in main memory for what is offloaded.
+    The gradients of the LoRA and the buffers of offloading exist since the first.
     """
     model = random_dit(small_config(depth_double=2, depth_single=3))
     network = create_arch_network(1.0, 4, 4.0, None, None, model)
