@@ -56,7 +56,7 @@ def main() -> None:
     device = resolve_device(options.device)
     channels = read_dit_config(options.dit).in_channels
     if options.dit_in_channels not in (None, channels):
-        raise UserError(f"--dit_in_channels {options.dit_in_channels}: {options.dit} has {channels}")
+        raise UserError(f"--dit_in_channels {options.dit_in_channels}: {options.dit} has {channels} input channels")
     reports = merge_files(
         options.dit,
         options.loras,

@@ -142,7 +142,7 @@ class AdapterNetwork(nn.Module):
         targets = {native_name(name): (name, module) for name, module in linears.items()}
         for module in per_module:
             if module not in targets:
-                raise UserError(f"{module}: this module of the weights is no Linear of the DiT")
+                raise UserError(f"{module}: the weights have this module, but the DiT has no such Linear")
         adapters = {}
         for module, own in per_module.items():
             name, target = targets[module]

@@ -10,6 +10,7 @@ from networks.factors import Factors
 from networks.files.formats import LoraWeights
 from utils.files import atomic_path
 
+# Of the picture, in pixels: the size of a cell, and the width of the names on the left.
 CELL, MARGIN = 18, 170
 
 
@@ -19,7 +20,8 @@ def block_and_kind(name: str) -> tuple[str, str]:
     return (f"{found[1]} {int(found[2])}", found[3]) if found else ("elsewhere", name)
 
 
-def _order(block: str) -> tuple[str, int]:
+def _order(block: str) -> tuple[int, int]:
+    """Sorts blocks: double blocks, single blocks, modules elsewhere."""
     kind, _, number = block.partition(" ")
     return ("double", "single", "elsewhere").index(kind), int(number or 0)
 

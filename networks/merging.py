@@ -125,7 +125,7 @@ def count_matches(
     for path, lora in zip(paths, files):
         matched = sum(name in known for name in lora.modules)
         if not matched:
-            example = next(iter(lora.modules), "none, for all are excluded")
+            example = next(iter(lora.modules), "none (all of them are excluded)")
             raise UserError(f"{path}: none of its {len(lora.modules)} modules is in this DiT, such as {example}")
         reports.append(MergeReport(str(path), matched, len(lora.modules), len(lora.leftover)))
     return reports

@@ -72,7 +72,9 @@ def from_tensors(
     """
     format_ = format_ or detect_format(list(tensors))
     if format_ is None:
-        raise UserError(f"{source}: no HunyuanVideo LoRA: no key is known, such as {_example(list(tensors))}")
+        raise UserError(
+            f"{source}: no HunyuanVideo LoRA: none of its keys is known; the first is {_first(list(tensors))}"
+        )
     grouped, leftover = _group(tensors, format_)
     if leftover and not allow_partial:
         raise UserError(
@@ -93,8 +95,8 @@ def from_tensors(
     return LoraWeights(modules, metadata, format_, leftover)
 
 
-def _example(keys: list[str]) -> str:
-    return f"'{keys[0]}'" if keys else "none (the file has no tensors)"
+def _first(keys: list[str]) -> str:
+    return f"'{keys[0]}'" if keys else "missing (the file has no tensors)"
 
 
 @contextlib.contextmanager
@@ -166,7 +168,7 @@ def _check_widths(modules: Mapping[str, Factors], source: str) -> None:
     if len(set(widths.values())) > 1:
         hidden = Counter(widths.values()).most_common(1)[0][0]
         odd = next(what for what, width in widths.items() if width != hidden)
-        raise UserError(f"{source}: {odd}, which does not go with the hidden width {hidden:g} of the other modules")
+        raise UserError(f"{source}: {odd}, which does not fit the hidden width {hidden:g} of the other modules")
 
 
 def to_tensors(lora: LoraWeights, format_: Format, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
@@ -193,7 +195,7 @@ def _split(official: str, factors: Factors, format_: Format, count: int) -> list
     if factors.dora_scale is not None and format_.dora is None:
         raise ValueError(f"is DoRA, which readers of '{format_.name}' do not know")
     if not isinstance(factors, LoraFactors) and not format_.other_kinds:
-        raise ValueError(f"is no plain LoRA, all that readers of '{format_.name}' know; --rank makes it one")
+        raise ValueError(f"is no plain LoRA, and readers of '{format_.name}' know no other kind; --rank converts it")
     if count == 1:
         return [swap_halves(factors) if format_.splits and official == SWAPPED else factors]
     hidden = factors.out_features // 3 if count == 3 else factors.in_features

@@ -180,7 +180,7 @@ def test_fp8_out_and_in_again(tmp_path, monkeypatch, weights, lora):
         (("--lora_multiplier", "1", "2"), "2 values for 1"),
         (("--save_merged_model", "x.pt"), ".safetensors"),
         (("--dit_in_channels", "32"), "16"),
-        (("--lora_weight", "{foreign}"), "no key is known"),
+        (("--lora_weight", "{foreign}"), "none of its keys is known"),
         (("--lora_weight", "{deep}"), "none of its 1 modules"),
         (("--lora_weight", "{wide}"), "64 x 64"),
         (("--lora_weight", "{single}", "--exclude_single_blocks"), "none of its 0 modules"),
