@@ -72,9 +72,8 @@ def from_tensors(
     """
     format_ = format_ or detect_format(list(tensors))
     if format_ is None:
-        raise UserError(
-            f"{source}: no HunyuanVideo LoRA: none of its keys is known; the first is {_first(list(tensors))}"
-        )
+        found = f"none of its keys is known; the first is '{next(iter(tensors))}'" if tensors else "it has no tensors"
+        raise UserError(f"{source}: no HunyuanVideo LoRA: {found}")
     grouped, leftover = _group(tensors, format_)
     if leftover and not allow_partial:
         raise UserError(
@@ -93,10 +92,6 @@ def from_tensors(
             modules[official] = _fused(official, parts, format_, mlp_rows)
     _check_widths(modules, source)
     return LoraWeights(modules, metadata, format_, leftover)
-
-
-def _first(keys: list[str]) -> str:
-    return f"'{keys[0]}'" if keys else "missing (the file has no tensors)"
 
 
 @contextlib.contextmanager
