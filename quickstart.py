@@ -23,6 +23,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn, TextIO
 
+if os.name == "nt":
+    import msvcrt
+else:
+    import fcntl
+
 ROOT = Path(__file__).resolve().parent
 VENV = ROOT / ".venv"
 OUTPUT = Path("quickstart_output")
@@ -80,12 +85,8 @@ def lock() -> TextIO:
     file = (ROOT / ".quickstart.lock").open("w")
     try:
         if os.name == "nt":
-            import msvcrt
-
             msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
         else:
-            import fcntl
-
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError):
         fail("another quickstart.py is running in this folder; wait until it has ended", 2)

@@ -62,8 +62,8 @@ ORIGINAL_COMMANDS = (
 )
 # The function of a script with which it is done with its options.
 LAST_CHECK = {
-    "hv_train_network.py": "Options.check",
-    "hv_train.py": "Options.check",
+    "hv_train_network.py": "LoraTrainerOptions.check",
+    "hv_train.py": "FullTrainerOptions.check",
     "hv_generate_video.py": "parse_generation_options",
 }
 WRITTEN = ("--output", "--output_dir", "--output_file", "--save_path", "--save_merged_model", "--png")
