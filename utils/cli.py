@@ -27,7 +27,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from utils.errors import UserError, did_you_mean, one_line
+from utils.errors import UserError, did_you_mean, one_line, printable
 from utils.files import read_toml, user_path
 
 _UNSET = object()
@@ -318,16 +318,16 @@ def run_script(main: Callable[[], None]) -> NoReturn:
     except OSError as error:
         if error.errno not in (*_DISK_ERRORS, *_PATH_ERRORS):
             raise
-        print(f"error: {error.filename or 'writing a file'}: {error.strerror}", file=sys.stderr)
+        print(f"error: {printable(error.filename or 'writing a file')}: {error.strerror}", file=sys.stderr)
         sys.exit(2)
     sys.exit(0)
 
 
 def print_table(title: str, rows: Sequence[Sequence[object]], header: Sequence[str] = ()) -> None:
     """Prints a plain-text table with aligned columns; most scripts end with one."""
-    lines = [[str(cell) for cell in row] for row in ([header] if header else []) + list(rows)]
+    lines = [[printable(cell) for cell in row] for row in ([header] if header else []) + list(rows)]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    print(f"\n{title}")
+    print(f"\n{printable(title)}")
     for index, line in enumerate(lines):
         print("  " + "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
         if header and index == 0:

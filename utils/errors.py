@@ -1,6 +1,10 @@
 """The error that a user can correct, and helpers for its message."""
 
 import difflib
+import unicodedata
+
+_CONTROL = ("Cc", "Cs", "Zl", "Zp")  # control characters, halves of surrogate pairs, separators of lines
+_DIRECTION = frozenset(map(chr, [*range(0x202A, 0x202F), *range(0x2066, 0x206A)]))
 
 
 class UserError(ValueError):
@@ -11,8 +15,16 @@ class UserError(ValueError):
 
 
 def one_line(text: object) -> str:
-    """Joins the lines of a text, for messages that quote an error of a library."""
-    return " ".join(str(text).split())
+    """Joins the lines of a text, for messages that quote an error of a library or the text of a file."""
+    return printable(" ".join(str(text).split()))
+
+
+def printable(text: object) -> str:
+    """The text with escape sequences instead of characters that control a terminal or reverse the text.
+
+    Every text from a file, names of files included, goes through this before it is printed.
+    """
+    return "".join(repr(c)[1:-1] if unicodedata.category(c) in _CONTROL or c in _DIRECTION else c for c in str(text))
 
 
 def did_you_mean(word: str, known: list[str]) -> str:

@@ -1,16 +1,23 @@
 """Files are written completely or not at all; paths and texts are read as the user meant them."""
 
 import contextlib
+import functools
 import os
+import re
 import shutil
 import tomllib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+import psutil
+
 from utils.errors import UserError, one_line
 
 TEMPORARY_SUFFIX = ".partial"
 REPLACED = "old"  # stands where the process id stands in a temporary name: a folder that is being replaced
+# At most 7 digits, as process ids have on Linux; names such as rclone's a.txt.12345678.partial differ.
+_LEFTOVER = re.compile(rf"(?P<name>.*)\.(?P<owner>[1-9]\d{{0,6}}|{REPLACED}){re.escape(TEMPORARY_SUFFIX)}", re.DOTALL)
+_CLOCK_SECONDS = 2.0  # how much the start time of a process and the time of a file may disagree
 # Invisible characters that editors and file managers add: byte-order mark, zero-width space, bidirectional marks.
 # The zero-width joiners U+200C and U+200D stay: Persian and Indic words and emoji need them.
 INVISIBLE_CHARACTERS = dict.fromkeys([0xFEFF, 0x200B, 0x200E, 0x200F, *range(0x202A, 0x202F), *range(0x2066, 0x206A)])
@@ -21,16 +28,21 @@ def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
     """Yields a temporary path beside `path`; on success it is flushed to disk and renamed, on failure removed.
 
     The temporary name ends in `.{process id}.partial`, so two processes never share one, and what a killed process
-    left can be recognised.
+    left can be recognised. The first write to a folder removes what such processes left in it (`remove_leftovers`).
+    A `path` that this function yielded is yielded again: whoever yielded it first renames it.
 
     Raises:
         UserError: `path` is a folder.
         OSError: writing failed, for example because the disk is full. The error names `path`.
     """
     path = Path(path)
+    if path.name.endswith(f".{os.getpid()}{TEMPORARY_SUFFIX}"):
+        yield path
+        return
     if path.is_dir():
         raise UserError(f"{path}: is a folder, a file name is expected")
     path.parent.mkdir(parents=True, exist_ok=True)
+    _remove_leftovers_once(path.parent.absolute())
     # A file name has at most 255 bytes. A long one is cut, so that the temporary name does not exceed that.
     stem = path.name.encode()[:200].decode(errors="ignore")
     temporary = path.with_name(f"{stem}.{os.getpid()}{TEMPORARY_SUFFIX}")
@@ -41,8 +53,10 @@ def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
         os.replace(temporary, path)
     except BaseException as error:
         temporary.unlink(missing_ok=True)
-        if type(error) is OSError and error.errno is not None and error.filename is None:
-            error.filename = str(path)  # the error of a failed write names no file; errors of PyAV cannot be changed
+        names_no_file = type(error) is OSError and error.errno is not None and error.filename is None
+        if names_no_file or str(getattr(error, "filename", None)) == str(temporary):
+            with contextlib.suppress(AttributeError):  # errors of PyAV cannot be changed
+                error.filename = str(path)
         raise
 
 
@@ -54,6 +68,7 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
     killed in that moment leaves it, and it can be renamed back.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
+    _remove_leftovers_once(folder.parent.absolute())
     temporary = folder.with_name(f"{folder.name}.{os.getpid()}{TEMPORARY_SUFFIX}")
     replaced = folder.with_name(f"{folder.name}.{REPLACED}{TEMPORARY_SUFFIX}")
     # An earlier attempt may have failed to remove them, for example because a viewer held a file open on Windows.
@@ -68,6 +83,49 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
         shutil.rmtree(replaced, ignore_errors=True)
+
+
+def is_leftover(path: Path) -> bool:
+    """Whether this is a temporary file or folder of a process that no longer runs.
+
+    A process that started after the file was last changed has only inherited the id of the one that wrote it.
+    """
+    found = _LEFTOVER.fullmatch(path.name)
+    if found is None or found["owner"] == REPLACED:
+        return False
+    try:
+        return psutil.Process(int(found["owner"])).create_time() > path.stat().st_mtime + _CLOCK_SECONDS
+    except psutil.NoSuchProcess:
+        return True
+    except (psutil.Error, OSError):
+        return False
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Removes what processes that no longer run left in a folder, and restores folders that they were replacing."""
+    found = [(path, match) for path in folder.iterdir() if (match := _LEFTOVER.fullmatch(path.name))]
+    kept = set()  # names that a running process is writing
+    for path, match in found:
+        if is_leftover(path):
+            _remove(path)
+        elif match["owner"] != REPLACED:
+            kept.add(match["name"])
+    for path, match in found:
+        if match["owner"] == REPLACED and match["name"] not in kept:
+            original = path.with_name(match["name"])
+            _remove(path) if original.exists() else path.rename(original)
+
+
+_remove_leftovers_once = functools.cache(remove_leftovers)
+
+
+def _remove(path: Path) -> None:
+    """Deletes a file or a folder; one that cannot be deleted stays."""
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        with contextlib.suppress(OSError):
+            path.unlink()
 
 
 def write_text(path: str | os.PathLike, text: str) -> None:

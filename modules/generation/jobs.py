@@ -14,7 +14,7 @@ from pathlib import Path
 
 from hunyuan_model.checkpoints import read_vae_config
 from modules.generation.options import GenerationOptions
-from modules.generation.outputs import Job, OutputFolder, load_latents, remove_leftovers, sampled_stem
+from modules.generation.outputs import Job, OutputFolder, load_latents, sampled_stem
 from modules.generation.requests import Request, parse_line
 from modules.generation.settings import video_settings
 from modules.generation.variants import request_for_dit
@@ -57,8 +57,6 @@ def unfinished_jobs(options: GenerationOptions, requests: Sequence[Request], typ
     pending = [(index, request, key) for index, (request, key) in keyed if not outputs.is_finished(key, found[key])]
     if len(pending) < len(keyed):
         print(f"{len(keyed) - len(pending)} of {len(keyed)} prompts are finished and skipped")
-    for _, _, key in pending:
-        remove_leftovers(found[key])
     return [new_job(options, request, index, key, sampled_stem(key, found[key])) for index, request, key in pending]
 
 

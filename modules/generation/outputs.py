@@ -5,7 +5,6 @@ All files of a video begin with its stem (modules/generation/jobs.py). A file ge
 
 import json
 import re
-import shutil
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,7 +15,6 @@ from torch import Tensor
 
 from modules.generation.requests import Request
 from utils.errors import UserError, one_line
-from utils.files import TEMPORARY_SUFFIX
 from utils.safetensors_utils import load_file, read_header, save_file
 from utils.video_io import read_metadata, save_images, save_video
 
@@ -95,13 +93,6 @@ class OutputFolder:
         names = [path.name for path in paths]
         wanted = {"video": [".mp4"], "images": [""], "latent": [LATENT_SUFFIX], "both": [".mp4", LATENT_SUFFIX]}
         return all(any(name.endswith(key + suffix) for name in names) for suffix in wanted[self.output_type])
-
-
-def remove_leftovers(paths: Iterable[Path]) -> None:
-    """Deletes incomplete files, which a killed process leaves behind."""
-    for path in paths:
-        if path.name.endswith(TEMPORARY_SUFFIX):
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def sampled_stem(key: str, paths: Iterable[Path]) -> str | None:

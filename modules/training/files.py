@@ -8,18 +8,16 @@ A state may be on the Hugging Face Hub. The access token comes from --huggingfac
 """
 
 import json
-import os
 import re
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
 import huggingface_hub
-import psutil
 
 from utils.cli import option, unused_options
 from utils.errors import UserError, one_line
-from utils.files import REPLACED, TEMPORARY_SUFFIX, read_text
+from utils.files import read_text
 
 PROGRESS_FILE = "train_state.json"
 SETTINGS_FILE = "settings.toml"
@@ -162,32 +160,11 @@ class TrainingFiles:
             if pattern.fullmatch(path.name):
                 path.unlink(missing_ok=True)
 
-    def remove_leftovers(self) -> None:
-        """Removes unfinished files of killed runs of this name, and restores a state that was being replaced."""
-        stem = re.escape(self.name) + r"(-\d{6}|(-best)?-step\d{8})?"
-        name = rf"(?P<name>{stem}({COMPANIONS}|{STATE_SUFFIX}))"
-        pattern = re.compile(rf"{name}\.(?P<owner>\w+){re.escape(TEMPORARY_SUFFIX)}")
-        for path in list(self.folder.iterdir()):
-            found = pattern.fullmatch(path.name)
-            if found is None or _is_of_another_run(found["owner"]):
-                continue
-            if found["owner"] == REPLACED and not (self.folder / found["name"]).exists():
-                path.rename(self.folder / found["name"])
-            elif path.is_dir():
-                shutil.rmtree(path, ignore_errors=True)
-            else:
-                path.unlink(missing_ok=True)
-
     def _numbered(self, kind: str, ending: str) -> list[tuple[Path, int]]:
         number = {"epoch": r"-(\d{6})", "step": r"-step(\d{8})"}[kind]
         pattern = re.compile(f"{re.escape(self.name)}{number}({ending})")
         matches = [(path, pattern.fullmatch(path.name)) for path in self.folder.iterdir()]
         return [(path, int(match[1])) for path, match in matches if match]
-
-
-def _is_of_another_run(owner: str) -> bool:
-    """Whether another running process, such as a run with a similar name, may still be writing; `owner` is its id."""
-    return owner.isdigit() and int(owner) != os.getpid() and psutil.pid_exists(int(owner))
 
 
 def read_progress(state: Path) -> dict:

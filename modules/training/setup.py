@@ -37,7 +37,7 @@ from modules.training.stop_requests import StopRequests
 from utils.cli import print_table
 from utils.device_utils import DTYPES
 from utils.errors import UserError, one_line
-from utils.files import read_toml, require_writable
+from utils.files import read_toml, remove_leftovers, require_writable
 from utils.processes import process_share
 
 Options = TypeVar("Options", bound=TrainerOptions)
@@ -97,7 +97,7 @@ class TrainingSetup(Generic[Options]):
         self.uploader = Uploader(options.hub if is_main else HuggingFaceOptions())
         if is_main:
             require_writable(options.save.output_dir, "--output_dir")
-            options.files.remove_leftovers()
+            remove_leftovers(options.save.output_dir)
         start_trackers(self.accelerator, options.log, self.settings)
 
     def build_trainer(self, dit: HYVideoDiffusionTransformer, trained: Trained, previewer: Previewer | None) -> Trainer:

@@ -190,13 +190,13 @@ def test_a_full_disk_ends_in_one_line_with_the_last_checkpoint_whole(world, dit,
     assert train(world, dit, tmp_path, "--resume", "auto")
 
 
-def test_what_killed_runs_of_this_name_left_half_written_is_removed(world, dit, tmp_path):
+def test_what_killed_runs_left_half_written_is_removed(world, dit, tmp_path):
     for name in ("lora.safetensors", "lora-best-step00000004.comfyui.safetensors", "lora-000002.settings.toml"):
-        (tmp_path / f"{name}.99999999.partial").touch()
-    for name in ("lora-step00000002-state.99999999", "lora-step00000003-state.old", "lora-step00000004-state.old"):
+        (tmp_path / f"{name}.4194305.partial").touch()
+    for name in ("lora-step00000002-state.4194305", "lora-step00000003-state.old", "lora-step00000004-state.old"):
         (tmp_path / f"{name}.partial" / "deep").mkdir(parents=True)
     (tmp_path / "lora-step00000003-state").mkdir()
-    others = {"lora2.safetensors.99999999.partial", "lora.txt.partial", f"lora.v2.safetensors.{os.getppid()}.partial"}
+    others = {"lora.txt.partial", f"lora.v2.safetensors.{os.getppid()}.partial"}
     for name in others:
         (tmp_path / name).touch()
     train(world, dit, tmp_path, "--max_train_steps", 1)

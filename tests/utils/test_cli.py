@@ -290,3 +290,20 @@ def test_a_real_process_prints_any_name_and_one_line() -> None:
 def test_table_columns_are_aligned(capsys: pytest.CaptureFixture) -> None:
     print_table("title", [("a", 1), ("long", 22)], ("name", "n"))
     assert capsys.readouterr().out.splitlines() == ["", "title", "  name  n", "  ----  --", "  a     1", "  long  22"]
+
+
+def test_texts_of_files_cannot_control_the_terminal(capsys: pytest.CaptureFixture, monkeypatch) -> None:
+    text = "a\x1b[2Jb\rc\nd\u202ee\u2028"
+    print_table(text, [(text, "x")])
+    printed = capsys.readouterr().out
+    assert printed == "\n" + r"a\x1b[2Jb\rc\nd\u202ee\u2028" + "\n  " + r"a\x1b[2Jb\rc\nd\u202ee\u2028" + "  x\n"
+    names = "نامه\u200cها \U0001f468\u200d\U0001f469 日本語\u3000é"
+    print_table(names, [])
+    assert capsys.readouterr().out == f"\n{names}\n"
+
+    def main() -> None:
+        raise UserError("\x1b]0;title\x07")
+
+    with pytest.raises(SystemExit):
+        run_script(main)
+    assert capsys.readouterr().err == r"error: \x1b]0;title\x07" + "\n"

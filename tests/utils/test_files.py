@@ -1,6 +1,7 @@
 """Files are whole or not there, and read as the user meant them."""
 
 import errno
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +11,17 @@ import pytest
 
 from tests.platforms import needs_posix
 from utils.errors import UserError, did_you_mean, one_line
-from utils.files import atomic_folder, atomic_path, clean_path, read_text, read_toml, user_path, write_text
+from utils.files import (
+    atomic_folder,
+    atomic_path,
+    clean_path,
+    is_leftover,
+    read_text,
+    read_toml,
+    remove_leftovers,
+    user_path,
+    write_text,
+)
 
 ROOT = Path(__file__).parents[2]
 
@@ -73,6 +84,54 @@ def test_a_killed_process_leaves_the_old_file(tmp_path: Path) -> None:
     assert path.read_text() == "old"
     (leftover,) = tmp_path.glob("*.partial")
     assert leftover.read_text() == "half"
+
+
+def test_the_next_write_to_a_folder_removes_what_killed_processes_left(tmp_path: Path) -> None:
+    code = (
+        "import os, sys; from utils.files import atomic_path\n"
+        "with atomic_path(sys.argv[1]) as temporary:\n    temporary.write_text('half'); os._exit(9)"
+    )
+    subprocess.run([sys.executable, "-c", code, str(tmp_path / "model.safetensors")], cwd=ROOT, timeout=60)
+    assert len(list(tmp_path.iterdir())) == 1
+    write_text(tmp_path / "another name.txt", "new")
+    assert [path.name for path in tmp_path.iterdir()] == ["another name.txt"]
+
+
+def test_what_a_running_process_or_another_program_writes_is_left_alone(tmp_path: Path) -> None:
+    names = {f"a.mp4.{os.getpid()}.partial", f"b.{os.getppid()}.partial", "c.12345678.partial", "d.txt.partial"}
+    for name in names:
+        (tmp_path / name).touch()
+    (tmp_path / "e.4194305.partial").touch()  # Linux gives no process this number
+    remove_leftovers(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == names
+
+
+def test_a_process_that_started_after_the_file_was_written_is_not_its_writer(tmp_path: Path) -> None:
+    path = tmp_path / f"a.{os.getpid()}.partial"
+    path.touch()
+    assert not is_leftover(path)
+    os.utime(path, (0, 0))
+    assert is_leftover(path)
+
+
+def test_a_folder_that_was_being_replaced_is_restored_unless_that_goes_on(tmp_path: Path) -> None:
+    for name in ("lost", "busy", "done"):
+        (tmp_path / f"{name}.old.partial").mkdir()
+    (tmp_path / "done").mkdir()
+    (tmp_path / f"busy.{os.getppid()}.partial").mkdir()
+    remove_leftovers(tmp_path)
+    names = {"lost", "done", "busy.old.partial", f"busy.{os.getppid()}.partial"}
+    assert {path.name for path in tmp_path.iterdir()} == names
+
+
+def test_a_temporary_path_is_written_directly_and_errors_name_the_final_one(tmp_path: Path) -> None:
+    with atomic_path(tmp_path / "a.txt") as outer, atomic_path(outer) as inner:
+        assert inner == outer
+        inner.write_text("x")
+    assert [path.name for path in tmp_path.iterdir()] == ["a.txt"]
+    with pytest.raises(FileNotFoundError) as caught, atomic_path(tmp_path / "b.txt") as temporary:
+        temporary.read_text()
+    assert caught.value.filename == str(tmp_path / "b.txt")
 
 
 def test_the_longest_legal_name_can_be_written(tmp_path: Path) -> None:

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from modules.generation.outputs import Job, OutputFolder, load_latents, remove_leftovers, sampled_stem
+from modules.generation.outputs import Job, OutputFolder, load_latents, sampled_stem
 from modules.generation.requests import Request
 from utils.errors import UserError
 from utils.safetensors_utils import save_file
@@ -33,9 +33,6 @@ def test_finished_is_everything_that_was_asked_for_and_whole(tmp_path, output_ty
         (folder.folder / f"t_0_1_abc{suffix}").touch()
     assert is_finished("abc")
     assert not is_finished("bc")
-    remove_leftovers(folder.by_key()["abc"])
-    names = sorted(path.name for path in folder.folder.iterdir())
-    assert names == sorted(f"t_0_1_abc{suffix}" for suffix in needed)
 
 
 def test_what_belongs_to_a_line_is_found_by_its_key_behind_an_underscore(tmp_path):
