@@ -4,17 +4,18 @@ Pure functions of numbers. The rules are those of the reference tool; dataset_co
 A size is (width, height) in pixels.
 """
 
-import bisect
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 
 from dataset.config_utils import SIZE_STEP, DatasetSettings, valid_frames
 
 Size = tuple[int, int]
+Frame = TypeVar("Frame")
 
 
 def _floor_to_step(pixels: int) -> int:
@@ -77,6 +78,10 @@ class FrameSpan:
     start: int
     length: int
 
+    @property
+    def stop(self) -> int:
+        return self.start + self.length
+
 
 def spans_of_length(length: int, frames: int, settings: DatasetSettings) -> list[FrameSpan]:
     """The spans of `length` frames that `settings.frame_extraction` takes from a video of `frames` frames."""
@@ -113,16 +118,33 @@ def resampled_count(last_time: float, fps: float) -> int:
     return int(last_time * fps + 0.25) + 1
 
 
-def resampled_indices(times: Sequence[float], fps: float) -> list[int]:
-    """For each k, the index of the frame nearest in time to k / fps; of two equally near ones, the earlier.
+def nearest_in_time(frames: Iterable[tuple[float, Frame]], fps: float) -> Iterator[Frame]:
+    """For each k the frame nearest in time to k / fps; of two equally near ones, the earlier. Frames may repeat.
 
     Args:
-        times: when each frame is shown, in seconds; ascending from 0.
+        frames: (when it is shown in seconds, frame) of each; the times ascend from 0.
     """
-    indices = []
-    for k in range(resampled_count(times[-1], fps)):
-        after = min(bisect.bisect_left(times, k / fps), len(times) - 1)
-        before = max(after - 1, 0)
+    k, before = 0, None
+    for time, frame in frames:
         # A tolerance of one microsecond, so that rounding errors of the times do not decide a tie.
-        indices.append(before if k / fps - times[before] <= times[after] - k / fps + 1e-6 else after)
-    return indices
+        while before is not None and k / fps - before[0] <= time - k / fps + 1e-6:
+            yield before[1]
+            k += 1
+        before = time, frame
+    while before is not None and k < resampled_count(before[0], fps):
+        yield before[1]
+        k += 1
+
+
+def kept_by_counting(frames: Iterable[Frame], source_fps: float, target_fps: float) -> Iterator[Frame]:
+    """Drops frames as the reference tool does for a stated rate: by counting, without regard to times.
+
+    A frame is kept if the sum of the steps target_fps / source_fps up to it reaches another whole number. The steps are
+    added up in float64, rounding errors included. No frame is repeated, so a rate below `target_fps` changes nothing.
+    """
+    reached, position = -1, 0.0
+    for frame in frames:
+        if int(position) != reached:
+            reached = int(position)
+            yield frame
+        position += target_fps / source_fps

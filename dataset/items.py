@@ -7,9 +7,13 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from dataset.buckets import FrameSpan, Size, choose_bucket, resampled_count, spans_of_video
+from dataset.buckets import FrameSpan, Size, choose_bucket, kept_by_counting, resampled_count, spans_of_video
 from dataset.cache import latent_cache_path
 from dataset.config_utils import DatasetSettings
+
+# Written beside a MediaInfo in the manifest; raised when files must be looked at again.
+PROBE_KEY = "probe_version"
+PROBE_VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -21,6 +25,8 @@ class MediaInfo:
         last_time: when the last frame is shown, in seconds after the first; 0 for images and folders of frames.
         fps: the measured frame rate; 0 for images and folders of frames.
         digest: hash of the file's content.
+        decoder: the first version of our decoder that reads the same pixels as today's. It is part of the provenance
+            where it is not 1, so that only caches whose pixels changed are made again.
         notes: peculiarities of the file in words.
     """
 
@@ -30,6 +36,7 @@ class MediaInfo:
     last_time: float = 0.0
     fps: float = 0.0
     digest: str = ""
+    decoder: int = 1
     notes: tuple[str, ...] = ()
 
     @property
@@ -37,11 +44,12 @@ class MediaInfo:
         return self.width, self.height
 
     def to_json(self) -> dict[str, Any]:
-        return asdict(self) | {"notes": list(self.notes)}
+        return asdict(self) | {"notes": list(self.notes), PROBE_KEY: PROBE_VERSION}
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> "MediaInfo":
-        """Raises KeyError or TypeError where the values were written by another version."""
+        """Raises KeyError or TypeError where the values were written by a version that knew less."""
+        values = {"decoder": 1, **values}
         return cls(**{field.name: values[field.name] for field in fields(cls)} | {"notes": tuple(values["notes"])})
 
 
@@ -55,6 +63,7 @@ class Item:
     bucket: Size
     span: FrameSpan | None  # frames of the clip; None: an image
     path: Path  # of the latent cache
+    decoder: int = 1  # see MediaInfo
 
     @property
     def frame_count(self) -> int:
@@ -81,19 +90,25 @@ class ItemPlan:
 
 
 def resample_rule(settings: DatasetSettings) -> str:
-    """How frames are resampled in time, as text for the provenance: `as is`, `auto to 24 fps`, `30 to 24 fps`."""
+    """How frames are resampled in time, as text for the provenance: `as is`, `auto to 24 fps`, `30 to 24 fps counted`.
+
+    `30 to 24 fps`, without `counted`, was another rule, which chose by time. With equal rates both choose all frames.
+    """
     if settings.source_fps is None:
         return "as is"
-    source = settings.source_fps if settings.source_fps == "auto" else f"{settings.source_fps:g}"
-    return f"{source} to {settings.target_fps:g} fps"
+    if settings.source_fps == "auto":
+        return f"auto to {settings.target_fps:g} fps"
+    rule = "" if settings.source_fps == settings.target_fps else " counted"
+    return f"{settings.source_fps:g} to {settings.target_fps:g} fps{rule}"
 
 
 def frames_after_resampling(info: MediaInfo, settings: DatasetSettings) -> int:
     """Number of frames of a video after resampling; its clips are cut from these."""
     if settings.source_fps is None or (settings.source_fps == "auto" and info.fps == 0):
         return info.frames
-    last_time = info.last_time if settings.source_fps == "auto" else (info.frames - 1) / settings.source_fps
-    return resampled_count(last_time, settings.target_fps)
+    if settings.source_fps == "auto":
+        return resampled_count(info.last_time, settings.target_fps)
+    return sum(1 for _ in kept_by_counting(range(info.frames), settings.source_fps, settings.target_fps))
 
 
 def plan_items(settings: DatasetSettings, source: str, info: MediaInfo) -> ItemPlan:
@@ -107,7 +122,7 @@ def plan_items(settings: DatasetSettings, source: str, info: MediaInfo) -> ItemP
     def item(span: FrameSpan | None) -> Item:
         name = f"{source}_{span.start:05d}-{span.length:03d}" if span else source
         path = latent_cache_path(settings.cache_directory, name, info.size)
-        return Item(name, source, info.size, bucket, span, path)
+        return Item(name, source, info.size, bucket, span, path, info.decoder)
 
     if not settings.is_video:
         return ItemPlan((item(None),))
@@ -124,4 +139,5 @@ def item_provenance(item: Item, settings: DatasetSettings, stamp: list[int]) -> 
         "bucket": list(item.bucket),
         "clip": [item.span.start, item.span.length] if item.span else None,
         "fps": resample_rule(settings) if item.span else None,
+        **({} if item.decoder == 1 else {"decoder": item.decoder}),
     }

@@ -1,16 +1,14 @@
 """Latent caching without the model: which items must be encoded, decoding ahead, encoding, writing the caches.
 
-Threads decode and resize while the VAE encodes. The decoded pixels that wait are limited in bytes, so the memory does
-not grow with the dataset. The noise for sampling from the VAE's posterior is seeded by the item's name, so an
-interrupted run writes the same tensors as an undisturbed one.
+Each file is decoded once, for all its items in all datasets; batches are formed from the clips as they come. The noise
+for sampling from the VAE's posterior is seeded by the item's name, so an interrupted run writes the same tensors as an
+undisturbed one.
 """
 
 import hashlib
-from collections import defaultdict, deque
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from itertools import groupby
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -26,43 +24,27 @@ from dataset.cache import (
     remove_partial_files,
     write_latent_cache,
 )
-from dataset.items import Item, item_provenance
+from dataset.config_utils import DatasetSettings
+from dataset.items import Item, item_provenance, resample_rule
 from dataset.manifest import FAILURES, Manifest, failure_manifests
-from dataset.media import MediaError, load_items
+from dataset.media import MediaError, MiscountError
+from dataset.media.ahead import Job, read_ahead
 from dataset.scan import ScannedDataset
 from dataset.sources import Source
 from utils.device_utils import is_out_of_memory
 from utils.errors import UserError, one_line
 
 Member = tuple[Source, Item]  # an item with the source that it is decoded from
+Pending = tuple[ScannedDataset, Source, Item]  # an item that must be encoded
 
-# Limit for the decoded pixels that wait for the VAE: one clip of 129 frames at 960x544 (202 MB), or many small ones.
-MAX_BYTES_AHEAD = 256 << 20
-# Small clips are decoded together up to this size, so that a long video is not read from its start for each of them.
-TASK_BYTES = 32 << 20
+# For decoded clips that wait until their batch is full; beyond, smaller batches are encoded.
+MAX_UNBATCHED_BYTES = 256 << 20
 
 
 class Encoder(Protocol):
     """What this module uses of a VAE."""
 
     def encode(self, pixels: torch.Tensor) -> Any: ...
-
-
-@dataclass(frozen=True)
-class Task:
-    """Items of one bucket that are decoded together. They are encoded `batch_size` at a time."""
-
-    dataset: ScannedDataset
-    members: tuple[Member, ...]
-    batch_size: int
-
-    @property
-    def pixel_bytes(self) -> int:
-        return sum(_pixel_bytes(item) for _, item in self.members)
-
-
-def _pixel_bytes(item: Item) -> int:
-    return item.frame_count * item.bucket[0] * item.bucket[1] * 3
 
 
 @dataclass
@@ -73,19 +55,22 @@ class Outcome:
         statuses: the state of each cache file before the run, by item name.
         failures: why items could not be encoded, by item name.
         orphaned: cache files that belong to no item.
+        recounted: videos whose decoder showed another number of frames than their packets promised.
     """
 
     statuses: dict[str, CacheStatus] = field(default_factory=dict)
     failures: dict[str, str] = field(default_factory=dict)
     orphaned: list[Path] = field(default_factory=list)
+    recounted: list[str] = field(default_factory=list)
 
     def count(self, state: str) -> int:
         return sum(status.state == state for name, status in self.statuses.items() if name not in self.failures)
 
 
 def members_of_process(dataset: ScannedDataset, rank: int, world_size: int) -> list[Member]:
-    """The items that one process encodes: every `world_size`-th of the whole list, so no two processes share a file."""
-    return list(dataset.items)[rank::world_size]
+    """The items that one process encodes: its part of the whole list, so that few files are read by two processes."""
+    items = list(dataset.items)
+    return items[len(items) * rank // world_size : len(items) * (rank + 1) // world_size]
 
 
 def check_caches(
@@ -103,76 +88,36 @@ def check_caches(
         item.path.name: item_provenance(item, dataset.settings, source.stamp)
         for source, item in (dataset.items if trust_names else ())
     }
-    statuses = {}
-    for source, item in members:
-        expected = item_provenance(item, dataset.settings, source.stamp) | vae_provenance
-        status = check_latents(item.path, item.latent_shape, expected, trust_names)
-        if status.kept and not dataset.manifest.is_intact(item.path):
-            status = CacheStatus("changed", "the cache file is damaged or not finite")
-        statuses[item.name] = status
-    return statuses
+    return {item.name: _check_cache(dataset, source, item, vae_provenance, trust_names) for source, item in members}
 
 
-def plan_tasks(dataset: ScannedDataset, members: Sequence[Member], batch_size: int) -> list[Task]:
-    """Divides the items into tasks of one bucket each: one batch, or several batches of small clips."""
-    per_bucket: dict[str, list[Member]] = defaultdict(list)
-    for source, item in members:
-        per_bucket[item.bucket_name].append((source, item))
-    tasks = []
-    for _, same in sorted(per_bucket.items()):
-        size = batch_size * max(1, TASK_BYTES // (batch_size * _pixel_bytes(same[0][1])))
-        tasks += [Task(dataset, tuple(same[start : start + size]), batch_size) for start in range(0, len(same), size)]
-    return tasks
+def _check_cache(
+    dataset: ScannedDataset, source: Source, item: Item, vae_provenance: Mapping[str, Any], trust_names: bool
+) -> CacheStatus:
+    expected = item_provenance(item, dataset.settings, source.stamp) | vae_provenance
+    status = check_latents(item.path, item.latent_shape, expected, trust_names)
+    if status.kept and not dataset.manifest.is_intact(item.path):
+        return CacheStatus("changed", "the cache file is damaged or not finite")
+    return status
 
 
-@dataclass
-class DecodedTask:
-    """The decoded items of a task, and those that could not be decoded, each with the reason."""
+def plan_jobs(pending: Sequence[Pending], check_counts: bool) -> list[Job]:
+    """One job for each file, or more where datasets resample it differently.
 
-    members: list[Member] = field(default_factory=list)
-    pixels: list[np.ndarray] = field(default_factory=list)  # (F, H, W, 3) uint8 of each member
-    failures: list[tuple[Item, str]] = field(default_factory=list)
-
-
-def decode_task(task: Task) -> DecodedTask:
-    """Decodes the items of a task. Each file is opened once."""
-    decoded = DecodedTask()
-    for source, of_source in groupby(task.members, key=lambda member: member[0]):
-        items = [item for _, item in of_source]
-        for item, pixels in zip(items, load_items(source, items, task.dataset.settings), strict=True):
-            if isinstance(pixels, MediaError):
-                decoded.failures.append((item, str(pixels)))
-            else:
-                decoded.members.append((source, item))
-                decoded.pixels.append(pixels)
-    return decoded
-
-
-def decode_ahead(tasks: Sequence[Task], workers: int) -> Iterator[tuple[Task, Future[DecodedTask]]]:
-    """Yields each task in order with the future of its decoded items, while threads decode the next tasks.
-
-    The tasks that wait hold at most MAX_BYTES_AHEAD of pixels, or are one task that is larger.
+    Args:
+        check_counts: whether the jobs report files with more or fewer frames than expected.
     """
-    upcoming, waiting = deque(tasks), deque()
-    pool = ThreadPoolExecutor(workers)
-
-    def submit() -> None:
-        held = sum(task.pixel_bytes for task, _ in waiting)
-        while upcoming and (
-            not waiting or (len(waiting) < workers and held + upcoming[0].pixel_bytes <= MAX_BYTES_AHEAD)
-        ):
-            task = upcoming.popleft()
-            held += task.pixel_bytes
-            waiting.append((task, pool.submit(decode_task, task)))
-
-    try:
-        submit()
-        while waiting:
-            task, future = waiting.popleft()
-            submit()
-            yield task, future
-    finally:
-        pool.shutdown(cancel_futures=True)
+    groups: dict[tuple[Path, str, str], list[Pending]] = defaultdict(list)
+    for dataset, source, item in pending:
+        groups[source.path, source.kind, resample_rule(dataset.settings)].append((dataset, source, item))
+    jobs = []
+    for (_, kind, _), group in groups.items():
+        # With `head`, a file need not be read to its end; where another dataset takes more, it must.
+        dataset, source, _ = max(group, key=lambda member: member[0].settings.frame_extraction != "head")
+        info = dataset.info_of(source)
+        expected = info if check_counts and kind == "video" else None
+        jobs.append(Job(source, tuple(item for _, _, item in group), dataset.settings, info, expected))
+    return jobs
 
 
 def posterior_noise(name: str, shape: Sequence[int]) -> torch.Tensor:
@@ -214,6 +159,7 @@ class LatentWriter:
         dtype: in which the VAE computes.
         cache_dtype: of the stored latents.
         vae_provenance: the part of the provenance that all items share.
+        max_batch_size: upper limit for the batch size of each dataset; None: no other limit.
         strict: stop at the first item that fails.
     """
 
@@ -222,41 +168,46 @@ class LatentWriter:
     dtype: torch.dtype
     cache_dtype: torch.dtype
     vae_provenance: Mapping[str, Any]
+    max_batch_size: int | None
     strict: bool
 
-    def run(self, tasks: Sequence[Task], outcomes: dict[str, Outcome], workers: int, show_progress: bool) -> None:
-        """Encodes all tasks. Failures are added to the outcomes, which are keyed by the heading of the dataset.
+    def batch_size(self, settings: DatasetSettings) -> int:
+        """Clips that are encoded together."""
+        return min(settings.batch_size, self.max_batch_size or settings.batch_size)
+
+    def run(self, pending: Sequence[Pending], outcomes: dict[str, Outcome], workers: int, show_progress: bool) -> None:
+        """Encodes all items. Failures are added to the outcomes, which are keyed by the heading of the dataset.
+
+        Where a video turns out to have another number of frames, its items are planned and the file is read again.
 
         Raises:
             UserError: out of memory, the disk is full, or an item failed and `strict` is set.
         """
-        total = sum(len(task.members) for task in tasks)
-        with tqdm(total=total, desc="encoding", unit="item", disable=not show_progress) as bar:
-            for task, future in decode_ahead(tasks, workers):
-                decoded = future.result()
-                failures = outcomes[task.dataset.heading].failures
-                for item, reason in [*decoded.failures, *self._encode_and_write(task, decoded, bar)]:
-                    if self.strict:
-                        raise UserError(f"{reason} (--strict)")
-                    failures[item.name] = reason
-                bar.update(len(decoded.failures))
+        with tqdm(total=len(pending), desc="encoding", unit="item", disable=not show_progress) as bar:
+            encoding = _Encoding(self, outcomes, bar)
+            again = encoding.run(plan_jobs(pending, check_counts=True), pending, workers)
+            encoding.run(plan_jobs(again, check_counts=False), again, workers)
+            encoding.remove_superseded()
 
-    def _encode_and_write(self, task: Task, decoded: DecodedTask, bar: tqdm) -> Iterator[tuple[Item, str]]:
-        """Yields the items that failed, each with the reason."""
-        while decoded.members:
-            members, decoded.members = decoded.members[: task.batch_size], decoded.members[task.batch_size :]
-            pixels, decoded.pixels = decoded.pixels[: task.batch_size], decoded.pixels[task.batch_size :]
-            latents = self._encode(members, pixels)
-            for (source, item), of_item in zip(members, latents, strict=True):
-                try:
-                    self._write(task.dataset, source, item, of_item)
-                except OSError as error:
-                    raise UserError(
-                        f"{item.path}: cannot be written: {one_line(error)}; caches written so far are kept"
-                    ) from None
-                except ValueError as error:
-                    yield item, f"{source.path}: {item.name}: {error}; try --vae_dtype float32 or bfloat16"
-            bar.update(len(members))
+    def encode_batch(self, batch: Sequence[Pending], pixels: list[np.ndarray]) -> Iterator[tuple[Pending, str]]:
+        """Encodes clips of one size and writes their caches; yields the items that failed, each with the reason.
+
+        Args:
+            pixels: (F, H, W, 3) uint8 of each clip. The list is emptied to free memory.
+        """
+        latents = self._encode([(source, item) for _, source, item in batch], pixels)
+        for (dataset, source, item), of_item in zip(batch, latents, strict=True):
+            try:
+                self._write(dataset, source, item, of_item)
+            except OSError as error:
+                raise UserError(
+                    f"{item.path}: cannot be written: {one_line(error)}; caches written so far are kept"
+                ) from None
+            except ValueError as error:
+                yield (
+                    (dataset, source, item),
+                    f"{source.path}: {item.name}: {error}; try --vae_dtype float32 or bfloat16",
+                )
 
     def _encode(self, members: Sequence[Member], pixels: list[np.ndarray]) -> torch.Tensor:
         names = [item.name for _, item in members]
@@ -275,6 +226,87 @@ class LatentWriter:
         frame_count = item.frame_count if item.span else None
         write_latent_cache(item.path, latents.to(self.cache_dtype), item.size, frame_count, provenance)
         dataset.manifest.mark_intact(item.path)
+
+
+class _Encoding:
+    """One run of a LatentWriter: collects clips into batches and keeps the outcomes up to date."""
+
+    def __init__(self, writer: LatentWriter, outcomes: dict[str, Outcome], bar: tqdm) -> None:
+        self.writer, self.outcomes, self.bar = writer, outcomes, bar
+        self.unbatched: dict[tuple[str, str], list[tuple[Pending, np.ndarray]]] = defaultdict(list)
+        self.handed_out: set[Item] = set()
+        self.superseded: list[Item] = []
+
+    def run(self, jobs: Sequence[Job], pending: Sequence[Pending], workers: int) -> list[Pending]:
+        """Encodes all items; returns those of videos that were planned again and must be read again."""
+        members = {item: (dataset, source, item) for dataset, source, item in pending}
+        again: list[Pending] = []
+        for job, item, clip in read_ahead(jobs, workers):
+            if item is None:
+                again += self._plan_again([members[item] for item in job.items], clip)
+                continue
+            self.handed_out.add(item)
+            if isinstance(clip, MediaError):
+                self._fail(members[item], str(clip))
+                self.bar.update()
+            else:
+                self._collect(members[item], clip)
+            del clip
+        for key in list(self.unbatched):
+            self._encode(key)
+        return again
+
+    def _collect(self, member: Pending, clip: np.ndarray) -> None:
+        dataset, _, item = member
+        key = dataset.heading, item.bucket_name
+        self.unbatched[key].append((member, clip))
+        if len(self.unbatched[key]) >= self.writer.batch_size(dataset.settings):
+            self._encode(key)
+        elif sum(clip.nbytes for batch in self.unbatched.values() for _, clip in batch) > MAX_UNBATCHED_BYTES:
+            self._encode(max(self.unbatched, key=lambda key: sum(clip.nbytes for _, clip in self.unbatched[key])))
+
+    def _encode(self, key: tuple[str, str]) -> None:
+        members, pixels = map(list, zip(*self.unbatched.pop(key), strict=True))
+        for member, reason in self.writer.encode_batch(members, pixels):
+            self._fail(member, reason)
+        self.bar.update(len(members))
+
+    def _fail(self, member: Pending, reason: str) -> None:
+        if self.writer.strict:
+            raise UserError(f"{reason} (--strict)")
+        self.outcomes[member[0].heading].failures[member[2].name] = reason
+
+    def _plan_again(self, members: Sequence[Pending], error: MiscountError) -> list[Pending]:
+        """Plans the items of a file with its true number of frames; returns those that must still be read."""
+        again = []
+        of_datasets = {dataset.heading: (dataset, source) for dataset, source, _ in members}
+        for dataset, source in of_datasets.values():
+            outcome = self.outcomes[dataset.heading]
+            outcome.recounted.append(str(error))
+            before = {item for other, item in dataset.items if other.name == source.name}
+            after = dataset.plan_again(source, error.info).items
+            self.superseded += before - set(after)
+            for item in before - set(after):
+                outcome.statuses.pop(item.name, None)
+                outcome.failures.pop(item.name, None)
+            new = [item for item in after if item not in before]
+            for item in new:
+                outcome.statuses[item.name] = _check_cache(
+                    dataset, source, item, self.writer.vae_provenance, trust_names=False
+                )
+            unread = {item for _, _, item in members} - self.handed_out
+            wanted = [
+                item for item in after if item in unread or (item in new and not outcome.statuses[item.name].kept)
+            ]
+            again += [(dataset, source, item) for item in wanted]
+        self.bar.total += len(again) - len({item for _, _, item in members} - self.handed_out)
+        return again
+
+    def remove_superseded(self) -> None:
+        """Deletes what this run wrote for clips that are not in the plan with the true number of frames."""
+        for item in self.superseded:
+            if item in self.handed_out:
+                item.path.unlink(missing_ok=True)
 
 
 def prepare_cache_directory(dataset: ScannedDataset, members: Sequence[Member], rank: int) -> None:
@@ -306,8 +338,7 @@ def finish(dataset: ScannedDataset, outcome: Outcome, rank: int, world_size: int
     directory = dataset.settings.cache_directory
     _save_failures(dataset, outcome, rank)
     if rank > 0:
-        members = members_of_process(dataset, rank, world_size)
-        dataset.manifest.save_share(rank, [item.path for _, item in members])
+        dataset.manifest.save_share(rank, [item.path for _, item in dataset.items if item.name in outcome.statuses])
         return
     for other_rank, failures in failure_manifests(directory).items():
         if other_rank >= world_size:  # left by an earlier run with more processes

@@ -33,6 +33,7 @@ class Manifest:
         intact: by the name of the cache file, its size and modification time when it was last known to be readable
             and finite.
         trusted: by the name of the cache file, the provenance that --skip_existing took for granted.
+        recounted: sources of which this process found another number of frames than was known.
     """
 
     directory: Path
@@ -40,6 +41,7 @@ class Manifest:
     sources: dict[str, dict[str, Any]] = field(default_factory=dict)
     intact: dict[str, list[int]] = field(default_factory=dict)
     trusted: dict[str, dict[str, Any]] = field(default_factory=dict)
+    recounted: set[str] = field(default_factory=set)
 
     @property
     def path(self) -> Path:
@@ -47,10 +49,13 @@ class Manifest:
 
     @classmethod
     def load(cls, directory: Path, kind: str) -> "Manifest":
-        """The manifest of a directory, with the intact files of all processes; empty if it is missing or damaged."""
+        """The manifest of a directory, with what all processes found; empty if it is missing or damaged."""
         manifest = cls.read(directory, kind)
         for share in manifest._shares().values():
             manifest.intact |= share.intact
+            for name, entry in share.sources.items():
+                if manifest.sources.get(name, {}).get("stamp") == entry.get("stamp"):
+                    manifest.sources[name] = entry
         return manifest
 
     @classmethod
@@ -76,13 +81,19 @@ class Manifest:
         return Manifest(self.directory, f"{self.kind}-{INTACT_KEY}-{rank}")
 
     def save_share(self, rank: int, own_files: Iterable[Path]) -> None:
-        """Saves the list of one process: those of its cache files that are known to be intact."""
+        """Saves what one process found: which of its cache files are intact, and which sources it counted again."""
         share = self.share(rank)
         share.intact = {path.name: self.intact[path.name] for path in own_files if path.name in self.intact}
-        if share.intact:
+        share.sources = {name: self.sources[name] for name in sorted(self.recounted)}
+        if share.intact or share.sources:
             share.save()
         else:
             share.path.unlink(missing_ok=True)
+
+    def recount(self, source: str, probe: dict[str, Any]) -> None:
+        """Replaces what was known of a source's media."""
+        self.sources[source] = self.sources[source] | {"probe": probe}
+        self.recounted.add(source)
 
     def save_all(self, world_size: int) -> None:
         """Saves the manifest at the end of process 0, which has read the lists of all processes.

@@ -3,14 +3,14 @@
 import os
 import sys
 from collections.abc import Iterator, Sequence
-from itertools import islice
+from itertools import groupby, islice
 
 import cv2
 import numpy as np
 from PIL import Image
 
 from dataset.items import Item
-from dataset.media import MediaError, load_pixels
+from dataset.media import MediaError, read_clips
 from dataset.options import PreviewOptions
 from dataset.preview_page import write_page
 from dataset.report import NATIVE_FPS
@@ -24,14 +24,14 @@ ESCAPE = 27
 
 def _clips(dataset: ScannedDataset, limit: int | None) -> Iterator[tuple[Source, Item, np.ndarray]]:
     """Items with their pixels (F, H, W, 3); items that cannot be decoded are reported and skipped."""
-    for source, item in islice(dataset.items, limit):
-        try:
-            pixels = load_pixels(source, item, dataset.settings)
-        except MediaError as error:
-            print(f"skipped: {error}")
-            continue
-        print(f"{item.name}  {item.bucket_name}  {source.caption}")
-        yield source, item, pixels
+    per_source = groupby(islice(dataset.items, limit), key=lambda member: member[0])
+    for source, members in per_source:
+        for item, pixels in read_clips(source, [item for _, item in members], dataset.settings):
+            if isinstance(pixels, MediaError):
+                print(f"skipped: {pixels}")
+                continue
+            print(f"{item.name}  {item.bucket_name}  {source.caption}")
+            yield source, item, pixels
 
 
 def _require_display() -> None:

@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from dataset.buckets import resize_crop
 from dataset.items import Item
-from dataset.media import MediaError, load_pixels
+from dataset.media import MediaError, read_clips
 from dataset.report import warnings_of
 from dataset.scan import ScannedDataset, ScannedSource
 from utils.files import write_text
@@ -57,11 +57,10 @@ def _image_tag(pixels: np.ndarray) -> str:
     return f'<img alt="" src="data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}">'
 
 
-def _item_figure(scanned: ScannedSource, item: Item, dataset: ScannedDataset) -> str:
-    try:
-        clip = load_pixels(scanned.source, item, dataset.settings)  # F H W 3
-    except MediaError as error:
-        return f"<ul><li class=bad>{html.escape(str(error))}</li></ul>"
+def _item_figure(item: Item, clip: np.ndarray | MediaError) -> str:
+    """`clip` is (F, H, W, 3)."""
+    if isinstance(clip, MediaError):
+        return f"<ul><li class=bad>{html.escape(str(clip))}</li></ul>"
     shown = np.linspace(0, len(clip) - 1, min(len(clip), STRIP_FRAMES)).round().astype(int)
     strip = "".join(_image_tag(clip[frame]) for frame in shown)
     text = f"{item.bucket[0]}×{item.bucket[1]}"
@@ -86,7 +85,9 @@ def _crop_text(scanned: ScannedSource) -> str:
 
 
 def _source_block(scanned: ScannedSource, dataset: ScannedDataset) -> str:
-    figures = "".join(_item_figure(scanned, item, dataset) for item in scanned.plan.items)
+    clips = read_clips(scanned.source, scanned.plan.items, dataset.settings)
+    by_item = {item: _item_figure(item, clip) for item, clip in clips}
+    figures = "".join(by_item[item] for item in scanned.plan.items)
     caption = html.escape(scanned.source.caption) or "<i class=quiet>empty caption</i>"
     return (
         f"<div class=source><b>{html.escape(scanned.source.path.name)}</b> "

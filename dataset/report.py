@@ -141,6 +141,8 @@ def print_latent_outcome(datasets: Sequence[ScannedDataset], outcomes: dict[str,
             print(f"  {dataset.heading}: {by_musubi} caches were made by musubi-tuner and are used unchanged")
         if outcome.orphaned and not pruned:
             print(f"  {dataset.heading}: orphaned caches belong to no item and are not used; --prune deletes them")
+        for reason in outcome.recounted:
+            print(f"  planned again: {reason}")
         for name, reason in outcome.failures.items():
             print(f"  skipped: {reason if name in reason else f'{name}: {reason}'}")
 

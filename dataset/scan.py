@@ -13,7 +13,7 @@ from typing import Any
 from tqdm import tqdm
 
 from dataset.config_utils import DatasetConfig, DatasetSettings
-from dataset.items import Item, ItemPlan, MediaInfo, plan_items
+from dataset.items import PROBE_KEY, PROBE_VERSION, Item, ItemPlan, MediaInfo, plan_items
 from dataset.manifest import Manifest
 from dataset.media import MediaError, read_media_info
 from dataset.sources import Source, explain_empty, list_sources
@@ -36,7 +36,7 @@ class ScannedDataset:
 
     heading: str
     settings: DatasetSettings
-    sources: tuple[ScannedSource, ...]
+    sources: list[ScannedSource]
     manifest: Manifest
 
     @property
@@ -57,14 +57,27 @@ class ScannedDataset:
                 same[scanned.info.digest].append(scanned.source.path.name)
         return [names for names in same.values() if len(names) > 1]
 
+    def info_of(self, source: Source) -> MediaInfo | None:
+        return next(scanned.info for scanned in self.sources if scanned.source.name == source.name)
+
+    def plan_again(self, source: Source, info: MediaInfo) -> ItemPlan:
+        """Replaces what was known of a source, whose decoder showed more or fewer frames, and plans its items anew."""
+        index = next(index for index, scanned in enumerate(self.sources) if scanned.source.name == source.name)
+        old = self.sources[index]
+        plan = plan_items(self.settings, source.name, info)
+        problem = None if plan.items else _too_short(source, info, plan)
+        self.sources[index] = replace(old, info=info, plan=plan, problem=problem)
+        self.manifest.recount(source.name, info.to_json())
+        return plan
+
     def buckets(self) -> Counter[str]:
         """Number of items in each bucket, by bucket name."""
         return Counter(item.bucket_name for _, item in self.items)
 
 
 def decoding_threads(requested: int | None) -> int:
-    """The number of threads that open and decode media: as requested, else one less than there are processors."""
-    return requested or max((os.cpu_count() or 2) - 1, 1)
+    """The number of threads that open and decode media: as requested, at least 1; else one less than the processors."""
+    return max((os.cpu_count() or 2) - 1, 1) if requested is None else max(requested, 1)
 
 
 def scan_datasets(
@@ -111,7 +124,7 @@ def _scan_dataset(heading: str, settings: DatasetSettings, workers: int, show_pr
             disable=not show_progress,
         ) as progress,
     ):
-        found = tuple(progress)
+        found = list(progress)
     # A source with a problem in the listing (a missing caption, say) is not recorded: it may be usable next time.
     manifest.sources = {
         listed.name: _manifest_entry(scanned, listed)
@@ -125,31 +138,36 @@ def _scan_source(source: Source, settings: DatasetSettings, manifest: Manifest) 
     if source.problem:
         return ScannedSource(source, problem=source.problem)
     try:
-        source, info = _known(source, manifest) or (source, read_media_info(source))
+        source, info = _known(source, manifest)
+        info = info or read_media_info(source)
         plan = plan_items(settings, source.name, info)
     except MediaError as error:
         return ScannedSource(source, problem=str(error))
     except ValueError as error:
         return ScannedSource(source, problem=f"{source.path}: {error}")
     if not plan.items:
-        shortest = min(plan.dropped_targets)
-        problem = f"{source.path}: {info.frames} frames, too short for the smallest of target_frames, {shortest}"
-        return ScannedSource(source, info, plan, problem)
+        return ScannedSource(source, info, plan, _too_short(source, info, plan))
     return ScannedSource(source, info, plan)
 
 
-def _known(source: Source, manifest: Manifest) -> tuple[Source, MediaInfo] | None:
+def _too_short(source: Source, info: MediaInfo, plan: ItemPlan) -> str:
+    shortest = min(plan.dropped_targets)
+    return f"{source.path}: {info.frames} frames, too short for the smallest of target_frames, {shortest}"
+
+
+def _known(source: Source, manifest: Manifest) -> tuple[Source, MediaInfo | None]:
     """What the manifest says of this very file: the source with the modification time that its caches carry, its info.
 
-    None where the manifest does not have the file or the file changed.
+    The info is None where the manifest does not have the file, the file changed, or another version looked at it.
     """
     entry = manifest.sources.get(source.name)
     try:
         if entry and source.is_described_by(entry):
-            return replace(source, mtime_ns=entry["stamp"][1]), MediaInfo.from_json(entry["probe"])
+            info = MediaInfo.from_json(entry["probe"]) if entry["probe"].get(PROBE_KEY) == PROBE_VERSION else None
+            return replace(source, mtime_ns=entry["stamp"][1]), info
     except (KeyError, TypeError, OSError):
         pass
-    return None
+    return source, None
 
 
 def _manifest_entry(scanned: ScannedSource, listed: Source) -> dict[str, Any]:

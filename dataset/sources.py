@@ -41,7 +41,7 @@ class Source:
         kind: "image", "video" or "frames" (a folder of images that is one video).
         listed: the path as the folder or the JSONL file lists it.
         size: bytes of the file, or of all frames together.
-        mtime_ns: modification time, of the newest frame in a folder.
+        mtime_ns: modification time; of a folder, a number that changes with the name, size or time of any frame.
         problem: why the source cannot be used.
         absent: the file does not exist here; it may still have caches that were made on another machine.
     """
@@ -77,12 +77,12 @@ class Source:
 
 
 def file_identity(path: Path, whole: bool = False) -> str:
-    """Hash of a file, or of all files of a folder: sizes and the first and last MiB of each, or all bytes if `whole`.
+    """Hash of a file, or of all frames of a folder: sizes and the first and last MiB of each, or all bytes if `whole`.
 
     Neither path nor modification time count, so media may be moved or copied.
     """
     digest, total = hashlib.blake2b(digest_size=16), 0
-    for file in sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]:
+    for file in sorted(frame_files(path)) if path.is_dir() else [path]:
         size = file.stat().st_size
         total += size
         with open(file, "rb") as stream:
@@ -137,17 +137,31 @@ def cache_names(paths: Sequence[PurePath]) -> list[str]:
 
 
 def _stamp(path: Path) -> tuple[int, int]:
-    """Size and modification time of a file; of a folder, the total size and the newest time of its frames."""
+    """Size and modification time of a file; of a folder, the total size and a number that stands for all frames.
+
+    The newest time would not do: it stays the same when two frames are exchanged.
+    """
     if path.is_dir():
-        stats = [frame.stat() for frame in frame_files(path)]
-        return sum(stat.st_size for stat in stats), max((stat.st_mtime_ns for stat in stats), default=0)
+        stats = [(frame.name, frame.stat()) for frame in frame_files(path)]
+        text = repr([(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats])
+        return sum(stat.st_size for _, stat in stats), int(_short_hash(text), 16)
     stat = path.stat()
     return stat.st_size, stat.st_mtime_ns
 
 
 def frame_files(folder: Path) -> list[Path]:
-    """The frames of a folder that is one video: its images, sorted by name."""
-    return sorted(path for path in folder.iterdir() if path.suffix.lower() in IMAGE_EXTENSIONS)
+    """The frames of a folder that is one video: its images, in natural order; hidden files are no frames.
+
+    Hidden are the `._0001.png` that macOS writes beside each file on foreign drives.
+    """
+    images = (path for path in folder.iterdir() if path.suffix.lower() in IMAGE_EXTENSIONS)
+    return sorted((path for path in images if not path.name.startswith(".")), key=lambda path: natural_key(path.name))
+
+
+def natural_key(name: str) -> tuple[list[str | int], str]:
+    """Sorts names as people count: 2 before 10, whether or not the numbers are padded with zeros."""
+    words = re.split("([0-9]+)", name)  # words and numbers alternate, so that keys can be compared
+    return [int(word) if number % 2 else word for number, word in enumerate(words)], name
 
 
 def _with_caption_file(source: Source, extension: str) -> Source:

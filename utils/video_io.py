@@ -7,6 +7,7 @@ import contextlib
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from fractions import Fraction
+from itertools import islice
 from pathlib import Path
 
 import av
@@ -14,6 +15,7 @@ import numpy as np
 import torch
 from av.container import InputContainer
 from av.filter import Graph
+from av.sidedata.sidedata import Type
 from av.stream import Disposition
 from av.video.stream import VideoStream
 from einops import rearrange
@@ -33,6 +35,8 @@ ENCODER_OPTIONS = {
 COLOR_MATRIX_BT709 = 1  # ITU-T H.273, also for primaries and transfer; what players assume for untagged video
 RANGE_LIMITED = 1
 METADATA_KEY = "comment"
+# Enough for a video larger than 4K; with the usual one per processor, a frame of 4K takes half a gigabyte.
+DECODER_THREADS = 4
 
 
 def to_uint8(pixels: Tensor) -> Tensor:
@@ -82,8 +86,11 @@ def _h264_stream(container: av.container.OutputContainer, rate: Fraction, width:
 
 
 @contextlib.contextmanager
-def opened_video(path: str | Path) -> Iterator[tuple[InputContainer, VideoStream]]:
+def opened_video(path: str | Path, threads: int = DECODER_THREADS) -> Iterator[tuple[InputContainer, VideoStream]]:
     """Opens a file; yields the container and its largest video stream, cover pictures aside.
+
+    Args:
+        threads: of the decoder; each holds a frame or more.
 
     Raises:
         ValueError: the file has no video stream.
@@ -94,13 +101,66 @@ def opened_video(path: str | Path) -> Iterator[tuple[InputContainer, VideoStream
             raise ValueError("no video stream")
         stream = max(streams, key=lambda s: s.codec_context.width * s.codec_context.height)
         stream.thread_type = "AUTO"
+        stream.codec_context.thread_count = threads
         yield container, stream
 
 
+def decoded_frames(container: InputContainer, stream: VideoStream) -> Iterator[av.VideoFrame | None]:
+    """All frames of a stream in the order in which they are shown; None in the place of a damaged one.
+
+    Left out are frames before the first one that is whole: they depend on frames that the file does not contain.
+    """
+    has_begun = False
+    for packet in container.demux(stream):
+        try:
+            frames = packet.decode()
+        except av.error.InvalidDataError:
+            frames = [None]
+        for frame in frames:
+            whole = None if frame is None or frame.is_corrupt else frame
+            has_begun = has_begun or whole is not None
+            if has_begun:
+                yield whole
+
+
+def first_frame(path: str | Path) -> av.VideoFrame | None:
+    """The first frame that is shown; None if there is none."""
+    with opened_video(path, threads=1) as (container, stream):
+        return next(decoded_frames(container, stream), None)
+
+
+def _display_matrix(frame: av.VideoFrame) -> tuple[int, int, int, int]:
+    """(a, b, c, d) of the frame's display matrix: its pixel (x, y) is shown at (a x + c y, b x + d y)."""
+    matrix = frame.side_data.get(Type.DISPLAYMATRIX)
+    if matrix is None:
+        return 1, 0, 0, 1
+    a, b, _, c, d, *_ = np.frombuffer(bytes(matrix), np.int32).tolist()
+    return a, b, c, d
+
+
+def _is_transposed(frame: av.VideoFrame) -> bool:
+    a, b, c, d = _display_matrix(frame)
+    return abs(b) + abs(c) > abs(a) + abs(d)
+
+
+def is_mirrored(frame: av.VideoFrame) -> bool:
+    """Whether the file asks for a mirrored picture, which no rotation gives."""
+    a, b, c, d = _display_matrix(frame)
+    return a * d - b * c < 0
+
+
+def upright_size(frame: av.VideoFrame) -> tuple[int, int]:
+    """(width, height) of the frame as it is shown."""
+    return (frame.height, frame.width) if _is_transposed(frame) else (frame.width, frame.height)
+
+
 def upright_rgb(frame: av.VideoFrame) -> np.ndarray:
-    """The frame as (H, W, 3) uint8 RGB: deinterlaced, and rotated as the file asks for."""
+    """The frame as (H, W, 3) uint8 RGB: deinterlaced, and rotated or mirrored as the file asks for."""
     pixels = (_progressive(frame) if frame.interlaced_frame else frame).to_ndarray(format="rgb24")
-    return np.rot90(pixels, frame.rotation // 90) if frame.rotation else pixels
+    a, b, c, d = _display_matrix(frame)
+    if _is_transposed(frame):
+        pixels, a, d = pixels.swapaxes(0, 1), c, b
+    return pixels[:: -1 if d < 0 else 1, :: -1 if a < 0 else 1]
 
 
 def _progressive(frame: av.VideoFrame) -> av.VideoFrame:
@@ -122,26 +182,34 @@ def read_video(path: str | Path, frames: int | None = None) -> tuple[Tensor, flo
 
 
 def read_frames(path: str | Path, frames: int | None = None) -> tuple[Tensor, float]:
-    """The first `frames` frames (all if None), (F, H, W, 3) uint8, and the frames per second.
+    """The first `frames` frames (all if None), (F, H, W, 3) uint8, and the frames per second. See `iterate_frames`."""
+    rates, arrays = [], []
+    for array, rate in islice(iterate_frames(path), frames):
+        rates.append(rate)
+        arrays.append(torch.from_numpy(np.ascontiguousarray(array)))
+    return torch.stack(arrays), rates[0]
 
-    Rotation stored in the file is applied.
+
+def iterate_frames(path: str | Path) -> Iterator[tuple[np.ndarray, float]]:
+    """Each frame as (H, W, 3) uint8 in the order in which they are shown, with the frames per second of the file.
+
+    Frames are upright, see `upright_rgb`.
 
     Raises:
         UserError: the file cannot be decoded or has no frames.
     """
-    arrays = []
+    index = -1
     try:
         with opened_video(path) as (container, stream):
             rate = float(stream.average_rate or stream.guessed_rate or 0)
-            for frame in container.decode(stream):
-                arrays.append(torch.from_numpy(np.ascontiguousarray(upright_rgb(frame))))
-                if len(arrays) == frames:
-                    break
+            for index, frame in enumerate(decoded_frames(container, stream)):
+                if frame is None:
+                    raise ValueError(f"frame {index} is damaged")
+                yield upright_rgb(frame), rate
     except (av.FFmpegError, OSError, ValueError) as error:
         raise UserError(f"{path}: cannot be read as a video: {one_line(error)}") from None
-    if not arrays:
+    if index < 0:
         raise UserError(f"{path}: this video has no frames")
-    return torch.stack(arrays), rate
 
 
 def save_image(pixels: Tensor, path: str | Path, metadata: Mapping[str, object] | None = None) -> None:

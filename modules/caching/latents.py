@@ -10,11 +10,10 @@ from dataset.config_utils import DatasetConfig
 from dataset.latent_caching import (
     LatentWriter,
     Outcome,
-    Task,
+    Pending,
     check_caches,
     finish,
     members_of_process,
-    plan_tasks,
     prepare_cache_directory,
 )
 from dataset.manifest import save_shares_on_error
@@ -99,7 +98,7 @@ class LatentCaching:
             UserError: out of memory, the disk is full, or all items of a dataset failed.
         """
         outcomes: dict[str, Outcome] = {}
-        tasks: list[Task] = []
+        pending: list[Pending] = []
         shares = []
         with save_shares_on_error(shares, self.rank):
             for dataset in datasets:
@@ -108,10 +107,9 @@ class LatentCaching:
                 shares.append((dataset.manifest, [item.path for _, item in members]))
                 statuses = check_caches(dataset, members, self.provenance, self.options.skip_existing)
                 outcomes[dataset.heading] = Outcome(statuses)
-                pending = [(source, item) for source, item in members if not statuses[item.name].kept]
-                tasks += plan_tasks(dataset, pending, self._batch_size(dataset))
-            if tasks:
-                self.encode(tasks, outcomes)
+                pending += [(dataset, source, item) for source, item in members if not statuses[item.name].kept]
+            if pending:
+                self.encode(pending, outcomes)
         for dataset in datasets:
             finish(dataset, outcomes[dataset.heading], self.rank, self.world_size, self.options.prune)
         if self.rank == 0:
@@ -122,12 +120,20 @@ class LatentCaching:
                 if len(outcome.failures) == len(outcome.statuses) > 0:
                     raise no_usable_item(dataset, list(outcome.failures.values()))
 
-    def encode(self, tasks: Sequence[Task], outcomes: dict[str, Outcome]) -> None:
-        """Loads the VAE, encodes the tasks and writes their caches; failures are added to `outcomes`."""
+    def encode(self, pending: Sequence[Pending], outcomes: dict[str, Outcome]) -> None:
+        """Loads the VAE, encodes the items and writes their caches; failures are added to `outcomes`."""
         if self.options.disable_cudnn_backend:
             torch.backends.cudnn.enabled = False
         dtype = default_dtype(self.vae.vae_dtype, self.device)
         vae = load_vae(self.vae.vae, self.device, dtype)
         vae.configure_memory(self.vae.vae_chunk_size, self.vae.tile_size)
-        writer = LatentWriter(vae, self.device, dtype, self.cache_dtype, self.provenance, self.options.strict)
-        writer.run(tasks, outcomes, decoding_threads(self.options.num_workers), show_progress=self.rank == 0)
+        writer = LatentWriter(
+            vae,
+            self.device,
+            dtype,
+            self.cache_dtype,
+            self.provenance,
+            max_batch_size=self.options.batch_size,
+            strict=self.options.strict,
+        )
+        writer.run(pending, outcomes, decoding_threads(self.options.num_workers), show_progress=self.rank == 0)

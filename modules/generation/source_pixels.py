@@ -1,6 +1,7 @@
 """The video or the image that a generated video starts from."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ from torch import Tensor
 from dataset.media import MediaError, load_image, resize_to_bucket
 from modules.generation.requests import Request
 from utils.errors import UserError
-from utils.video_io import read_frames
+from utils.video_io import iterate_frames
 
 
 def source_pixels(request: Request) -> tuple[Tensor | None, Tensor | None]:
@@ -21,20 +22,20 @@ def source_pixels(request: Request) -> tuple[Tensor | None, Tensor | None]:
         UserError: a file cannot be decoded, or the video is too short.
     """
 
-    def fitted(frames: Sequence[np.ndarray]) -> Tensor:
+    def fitted(frames: Iterable[np.ndarray]) -> Tensor:
         resized = np.stack([resize_to_bucket(frame, (request.width, request.height)) for frame in frames])
         return rearrange(torch.from_numpy(resized), "F H W C -> C F H W").float() / 255
 
     video = image = None
     if request.video_path is not None:
-        frames = read_frames(request.video_path, request.frames)[0].numpy()
-        if len(frames) < request.frames:
-            shorter = (len(frames) - 1) // 4 * 4 + 1
+        # Each frame is resized before the next is decoded: at full size, 129 frames of 4K are 3 GB.
+        video = fitted(frame for frame, _ in islice(iterate_frames(request.video_path), request.frames))
+        found = video.shape[1]
+        if found < request.frames:
             raise UserError(
-                f"{request.video_path}: {len(frames)} frames, --video_length {request.frames} needs more; "
-                f"the longest is {shorter}"
+                f"{request.video_path}: {found} frames, --video_length {request.frames} needs more; "
+                f"the longest is {(found - 1) // 4 * 4 + 1}"
             )
-        video = fitted(frames)
     if request.image_path is not None:
         try:
             image = fitted([load_image(Path(request.image_path))])

@@ -8,8 +8,9 @@ from dataset.buckets import (
     FrameSpan,
     bucket_sizes,
     choose_bucket,
+    kept_by_counting,
+    nearest_in_time,
     resampled_count,
-    resampled_indices,
     resize_crop,
     spans_of_video,
 )
@@ -122,7 +123,7 @@ def test_without_buckets_every_item_gets_the_resolution() -> None:
 @pytest.mark.parametrize("fps", [12, 23.976, 25, 30, 50, 60])
 def test_resampled_frames_are_the_nearest_in_time(fps: float) -> None:
     times = [index / fps for index in range(100)]
-    indices = resampled_indices(times, 24)
+    indices = list(nearest_in_time(zip(times, range(len(times)), strict=True), 24))
     assert len(indices) == resampled_count(times[-1], 24)
     for k, index in enumerate(indices):
         assert abs(times[index] - k / 24) <= 0.5 / fps + 1e-9
@@ -131,10 +132,11 @@ def test_resampled_frames_are_the_nearest_in_time(fps: float) -> None:
 
 def test_resampling_survives_times_rounded_to_milliseconds() -> None:
     times = [round(index / 24, 3) for index in range(24)]  # as in Matroska; the last is 0.958 instead of 0.9583
-    assert resampled_indices(times, 24) == list(range(24))
+    assert list(nearest_in_time(zip(times, range(len(times)), strict=True), 24)) == list(range(24))
 
 
-def test_resampling_a_higher_rate_keeps_as_many_frames_as_counting() -> None:
-    for fps in (25, 30, 50, 60):
-        by_counting = {math.floor(index * 24 / fps) for index in range(200)}
-        assert resampled_count(199 / fps, 24) == len(by_counting)
+def test_a_stated_rate_drops_frames_as_the_reference_tool_does() -> None:
+    assert list(kept_by_counting(range(17), 30, 24)) == [0, 2, 3, 4, 5, 7, 8, 9, 11, 12, 13, 14, 15]
+    assert list(kept_by_counting(range(9), 60, 24)) == [0, 3, 5, 8]
+    assert list(kept_by_counting(range(9), 12, 24)) == list(range(9))
+    assert list(kept_by_counting(range(9), 24, 24)) == list(range(9))

@@ -77,18 +77,6 @@ def test_a_late_clip_is_found_by_seeking(tmp_path: Path) -> None:
     assert numbers(clip(path, 700, 5)) == [number % 256 for number in range(700, 705)]
 
 
-def test_the_timeline_of_a_file_is_read_once_for_all_its_clips(tmp_path: Path, monkeypatch) -> None:
-    path = write_video(tmp_path / "v.mpg", codec="mpeg2video")
-    read_media_info(source(path))
-    opened, open_ = [], av.open
-    monkeypatch.setattr(av, "open", lambda *a, **k: opened.append(a) or open_(*a, **k))
-    for start in (0, 5, 10):
-        assert numbers(clip(path, start, 5)) == list(range(start, start + 5))
-    assert len(opened) == 3
-    write_video(path, frames=7, codec="mpeg2video")
-    assert read_media_info(source(path)).frames == 7
-
-
 @pytest.mark.parametrize("fps", [12, 23.976, 25, 30, 60])
 def test_auto_resamples_constant_rates(tmp_path: Path, fps: float) -> None:
     path = write_video(tmp_path / "v.mp4", frames=60, fps=fps)
@@ -114,7 +102,8 @@ def test_a_stated_rate_counts_frames_and_target_fps_changes_the_grid(tmp_path: P
     path = write_video(tmp_path / "v.mp4", frames=40, fps=24)
     assert numbers(clip(path, 0, 9, source_fps=48)) == [2 * k for k in range(9)]
     assert numbers(clip(path, 0, 9, source_fps=24, target_fps=12)) == [2 * k for k in range(9)]
-    assert numbers(clip(path, 0, 9, source_fps=12)) == [0, 0, 1, 1, 2, 2, 3, 3, 4]
+    assert numbers(clip(path, 0, 9, source_fps=12)) == list(range(9)), "the reference tool repeats no frame"
+    assert numbers(clip(path, 0, 8, source_fps=30)) == [0, 2, 3, 4, 5, 7, 8, 9], "seen in the reference tool"
 
 
 def test_frames_are_taken_as_they_are_without_source_fps(tmp_path: Path) -> None:
@@ -140,7 +129,7 @@ def test_a_folder_of_frames_is_a_video(tmp_path: Path) -> None:
         Image.fromarray(numbered_frame(number)).save(folder / f"{number:04d}.png")
     assert read_media_info(source(folder)).frames == 20
     assert numbers(clip(folder, 3, 13)) == list(range(3, 16))
-    assert numbers(clip(folder, 0, 5, source_fps=12)) == [0, 0, 1, 1, 2]
+    assert numbers(clip(folder, 0, 5, source_fps=48)) == [0, 2, 4, 6, 8]
 
 
 def test_a_cover_picture_is_not_the_video(tmp_path: Path) -> None:

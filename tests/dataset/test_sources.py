@@ -180,7 +180,7 @@ def test_identity_is_of_the_content(tmp_path: Path) -> None:
     assert file_identity(tmp_path / "a") != file_identity(tmp_path / "b")
     folder = tmp_path / "f"
     folder.mkdir()
-    (folder / "x").write_bytes(b"1")
+    (folder / "x.png").write_bytes(b"1")
     before = file_identity(folder)
-    (folder / "y").write_bytes(b"2")
+    (folder / "y.png").write_bytes(b"2")
     assert file_identity(folder) != before

@@ -16,6 +16,7 @@ from tests.media_samples import write_caption, write_image, write_video
 from tests.media_world import ROOT, VIDEO_ITEMS, MediaWorld, counts, write_text_caches
 from tests.platforms import needs_posix
 from utils.errors import UserError
+from utils.video_io import decoded_frames
 
 
 def test_a_full_disk_is_one_line_and_keeps_what_is_cached(media: MediaWorld, monkeypatch) -> None:
@@ -52,20 +53,38 @@ def test_a_cache_directory_that_cannot_be_made_is_one_line(media: MediaWorld) ->
         media.run()
 
 
-def test_a_clip_that_breaks_while_decoding_is_listed_skipped_and_not_trained_on(media: MediaWorld, monkeypatch) -> None:
-    from dataset.video import _decoded as real
-
-    monkeypatch.setattr("dataset.video._decoded", lambda *stream: itertools.islice(real(*stream), 9))
+@pytest.mark.parametrize(("mode", "kept", "others"), [("chunk", 9 + 1, 9 + 1), ("uniform", 6 + 5, 6 + 5)])
+def test_a_video_with_fewer_frames_than_its_packets_promise_is_planned_again(
+    media: MediaWorld, monkeypatch, mode: str, kept: int, others: int
+) -> None:
+    config = media.config.read_text()
+    media.config.write_text(config.replace("'chunk'", f"'{mode}'\nframe_sample = 6"))
+    monkeypatch.setattr(
+        "dataset.media.video.decoded_frames", lambda *stream: itertools.islice(decoded_frames(*stream), 9)
+    )
     output = media.run()
-    assert counts(output)[1] == [VIDEO_ITEMS - 6, 0, 0, 6, 0]  # five single frames and one chunk beyond
-    assert "v.mp4: frame 9 of 14 cannot be decoded" in output
+    assert "planned again" in output and "v.mp4: 14 frames were counted, but 9 are decoded" in output
+    assert counts(output)[1] == [kept + others, 0, 0, 0, 0]
+    assert {name[1:11] for name in media.caches() if name[0] == "v"} == {
+        name[1:11] for name in media.caches() if name[0] == "w"
+    }, "both videos have nine frames now"
     write_text_caches(media)
-    names = TrainingDataset(load_dataset_config(media.config), seed=0).num_items
-    assert names == 3 + VIDEO_ITEMS - 6
+    assert TrainingDataset(load_dataset_config(media.config), seed=0).num_items == 3 + kept + others
 
-    monkeypatch.setattr("dataset.video._decoded", real)
-    assert counts(media.run())[1] == [6, 0, VIDEO_ITEMS - 6, 0, 0]
-    assert not list(media.folder.glob("c2/hv_failures*"))
+    monkeypatch.setattr("av.open", lambda *a, **k: pytest.fail("a video was opened"))
+    assert counts(media.run())[1] == [0, 0, kept + others, 0, 0]
+
+
+def test_damage_in_the_middle_costs_only_the_clips_that_show_it(media: MediaWorld) -> None:
+    (media.videos / "v.mp4").unlink()
+    path = write_video(media.videos / "v.mov", frames=12, size=(64, 32), codec="png", pix_fmt="rgb24")
+    data = path.read_bytes().split(b"\x89PNG")  # data[0] stands before the first frame
+    data[1 + 6] = bytes(len(data[1 + 6]))
+    path.write_bytes(b"\x89PNG".join(data))
+    (media.videos / "v.txt").write_text("a caption")
+    output = media.run()
+    assert re.search(r"skipped: .*v\.mov: frame 6 is damaged", output)
+    assert counts(output)[1] == [11 + 1 + 10, 0, 0, 2, 0]
 
 
 def test_values_that_are_not_finite_are_listed_and_never_written(media: MediaWorld, monkeypatch) -> None:
