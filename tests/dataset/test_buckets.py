@@ -107,6 +107,36 @@ def test_buckets_and_crops_follow_the_reference_rule(resolution: tuple[int, int]
         assert crop.top == (crop.resized[1] - expected[1]) // 2 >= 0
 
 
+def test_the_buckets_of_64_by_64_pixels() -> None:
+    """Area 4096: 4096 / 32 = 128, 4096 / 48 = 85 and 4096 / 64 = 64, rounded down to multiples of 16."""
+    assert bucket_sizes((64, 64)) == ((32, 128), (48, 80), (64, 64), (80, 48), (128, 32))
+
+
+@pytest.mark.parametrize(
+    ("size", "bucket"),
+    [
+        # 2.6 is 0.93 from 80/48 and 1.4 from 128/32; by the logarithm it would be nearer to 128/32.
+        ((260, 100), (80, 48)),
+        # 0.4 is 0.2 from 48/80 and 0.15 from 32/128; by the logarithm it would be nearer to 48/80.
+        ((100, 250), (32, 128)),
+        ((500, 500), (64, 64)),
+        ((1000, 100), (128, 32)),
+    ],
+)
+def test_the_bucket_is_the_one_with_the_nearest_ratio(size: tuple[int, int], bucket: tuple[int, int]) -> None:
+    assert choose_bucket(size, settings(resolution=[64, 64], enable_bucket=True)) == bucket
+
+
+@pytest.mark.parametrize(
+    ("size", "resized", "corner"),
+    # Into 80 x 48: twice the size and 20 of 100 columns cut off; half the size and 33 of 81 rows, 16 of them above.
+    [((50, 24), (100, 48), (10, 0)), ((160, 162), (80, 81), (0, 16)), ((40, 24), (80, 48), (0, 0))],
+)
+def test_crops_by_hand(size: tuple[int, int], resized: tuple[int, int], corner: tuple[int, int]) -> None:
+    crop = resize_crop(size, (80, 48))
+    assert (crop.resized, (crop.left, crop.top)) == (resized, corner)
+
+
 def test_no_upscale_keeps_small_items_at_their_own_size() -> None:
     chosen = settings(resolution=[512, 512], enable_bucket=True, bucket_no_upscale=True)
     assert choose_bucket((300, 200), chosen) == (288, 192)

@@ -1,9 +1,10 @@
 """Batches from caches: order, repeats, workers, missing and outdated caches, and files that are not items."""
 
+import dataclasses
 import os
 import pickle
 import shutil
-from collections import Counter
+from collections import Counter, defaultdict
 from pathlib import Path
 
 import pytest
@@ -112,6 +113,46 @@ def test_order_is_a_function_of_seed_and_epoch(config: DatasetConfig) -> None:
     assert epoch_names(TrainingDataset(config, seed=2)) != [passes[0]]
     one.set_epoch(1)
     assert one[4].names == passes[1][4] == one.names_of(4) == two.batch_of(1, 4).names
+
+
+def test_the_order_of_an_epoch_is_frozen(config: DatasetConfig) -> None:
+    """A resumed run of a later version goes on with the same batches. Items of one bucket are not in sequence."""
+    short = {"images": "i", "videos": "v", "_00000-001": ".1", "_00000-013": ".13"}
+    found = []
+    for batches in epoch_names(TrainingDataset(config, seed=1), epochs=2):
+        text = ", ".join(" ".join(names) for names in batches)
+        for long in short:
+            text = text.replace(long, short[long])
+        found.append(text)
+    assert found == [
+        "i1 i4, i3 i3, i5 i1, i6 i3, i6, v2.13 v1.13, i2 i4, v2.1 v1.1, "
+        "v3.1 v0.1, i2 i5, i5 i2, i6 i0, i1 i4, v0.13 v3.13, i0 i0",
+        "i2 i2, i3 i0, i4 i5, i0, i4 i4, i5 i1, i0 i6, v1.13 v2.13, "
+        "v0.13 v3.13, i3 i6, i5 i2, i3 i6, v3.1 v0.1, i1 i1, v1.1 v2.1",
+    ]
+
+
+def test_datasets_of_the_same_items_have_orders_of_their_own(config: DatasetConfig) -> None:
+    """The number of the dataset belongs to the seed of the order."""
+    twice = dataclasses.replace(config, datasets=config.datasets[:1] * 2)
+    dataset = TrainingDataset(twice, seed=1)
+    orders = defaultdict(list)
+    for number, items in dataset._batches(0):
+        bucket = dataset._buckets[number]
+        orders[bucket.name].append((bucket.dataset, [item.name for item in items]))
+    for batches in orders.values():
+        first, second = ([names for number, names in batches if number == each] for each in (0, 1))
+        assert sorted(first) != sorted(second)
+
+
+def test_names_alone_decide_what_is_held_out(config: DatasetConfig) -> None:
+    """Not their place in the alphabet: new files would move it."""
+    held_out = TrainingDataset(config, seed=1, subset="validation", validation_split=0.3)
+    assert sorted({name.split("_")[0] for names in epoch_names(held_out)[0] for name in names}) == [
+        "images0",
+        "images2",
+        "videos3",
+    ]
 
 
 @pytest.mark.parametrize(("workers", "persistent"), [(2, True)])
@@ -255,6 +296,14 @@ def test_description_and_largest_batch(config: DatasetConfig) -> None:
     assert batch.bucket.endswith("x13") and len(batch.names) == 2
     # The worst case for memory: one caption of the maximum length beside a shorter one.
     assert batch.text_mask.sum(1).tolist() == [256, 255]
+
+
+def test_the_largest_batch_has_the_most_latents_of_all_its_items(config: DatasetConfig) -> None:
+    """Two clips of 4 latent frames are 8 frames; in batches of 9, the nine images of a bucket are more."""
+    large = config.path.read_text().replace("num_repeats = 3", "num_repeats = 3\nbatch_size = 9")
+    config.path.write_text(large)
+    batch = TrainingDataset(load_dataset_config(config.path), seed=1).largest_batch()
+    assert batch.bucket.endswith("x1") and len(batch.names) == 9
 
 
 def test_a_caption_that_came_after_the_latents_is_not_forgotten(tmp_path: Path) -> None:

@@ -105,6 +105,37 @@ def test_equals_diffusers_pipeline(model, cfg_scale, split):
     assert (ours - theirs).norm() <= 1e-4 * theirs.norm()
 
 
+def test_video_to_video_equals_diffusers_pipeline_from_the_same_sigma(model):
+    """Half of 6 steps: diffusers is given the last three sigmas, and the source with noise at the first of them."""
+    request = dataclasses.replace(REQUEST, flow_shift=3.0, strength=0.5)
+    positive, source = encoded(1, 11), torch.randn(1, 16, 3, 6, 4)
+    ours = sample_latents(model, request, positive, device=CPU, source=source)
+    sigmas = [3 * s / (1 + 2 * s) for s in (3 / 6, 2 / 6, 1 / 6)]
+    noise = initial_noise(latent_shape(request, 16), request.seed)
+    theirs = diffusers_pipeline(model, shift=1.0)(
+        height=request.height,
+        width=request.width,
+        num_frames=request.frames,
+        sigmas=sigmas,
+        guidance_scale=request.guidance,
+        latents=(1 - sigmas[0]) * source + sigmas[0] * noise,
+        prompt_embeds=positive.text_states,
+        prompt_attention_mask=positive.text_mask,
+        pooled_prompt_embeds=positive.text_states_2,
+        output_type="latent",
+        return_dict=False,
+    )[0]
+    assert (ours - theirs).norm() <= 1e-4 * theirs.norm()
+    assert (ours - sample_latents(model, request, positive, device=CPU)).norm() > 0.1 * theirs.norm()
+
+
+def test_the_noise_of_a_seed_is_frozen():
+    """The first and the last channel, in the first and in the second latent frame."""
+    noise = initial_noise((1, 16, 2, 2, 2), 5)
+    assert noise[0, 0, 0].flatten().tolist() == pytest.approx([1.8423299, 0.5188872, -1.7119213, -1.7013793], abs=1e-5)
+    assert noise[0, 15, 1].flatten().tolist() == pytest.approx([0.3639821, -0.3012481, -1.6497084, 0.0286545], abs=1e-5)
+
+
 def test_same_seed_same_latents_and_another_seed_others(model):
     first, second = (sample_latents(model, REQUEST, encoded(1, 11), device=CPU) for _ in range(2))
     assert torch.equal(first, second)

@@ -17,6 +17,7 @@ from modules.memory.measure import add_step_cache_memory, estimate_vae, measure_
 from modules.memory.meter import BlockUsage, MemoryMeter, ModelUsage, nbytes
 from modules.memory.plan import (
     GIB,
+    MOMENTS_8BIT,
     MemoryPlan,
     Prediction,
     Settings,
@@ -118,6 +119,21 @@ def test_the_largest_tile_predicts_the_memory_of_all(shape: tuple) -> None:
     config = VaeConfig(block_out_channels=(4, 4, 4, 4), layers_per_block=1, norm_num_groups=4)
     used = measure_vae(config, shape, torch.float32, None, 32)
     assert estimate_vae(config, shape, torch.float32, None, 32) == pytest.approx(used, rel=0.1)
+
+
+def test_the_sum_of_a_prediction_by_hand() -> None:
+    """Four blocks of 3 GiB, of which two are swapped, with two buffers for the larger of these."""
+    sizes = (3, 1, 3, 5)
+    blocks = tuple(BlockUsage(size * GIB, GIB, 2 * GIB, size * GIB // 2, (GIB, GIB)) for size in sizes)
+    predicted = predict(ModelUsage(blocks, 7 * GIB, 2 * GIB), swapped=[1, 2], trained=1000, moments=8)
+    assert predicted.weights == (7 + 12 + 4 - 4 + 2 * 3) * GIB
+    assert predicted.trained == 16_000  # float32 weight, gradient and two moments
+    assert predicted.saved == (2 + 8) * GIB and predicted.working == 5 * GIB // 2 and predicted.swapped == 4 * GIB
+    assert predicted.device == pytest.approx(1.05 * predicted.tensors + 0.7 * GIB, abs=1)
+    alone = predict(ModelUsage(blocks, 7 * GIB, 2 * GIB), swapped=[2], ring_size=2)
+    assert alone.weights == (7 + 12 + 4 - 3 + 3) * GIB  # one block needs one buffer
+    assert predict(ModelUsage(blocks, 7 * GIB, 2 * GIB), offload=True).saved == (2 + 2) * GIB
+    assert predict(ModelUsage(blocks, 7 * GIB, 2 * GIB), trained=1000, moments=MOMENTS_8BIT).trained == 10_000
 
 
 def test_the_fastest_that_fits() -> None:

@@ -77,6 +77,56 @@ def test_schedule_is_its_formula_after_a_linear_warm_up(name: str) -> None:
     assert rates(options) == pytest.approx(expected, abs=1e-6)
 
 
+# Each rate of a run of ten steps, as a share of --learning_rate, with a warm-up of two steps where there is one.
+TEN_STEPS = {
+    "constant": ({}, [1] * 10),
+    "piecewise_constant": (
+        {"lr_scheduler_args": ["step_rules='1:3,0.1:7,0.01'"]},
+        [1, 1, 1, 0.1, 0.1, 0.1, 0.1, 0.01, 0.01, 0.01],
+    ),
+    "rex": (
+        {"lr_scheduler_min_lr_ratio": 0.2},
+        [0, 0.5, 1, 0.9887, 0.9742, 0.9547, 0.9273, 0.8857, 0.8154, 0.6706],
+    ),
+    "constant_with_warmup": ({}, [0, 0.5, 1, 1, 1, 1, 1, 1, 1, 1]),
+    "linear": ({}, [0, 0.5, 1, 0.875, 0.75, 0.625, 0.5, 0.375, 0.25, 0.125]),
+    "cosine": ({}, [0, 0.5, 1, 0.9619, 0.8536, 0.6913, 0.5, 0.3087, 0.1464, 0.0381]),
+    "cosine_with_restarts": (
+        {"lr_scheduler_num_cycles": 2},
+        [0, 0.5, 1, 0.8536, 0.5, 0.1464, 1, 0.8536, 0.5, 0.1464],
+    ),
+    "cosine_with_min_lr": (
+        {"lr_scheduler_min_lr_ratio": 0.2},
+        [0, 0.5, 1, 0.9696, 0.8828, 0.7531, 0.6, 0.4469, 0.3172, 0.2304],
+    ),
+    # This one counts its steps from 1.
+    "cosine_warmup_with_min_lr": (
+        {"lr_scheduler_min_lr_ratio": 0.2},
+        [0.5, 1, 0.9696, 0.8828, 0.7531, 0.6, 0.4469, 0.3172, 0.2304, 0.2],
+    ),
+    "polynomial": (
+        {"lr_scheduler_power": 2.0},
+        [0, 0.5, 1, 0.7656, 0.5625, 0.3906, 0.25, 0.1406, 0.0625, 0.0156],
+    ),
+    "inverse_sqrt": (
+        {"lr_scheduler_timescale": 4},
+        [0, 0.5, 1, 0.8944, 0.8165, 0.7559, 0.7071, 0.6667, 0.6325, 0.603],
+    ),
+    "warmup_stable_decay": (
+        {"lr_scheduler_min_lr_ratio": 0.2, "lr_decay_steps": Steps(4)},
+        [0.2, 0.6, 1, 1, 1, 1, 1, 0.8828, 0.6, 0.3172],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", [name for name in SCHEDULES if name != "adafactor"])
+def test_the_rates_of_ten_steps(name: str) -> None:
+    settings, expected = TEN_STEPS[name]
+    warmup = Steps(0 if name in ("constant", "piecewise_constant") else 2)
+    options = SchedulerOptions(lr_scheduler=name, lr_warmup_steps=warmup, **settings)
+    assert rates(options, 10, 10) == pytest.approx(expected, abs=5e-5)
+
+
 def test_piecewise_constant_is_that_of_diffusers() -> None:
     rules = "1:10,0.1:20,0.01:25,0.005"
     optimizer = sgd()
