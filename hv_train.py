@@ -24,12 +24,10 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     from modules.memory.plan import explain_out_of_memory
     from modules.memory.training import print_weight_memory
-    from modules.training import full_model
-    from modules.training.previews import create_previewer
-    from modules.training.setup import check_choices, set_up
+    from modules.training import full_model, setup
 
-    check_choices(options)
-    run = set_up(options, state)
+    setup.check_choices(options)
+    run = setup.set_up(options, state)
     if run.options.tuning.full_fp16:
         run.accelerator.scaler = full_model.HalfGradScaler()
     shapes = full_model.dit_shapes(run)
@@ -43,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     run.open_outputs()
     with explain_out_of_memory("while the models are loaded", SAVE_MEMORY):
-        previewer = create_previewer(run.options, requests, run.accelerator, run.progress.seed)
+        previewer = run.create_previewer(requests)
         dit = full_model.load_model(run, names)
         trainer = run.build_trainer(dit, full_model.select_trained(run, dit, names), previewer)
     with trainer.log, trainer.requests:

@@ -17,7 +17,7 @@ from modules.memory import plan as planner
 from modules.memory.measure import measure_dit
 from modules.memory.meter import ModelUsage
 from modules.training.distributed import least_of_processes
-from modules.training.network import OWN_MODULES, trial_network
+from modules.training.network import OWN_MODULES, create_trial_network
 from modules.training.optimizers import try_optimizer
 from modules.training.options import FullTrainerOptions, LoraTrainerOptions
 from modules.training.setup import TrainingSetup
@@ -92,7 +92,7 @@ def apply_for_measuring(
     Args:
         device: where training will run.
     """
-    network = trial_network(options, module, dit) if module.__name__ in OWN_MODULES else None
+    network = create_trial_network(module, dit, options.network) if module.__name__ in OWN_MODULES else None
     if network is not None:
         network.apply_to([], dit, False, True)
     swapped = bool(options.swap.blocks_to_swap)

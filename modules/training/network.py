@@ -23,7 +23,7 @@ from hunyuan_model.models import HunyuanVideoConfig, HYVideoDiffusionTransformer
 from modules.blocks.activation_checkpointing import apply_activation_checkpointing
 from modules.blocks.compilation import compile_blocks, require_backend
 from modules.training import setup
-from modules.training.options import LoraTrainerOptions
+from modules.training.options import LoraTrainerOptions, NetworkOptions
 from modules.training.setup import TrainingSetup
 from modules.training.state import check_tensors
 from networks.files.format_table import FORMATS
@@ -60,25 +60,18 @@ def _creator(module: ModuleType, ending: str = "") -> Any:
     return next((getattr(module, name) for name in names if hasattr(module, name)), None)
 
 
-def create_network(
-    module: ModuleType,
-    dit: nn.Module,
-    dim: int | None,
-    alpha: float,
-    dropout: float | None,
-    arguments: Mapping[str, str],
-) -> nn.Module:
-    """A new network for the DiT.
+def create_network(module: ModuleType, dit: nn.Module, options: NetworkOptions) -> nn.Module:
+    """A new network for the DiT, with the rank, alpha, dropout and arguments of the options.
 
     Raises:
         UserError: an argument that another option or the trainer sets, or that the module refuses.
     """
     creator = _creator(module)
     ours = list(inspect.signature(creator).parameters)[:6]
-    options = {"network_dim": "--network_dim", "network_alpha": "--network_alpha"}
-    taken = dict.fromkeys(ours, "the trainer") | options | {"neuron_dropout": "--network_dropout"}
-    refuse_taken(arguments, "--network_args", taken)
-    return creator(1.0, dim, alpha, None, [], dit, neuron_dropout=dropout, **arguments)
+    flags = {name: f"--{name}" for name in ("network_dim", "network_alpha")} | {"neuron_dropout": "--network_dropout"}
+    refuse_taken(options.arguments, "--network_args", dict.fromkeys(ours, "the trainer") | flags)
+    dim, alpha, dropout = options.network_dim, options.network_alpha, options.network_dropout
+    return creator(1.0, dim, alpha, None, [], dit, neuron_dropout=dropout, **options.arguments)
 
 
 def create_network_from_weights(module: ModuleType, dit: nn.Module, weights: Mapping[str, Tensor]) -> nn.Module:
@@ -221,22 +214,14 @@ def trained_shapes(
         tensors = load_native(options.network.network_weights)
         return {name: tensor.shape for name, tensor in tensors.items() if not name.endswith(".alpha")}
     with torch.device("meta"):
-        network = trial_network(options, module, HYVideoDiffusionTransformer(config))
+        network = create_trial_network(module, HYVideoDiffusionTransformer(config), options.network)
     return {name: parameter.shape for name, parameter in network.named_parameters()}
 
 
-def new_network(options: LoraTrainerOptions, module: ModuleType, dit: nn.Module) -> nn.Module:
-    """A new network with the rank, alpha, dropout and arguments of the options."""
-    network = options.network
-    return create_network(
-        module, dit, network.network_dim, network.network_alpha, network.network_dropout, network.arguments
-    )
-
-
-def trial_network(options: LoraTrainerOptions, module: ModuleType, dit: nn.Module) -> nn.Module:
-    """As `new_network`, without what the module prints."""
+def create_trial_network(module: ModuleType, dit: nn.Module, options: NetworkOptions) -> nn.Module:
+    """Like `create_network`, but nothing that the module prints is shown."""
     with contextlib.redirect_stdout(io.StringIO()):
-        return new_network(options, module, dit)
+        return create_network(module, dit, options)
 
 
 def load_model(run: TrainingSetup[LoraTrainerOptions]) -> HYVideoDiffusionTransformer:
@@ -265,7 +250,7 @@ def apply_network(
     if options.network.dim_from_weights:
         network = create_network_from_weights(module, dit, load_native(options.network.network_weights))
     else:
-        network = new_network(options, module, dit)
+        network = create_network(module, dit, options.network)
     trained = TrainedNetwork(network, dit, device, options)
     if options.network.network_weights is not None:
         network.load_weights(str(options.network.network_weights))

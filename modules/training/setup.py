@@ -7,6 +7,7 @@ import random
 import sys
 import time
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -22,13 +23,14 @@ from dataset.training_items import cached_items
 from hunyuan_model import attention, checkpoints
 from hunyuan_model.checkpoints.identification import CLIP, LLM, VAE, identify
 from hunyuan_model.models import HunyuanVideoConfig, HYVideoDiffusionTransformer
+from modules.generation.requests import Request
 from modules.training.denoiser import Denoiser, Trained
 from modules.training.files import HuggingFaceOptions
 from modules.training.log import TrainingLog
 from modules.training.loop import Trainer
 from modules.training.optimizers import create_optimizer, optimizer_class
 from modules.training.options import LogOptions, TrainerOptions
-from modules.training.previews import Previewer
+from modules.training.previews import Previewer, create_previewer
 from modules.training.saver import CheckpointSaver, Uploader
 from modules.training.schedulers import create_scheduler, scheduler_class
 from modules.training.state import Progress, load_state, resumed_options
@@ -100,6 +102,10 @@ class TrainingSetup(Generic[Options]):
             options.files.remove_leftovers()
         start_trackers(self.accelerator, options.log, self.settings)
 
+    def create_previewer(self, requests: Sequence[Request]) -> Previewer | None:
+        """Encodes the prompts and loads the VAE; call it before the DiT is loaded. None without requests."""
+        return create_previewer(self.options, requests, self.accelerator, self.progress.seed)
+
     def build_trainer(self, dit: HYVideoDiffusionTransformer, trained: Trained, previewer: Previewer | None) -> Trainer:
         """The trainer of a loaded model, at the step of the run's state if there is one."""
         options, accelerator, progress, plan = self.options, self.accelerator, self.progress, self.plan
@@ -124,15 +130,17 @@ class TrainingSetup(Generic[Options]):
             progress,
             self.train_set,
             self.validation_set,
-            Denoiser(dit, guidance, accelerator.device, split_batches),
-            trained,
-            optimizer,
-            scheduler,
-            batch_loader(self.train_set, plan, accelerator.process_index, progress.step, workers),
-            TrainingLog(options.files, accelerator, progress, plan.total_steps),
-            CheckpointSaver(options, accelerator, plan, progress, self.train_set, trained, stateful, self.uploader),
-            StopRequests(options.save.output_dir, accelerator.is_main_process),
-            previewer,
+            denoiser=Denoiser(dit, guidance, accelerator.device, split_batches),
+            trained=trained,
+            optimizer=optimizer,
+            scheduler=scheduler,
+            loader=batch_loader(self.train_set, plan, accelerator.process_index, progress.step, workers),
+            log=TrainingLog(options.files, accelerator, progress, plan.total_steps),
+            saver=CheckpointSaver(
+                options, accelerator, plan, progress, self.train_set, trained, stateful, self.uploader
+            ),
+            requests=StopRequests(options.save.output_dir, accelerator.is_main_process),
+            previewer=previewer,
         )
 
     def _remember_arithmetic(self) -> None:
