@@ -16,7 +16,7 @@ from modules.blocks.activation_checkpointing import apply_activation_checkpointi
 from modules.memory import plan as planner
 from modules.memory.measure import measure_dit
 from modules.memory.meter import ModelUsage
-from modules.training.distributed import least_of_processes
+from modules.training.distributed import min_over_processes
 from modules.training.network import OWN_MODULES, create_trial_network
 from modules.training.optimizers import try_optimizer
 from modules.training.options import FullTrainerOptions, LoraTrainerOptions
@@ -63,9 +63,9 @@ def plan_memory(run: TrainingSetup[LoraTrainerOptions], module: ModuleType, trai
     policy, swap = options.checkpointing.policy, options.swap.blocks_to_swap
     settings = planner.Settings(options.memory.fp8_base, policy or "none", swap or 0)
     ordered = planner.candidate_settings(max_blocks_to_swap(*depths, training=True), settings.fp8, policy, swap)
-    free, main_memory = planner.free_device_memory(accelerator.device), least_of_processes(planner.free_main_memory())
+    free, main_memory = planner.free_device_memory(accelerator.device), min_over_processes(planner.free_main_memory())
     if free is not None:
-        free = least_of_processes(free)
+        free = min_over_processes(free)
     limit = planner.memory_limit(options.memory.vram_gb, free)
     if limit is not None:
         settings = planner.fastest_that_fits(ordered, limit, predicted, host_limit=main_memory)

@@ -22,7 +22,7 @@ from utils.device_utils import DTYPES
 from utils.errors import UserError
 from utils.safetensors_utils import streamed_file
 
-EXAMPLES = 4
+SHOWN_NAMES = 4
 
 
 def trained_names(names: Sequence[str], parts: Sequence[str]) -> set[str]:
@@ -33,7 +33,7 @@ def trained_names(names: Sequence[str], parts: Sequence[str]) -> set[str]:
     """
     for part in parts:
         if not any(part in name for name in names):
-            found = ", ".join(names[:: max(len(names) // EXAMPLES, 1)][:EXAMPLES])
+            found = ", ".join(names[:: max(len(names) // SHOWN_NAMES, 1)][:SHOWN_NAMES])
             raise UserError(f"--trainable_modules {part}: no parameter has this in its name; there are {found}, ...")
     return {name for name in names if any(part in name for part in parts)}
 
