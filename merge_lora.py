@@ -19,9 +19,7 @@ class MergeOptions:
     """merging"""
 
     dit: Path = option(help="DiT checkpoint in any layout, also fp8", path="any")
-    dit_in_channels: int | None = option(
-        None, help="input channels that the checkpoint must have; never needed", minimum=1
-    )
+    dit_in_channels: int | None = option(None, help="input channels of the DiT; must agree with the file", minimum=1)
     lora_weight: list[Path] = option([], help="LoRA, LoHa or LoKr files in any format", path="file")
     lora_multiplier: list[float] = option([], help="one per --lora_weight, or one for all; 1.0 when omitted")
     save_merged_model: Path = option(help="file to write (.safetensors)")

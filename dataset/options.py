@@ -16,7 +16,7 @@ class CachingOptions:
     dataset_config: Path = option(help="dataset config, a .toml or .json file", path="file")
     batch_size: int | None = option(None, help="upper limit for each dataset's batch_size while encoding", minimum=1)
     num_workers: int | None = option(
-        None, help="threads that decode media; one less than there are processors when unset", minimum=0
+        None, help="threads that decode media; when unset, the number of processors minus one", minimum=0
     )
     skip_existing: bool = option(
         False, help="keep every cache file that is complete, without checking whether media, captions or models changed"

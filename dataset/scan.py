@@ -63,7 +63,7 @@ class ScannedDataset:
 
 
 def decoding_threads(requested: int | None) -> int:
-    """The number of threads that open and decode media: as requested, else one less than there are processors."""
+    """The number of threads that open and decode media: as requested, else the number of processors minus one."""
     return requested or max((os.cpu_count() or 2) - 1, 1)
 
 
@@ -139,9 +139,9 @@ def _scan_source(source: Source, settings: DatasetSettings, manifest: Manifest) 
 
 
 def _known(source: Source, manifest: Manifest) -> tuple[Source, MediaInfo] | None:
-    """What the manifest says of this very file: the source with the modification time that its caches carry, its info.
+    """The source and its media info from the manifest; None if the manifest lacks the file or the file has changed.
 
-    None where the manifest does not have the file or the file changed.
+    The returned source has the modification time that its caches record.
     """
     entry = manifest.sources.get(source.name)
     try:

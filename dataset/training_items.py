@@ -33,7 +33,7 @@ class TrainingItem:
 
 @dataclass
 class CachedItems:
-    """What a look at the caches of a dataset found.
+    """The result of checking the caches of a dataset.
 
     Attributes:
         items: those whose caches can be used.

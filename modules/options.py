@@ -8,9 +8,9 @@ from utils.cli import option
 from utils.dtype_names import DTYPE_NAMES
 from utils.errors import UserError
 
-# of torch.compile
+# The values of --compile_mode.
 COMPILE_MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
-# what helps full fine-tuning
+# The advice when full fine-tuning runs out of memory.
 SAVE_MEMORY = "give --gradient_checkpointing, --full_bf16, --optimizer_type adafactor or fewer --trainable_modules"
 
 

@@ -8,8 +8,8 @@
     vae, run = parse_options("Caches latents.", VaeOptions, RunOptions)
 
 A field's annotation sets the type: `bool` is a flag, `list[T]` takes any number of values, `tuple[T, T]` exactly two.
-A `Path` loses invisible characters and, with `path=`, must exist. Any other class is called with the text; it raises
-ValueError for a wrong one, and its class attribute `expected` describes a right one.
+A `Path` loses invisible characters and, with `path=`, must exist. Any other class is called with the text. It raises
+ValueError if the text is wrong, and its class attribute `expected` describes a correct text.
 
 `--config_file FILE.toml` gives the same options from a file. They are checked in the same way; the command line wins.
 Nothing heavy is imported here, so that --help and error messages appear at once.

@@ -10,7 +10,7 @@ from pathlib import Path
 from utils.errors import UserError, one_line
 
 TEMPORARY_SUFFIX = ".partial"
-REPLACED = "old"  # stands where the process id stands in a temporary name: a folder that is being replaced
+REPLACED = "old"  # takes the place of the process id in the temporary name of a folder that is being replaced
 # Invisible characters that editors and file managers add: byte-order mark, zero-width space, bidirectional marks.
 # The zero-width joiners U+200C and U+200D stay: Persian and Indic words and emoji need them.
 INVISIBLE_CHARACTERS = dict.fromkeys([0xFEFF, 0x200B, 0x200E, 0x200F, *range(0x202A, 0x202F), *range(0x2066, 0x206A)])

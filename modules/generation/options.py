@@ -32,8 +32,8 @@ class PromptOptions:
     )
     from_file: Path | None = option(
         None,
-        help="file of prompts (.txt, .toml, .json; a line is like `A cat --w 960 --h 544 --f 49 --d 42`), of which "
-        "finished ones are skipped; or an .mp4, .png or latent .safetensors of this script, to make it again",
+        help="prompt file (.txt, .toml, .json; a line is like `A cat --w 960 --h 544 --f 49 --d 42`); videos that are "
+        "finished are skipped; or an .mp4, .png or latent .safetensors of this script, to make its video again",
         path="file",
     )
     interactive: bool = option(False, help="read prompts from the terminal one by one; all models stay loaded")
@@ -130,7 +130,7 @@ class LoraOptions:
             )
 
     def merged(self) -> list[tuple[Path, float]]:
-        """The LoRA files to merge, with multipliers. With --compare none: there they compute beside the weights."""
+        """The LoRA files to merge, with multipliers. None with --compare, where LoRAs compute beside the weights."""
         if self.compare:
             return []
         multipliers = self.lora_multiplier or [1.0]
