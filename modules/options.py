@@ -68,21 +68,26 @@ class TextEncoderOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
-class DitFileOptions:
+class DitOptions:
     """DiT"""
 
     dit: Path | None = option(
         None, help="DiT: official .pt, .safetensors (official, ComfyUI or fp8) or diffusers folder", path="any"
     )
+    dit_dtype: str | None = option(
+        None, help="dtype of the DiT; unset: bfloat16 on a GPU, float32 on a CPU", choices=DTYPE_NAMES
+    )
     dit_in_channels: int | None = option(None, help="input channels of the DiT; must agree with the file", minimum=1)
 
 
 @dataclass(frozen=True, kw_only=True)
-class DitOptions(DitFileOptions):
+class FullDitOptions(DitOptions):
     """DiT"""
 
     dit_dtype: str | None = option(
-        None, help="dtype of the DiT; unset: bfloat16 on a GPU, float32 on a CPU", choices=DTYPE_NAMES
+        None,
+        help="dtype of saved checkpoints and of frozen weights; unset: that of the trained weights",
+        choices=DTYPE_NAMES,
     )
 
 
@@ -99,14 +104,7 @@ class CompileOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
-class EmbedderOffloadOptions:
-    """block swap"""
-
-    img_in_txt_in_offloading: bool = option(False, help="keep the image and text embedders in main memory")
-
-
-@dataclass(frozen=True, kw_only=True)
-class BlockSwapOptions(EmbedderOffloadOptions):
+class BlockSwapOptions:
     """block swap"""
 
     blocks_to_swap: int | None = option(
@@ -117,13 +115,15 @@ class BlockSwapOptions(EmbedderOffloadOptions):
         help="pin the memory of swapped blocks on Windows too, where pinned memory counts as GPU memory; "
         "other systems always pin it",
     )
+    img_in_txt_in_offloading: bool = option(False, help="keep the image and text embedders in main memory")
 
 
 @dataclass(frozen=True, kw_only=True)
-class FullSwapOptions(EmbedderOffloadOptions):
+class FullSwapOptions(BlockSwapOptions):
     """block swap"""
 
     blocks_to_swap: int | None = option(None, help="refused: trained blocks cannot be swapped", minimum=0)
+    use_pinned_memory_for_block_swap: bool = False  # hv_train.py does not have this option
 
     def __post_init__(self) -> None:
         if self.blocks_to_swap:

@@ -128,8 +128,7 @@ def print_weight_memory(
     Raises:
         UserError: the optimizer does not work with the dtype of the trained weights.
     """
-    tuning = run.options.tuning
-    trained, frozen = DTYPES[tuning.trained_dtype], DTYPES[tuning.saved_dtype]
+    trained, frozen = DTYPES[run.options.tuning.trained_dtype], DTYPES[run.options.saved_dtype]
     state_bytes = try_optimizer(run.options.optimizer, trained, run.accelerator.device)
     total, count = sum(map(math.prod, shapes.values())), sum(math.prod(shapes[name]) for name in names)
     rows = [

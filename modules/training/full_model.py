@@ -166,9 +166,9 @@ def check_dtypes(options: FullTrainerOptions, autocast: str, has_frozen: bool) -
         raise UserError("--full_fp16 needs --mixed_precision fp16, whose scaled loss keeps gradients from vanishing")
     if trained == "bfloat16" and autocast == "fp16":
         raise UserError("--full_bf16 and --mixed_precision fp16 contradict each other; give bf16 or no")
-    if has_frozen and autocast == "no" and DTYPES[options.tuning.saved_dtype] != DTYPES[trained]:
+    if has_frozen and autocast == "no" and DTYPES[options.saved_dtype] != DTYPES[trained]:
         raise UserError(
-            f"--dit_dtype {options.tuning.dit_dtype}: the trained weights are {trained}; give --mixed_precision bf16, "
+            f"--dit_dtype {options.dit.dit_dtype}: the trained weights are {trained}; give --mixed_precision bf16, "
             "with which both compute together"
         )
 
@@ -176,7 +176,7 @@ def check_dtypes(options: FullTrainerOptions, autocast: str, has_frozen: bool) -
 def load_model(run: TrainingSetup[FullTrainerOptions], names: set[str]) -> HYVideoDiffusionTransformer:
     """The DiT with trained weights in the dtype of training and frozen ones in --dit_dtype."""
     options, device = run.options, run.accelerator.device
-    trained, frozen = DTYPES[options.tuning.trained_dtype], DTYPES[options.tuning.saved_dtype]
+    trained, frozen = DTYPES[options.tuning.trained_dtype], DTYPES[options.saved_dtype]
     setup.verify_attention(options, run.accelerator, trained)
 
     def dtype_of(name: str) -> torch.dtype:
@@ -194,4 +194,4 @@ def select_trained(
 ) -> TrainedModel:
     """Freezes all parameters of the DiT but the trained ones."""
     config = identify(run.options.dit.dit).checkpoint.config
-    return TrainedModel(dit, names, DTYPES[run.options.tuning.saved_dtype], config, untouched=run.state is None)
+    return TrainedModel(dit, names, DTYPES[run.options.saved_dtype], config, untouched=run.state is None)

@@ -19,9 +19,8 @@ from modules.options import (
     BlockSwapOptions,
     CheckpointingOptions,
     CompileOptions,
-    DitFileOptions,
     DitOptions,
-    EmbedderOffloadOptions,
+    FullDitOptions,
     FullSwapOptions,
     LoraAttentionOptions,
     LoraCheckpointingOptions,
@@ -42,7 +41,6 @@ from modules.training.schedulers import SchedulerOptions
 from modules.training.timesteps import LoraTimestepOptions, TimestepOptions
 from networks.files.metadata import LoraMetadataOptions, MetadataOptions
 from utils.cli import option, parse_options, settings_toml, unused_options
-from utils.dtype_names import DTYPE_NAMES
 from utils.errors import UserError
 from utils.processes import process_share
 
@@ -124,11 +122,6 @@ class FineTuningOptions:
     )
     full_fp16: bool = option(False, help="keep weights, gradients and optimizer states in float16")
     full_bf16: bool = option(False, help="keep weights, gradients and optimizer states in bfloat16")
-    dit_dtype: str | None = option(
-        None,
-        help="dtype of saved checkpoints and of frozen weights; unset: that of the trained weights",
-        choices=DTYPE_NAMES,
-    )
 
     def __post_init__(self) -> None:
         if self.full_fp16 and self.full_bf16:
@@ -139,11 +132,6 @@ class FineTuningOptions:
     @property
     def trained_dtype(self) -> str:
         return "float16" if self.full_fp16 else "bfloat16" if self.full_bf16 else "float32"
-
-    @property
-    def saved_dtype(self) -> str:
-        """Of saved checkpoints and of frozen weights."""
-        return self.dit_dtype or self.trained_dtype
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -302,9 +290,9 @@ class TrainerOptions:
     hub: HuggingFaceOptions
     log: LogOptions
     distributed: DistributedOptions
-    dit: DitFileOptions
+    dit: DitOptions
     attention: AttentionOptions
-    swap: EmbedderOffloadOptions
+    swap: BlockSwapOptions
     vae: VaeOptions
     text: TextEncoderOptions
 
@@ -362,9 +350,7 @@ class LoraTrainerOptions(TrainerOptions):
     timesteps: LoraTimestepOptions
     save: LoraSaveOptions
     metadata: LoraMetadataOptions
-    dit: DitOptions
     attention: LoraAttentionOptions
-    swap: BlockSwapOptions
     network: NetworkOptions
     memory: LoraMemoryOptions
     compile: CompileOptions
@@ -389,5 +375,11 @@ class FullTrainerOptions(TrainerOptions):
     """Every option of hv_train.py."""
 
     precision: FullPrecisionOptions
+    dit: FullDitOptions
     swap: FullSwapOptions
     tuning: FineTuningOptions
+
+    @property
+    def saved_dtype(self) -> str:
+        """Of saved checkpoints and of frozen weights."""
+        return self.dit.dit_dtype or self.tuning.trained_dtype
