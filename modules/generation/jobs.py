@@ -103,7 +103,7 @@ def decoding_job(path: Path, settings: Mapping[str, object], index: int, fps: in
     Args:
         settings: those inside the file.
         index: position of the file among all of this run, for the name.
-        fps: frames per second of the video; None for those of the settings.
+        fps: frames per second of the video; None: the value in the settings.
         metadata: whether the video gets the settings.
 
     Raises:

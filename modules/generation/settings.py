@@ -27,7 +27,7 @@ def page_settings(options: GenerationOptions, seed: int) -> dict[str, object]:
 
 
 def video_settings(options: GenerationOptions, request: Request) -> dict[str, object]:
-    """The options that make this video again: those of the run, and the values of the request."""
+    """The options that make this video again: the options of the run, and the values of the request."""
     settings = {name: value for name, value in options.settings().items() if name not in _WHERE + _PLAN + _SOURCES}
     own = {
         "prompt": request.prompt,

@@ -137,4 +137,4 @@ def print_weight_memory(
         ("their optimizer's states", planner.format_bytes(count * state_bytes)),
         ("frozen weights", planner.format_bytes((total - count) * frozen.itemsize)),
     ]
-    print_table(f"memory beside activations, {count / 1e6:,.1f} of {total / 1e6:,.1f} M weights are trained", rows)
+    print_table(f"memory without activations, {count / 1e6:,.1f} of {total / 1e6:,.1f} M weights are trained", rows)

@@ -54,7 +54,7 @@ class TrainedModel:
     Args:
         model: its parameters have the names under which they are saved.
         names: the parameters that are trained; all others are frozen.
-        dtype: of saved checkpoints; None keeps that of each parameter.
+        dtype: dtype of saved checkpoints; None: each parameter keeps its own.
         source_config: the config in the file that training started from, which is written into every checkpoint.
         untouched: the weights are still those of that file.
     """
@@ -129,7 +129,7 @@ def dit_shapes(run: TrainingSetup[FullTrainerOptions]) -> dict[str, torch.Size]:
 
 
 def check_trained(run: TrainingSetup[FullTrainerOptions], shapes: Mapping[str, torch.Size], names: set[str]) -> None:
-    """Whether the trained parameters fit the other options and the state.
+    """Checks that the trained parameters fit the other options and the state.
 
     Args:
         shapes: every parameter of the DiT.
@@ -152,7 +152,7 @@ def check_trained(run: TrainingSetup[FullTrainerOptions], shapes: Mapping[str, t
 
 
 def check_dtypes(options: FullTrainerOptions, autocast: str, has_frozen: bool) -> None:
-    """Whether the dtypes of weights and autocast fit together.
+    """Checks that the dtypes of weights and autocast fit together.
 
     Args:
         autocast: "no", "fp16" or "bf16".

@@ -248,7 +248,7 @@ class Trainer:
             )
 
     def begin(self) -> None:
-        """What comes before the first step: the validation of the model without training, and previews."""
+        """Before the first step: validates the untrained model, and makes previews if --sample_at_first is given."""
         progress = self.progress
         self.trained.start_epoch()
         if self.validation_set is not None and progress.base_validation_loss is None:
@@ -278,7 +278,7 @@ class Trainer:
             self.trained.start_epoch()
 
     def save(self, summary: StepSummary, finished_epoch: int | None) -> None:
-        """The checkpoints that are due after a step, and those that somebody asked for."""
+        """Saves the checkpoints that are due after a step, and those that somebody asked for."""
         save, saver, asked = self.options.save, self.saver, summary.save and not summary.quit
         with self.log.pause():
             if finished_epoch is not None and is_multiple(finished_epoch, save.save_every_n_epochs):

@@ -113,7 +113,7 @@ class TrainedNetwork:
         """Rank, alpha and arguments, for the metadata."""
         options, adapters = self.options.network, getattr(self.network, "adapters", None)
         dim, alpha = options.network_dim, options.network_alpha
-        if adapters:  # those of our own networks may come from --network_weights
+        if adapters:  # rank and alpha of our own networks may come from --network_weights
             dim, alpha = adapters[0].rank, float(adapters[0].alpha)
         return {"network_dim": dim, "network_alpha": alpha, "network_args": options.arguments}
 
@@ -166,10 +166,10 @@ class TrainedNetwork:
 
 
 def check_choices(options: LoraTrainerOptions) -> None:
-    """Whether what is chosen by name exists, and whether every LoRA file is one, by its header.
+    """Checks that everything chosen by name exists, and that every LoRA file holds a LoRA.
 
     Raises:
-        UserError: one is not.
+        UserError: something does not exist, or a file holds no LoRA.
     """
     setup.check_choices(options)
     if options.compile.compile:

@@ -55,7 +55,7 @@ class DatasetOptions:
     max_data_loader_n_workers: int = option(
         8, help="largest number of processes that load caches; 0: load in the main process", minimum=0
     )
-    persistent_data_loader_workers: bool = option(False, help="accepted, without effect: workers always live on")
+    persistent_data_loader_workers: bool = option(False, help="accepted, without effect: workers always persist")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -205,7 +205,7 @@ class PreviewOptions:
         path, requests = self.sample_prompts, []
         for number, asked in enumerate(read_prompt_file(path, PREVIEW_DEFAULTS) if path is not None else [], start=1):
             if asked.image_path is not None or asked.video_path is not None:
-                raise UserError(f"{path}: prompt {number}: previews start from no image or video; take that out")
+                raise UserError(f"{path}: prompt {number}: previews cannot start from an image or video; take it out")
             request, warnings = with_valid_size(asked)
             for warning in warnings if process_share()[0] == 0 else []:
                 print(f"warning: {path}: prompt {number}: {warning}", file=sys.stderr)
@@ -301,7 +301,7 @@ class TrainerOptions:
         return cls(*parse_options(description, *[group.type for group in dataclasses.fields(cls)], argv=argv))
 
     def check(self) -> None:
-        """What the options need of each other.
+        """Checks that required options are given, also those that other options require.
 
         Raises:
             UserError: an option is missing.

@@ -213,7 +213,8 @@ def _own(options: SchedulerOptions, optimizer: "Optimizer", warmup: int, total: 
     from torch.optim.lr_scheduler import ConstantLR, LambdaLR
 
     if options.lr_scheduler == "constant":
-        if options.arguments:  # these have no effect; the class is that of states saved with them
+        if options.arguments:
+            # The arguments have no effect, but states saved with them contain the state of a ConstantLR.
             return ConstantLR(optimizer, factor=1.0)
         return LambdaLR(optimizer, functools.partial(piecewise_factor, pairs=(), last=1.0))
     if options.lr_scheduler == "piecewise_constant":

@@ -70,7 +70,7 @@ class TrainingSetup(Generic[Options]):
         return self.options.settings(self.progress.seed)
 
     def print_plan(self) -> None:
-        """Prints the arithmetic of the run, and which options have no effect."""
+        """Prints how many items, batches, steps and epochs the run has, and which options have no effect."""
         plan, step = self.plan, self.progress.step
         per_step = f"{plan.batches_per_step} ({plan.processes} processes x {plan.accumulation} accumulated)"
         rows = [
@@ -109,9 +109,9 @@ class TrainingSetup(Generic[Options]):
     def build_trainer(self, dit: HYVideoDiffusionTransformer, trained: Trained, previewer: Previewer | None) -> Trainer:
         """The trainer of a loaded model, at the step of the run's state if there is one."""
         options, accelerator, progress, plan = self.options, self.accelerator, self.progress, self.plan
-        # A step that is skipped because it was not finite moves the schedule all the same.
+        # The schedule also advances in steps that are skipped because they were not finite.
         warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step")
-        self._remember_arithmetic()
+        self._record_batch_counts()
         optimizer = create_optimizer(options.optimizer, trained.parameter_groups(options.optimizer.learning_rate))
         scheduler = create_scheduler(options.scheduler, optimizer, plan.total_steps)
         stateful = {"optimizer": optimizer, "scheduler": scheduler}
@@ -143,8 +143,8 @@ class TrainingSetup(Generic[Options]):
             previewer=previewer,
         )
 
-    def _remember_arithmetic(self) -> None:
-        """Saves with the state what its steps mean, and warns if a resumed run counts them in another way."""
+    def _record_batch_counts(self) -> None:
+        """Records the numbers of batches and items for later states; warns if they differ from the resumed state."""
         arithmetic = {
             "batches per epoch": self.plan.batches_per_epoch,
             "batches per step": self.plan.batches_per_step,
@@ -182,10 +182,10 @@ def set_up(options: Options, state: Path | None) -> TrainingSetup[Options]:
 
 
 def check_choices(options: TrainerOptions) -> None:
-    """Whether what is chosen by name exists, and whether the model files of previews are what their options say.
+    """Checks that optimizer, schedule and attention exist, and that the model files of previews are the right kind.
 
     Raises:
-        UserError: one is not.
+        UserError: one does not exist or is of another kind.
     """
     optimizer_class(options.optimizer)
     scheduler_class(options.scheduler)
@@ -320,7 +320,7 @@ def read_dit_config(options: TrainerOptions, train_set: TrainingDataset) -> Huny
         )
     if config.in_channels != latent_channels and options.previews.sample_prompts is not None:
         raise UserError(
-            f"--sample_prompts: {path} makes videos of an image, and previews start from no image; leave it out"
+            f"--sample_prompts: {path} makes videos of an image, and previews have no image to start from; leave it out"
         )
     dims = (batch.text_states.shape[-1], batch.text_states_2.shape[-1])
     if dims != (config.text_dim, config.text_dim_2):

@@ -30,7 +30,7 @@ _OPTION_NAMES = (
     "max_timestep preserve_distribution_shape num_timestep_buckets trainable_modules full_fp16 full_bf16"
 )
 
-# What is written for options that only one of the training scripts has.
+# The values that are written for options that this training script does not have.
 _OF_OTHER_SCRIPTS = {
     "gradient_checkpointing_cpu_offload": False,
     "training_comment": None,
