@@ -14,7 +14,7 @@ from networks.files.format_table import FORMATS, Format
 from utils.cli import option, parse_options, print_table, run_script
 from utils.dtype_names import DTYPE_NAMES
 from utils.errors import UserError
-from utils.files import refuse_overwriting
+from utils.files import refuse_overwriting, require_suffix
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,8 +36,7 @@ class ConvertOptions:
 
     def __post_init__(self) -> None:
         refuse_overwriting("--output", self.output, [self.input])
-        if self.output.suffix != ".safetensors":
-            raise UserError(f"--output {self.output}: a name that ends in .safetensors is expected")
+        require_suffix("--output", self.output, ".safetensors")
         if self.diffusers_prefix is not None and self.format.flat:
             raise UserError(f"--diffusers_prefix: --target {self.target} has no prefix to choose; --target other has")
 

@@ -297,6 +297,21 @@ def unused_options(group: Any, used: Mapping[str, bool]) -> list[str]:
     return [name for name, default in defaults.items() if getattr(group, name) != default]
 
 
+def one_value_each(option: str, values: Sequence[float], count: int, what: str) -> list[float]:
+    """One number for each of `count` things, from an option that takes one for each, one for all, or none for 1.0.
+
+    Args:
+        option: the option, for the message.
+        what: the things, for the message.
+
+    Raises:
+        UserError: another number of values.
+    """
+    if len(values) not in (0, 1, count):
+        raise UserError(f"{option}: {len(values)} values for {count} {what}; give one for each, or one for all")
+    return list(values) if len(values) == count else [*values, 1.0][:1] * count
+
+
 def run_script(main: Callable[[], None]) -> NoReturn:
     """Runs a script's `main` and exits.
 

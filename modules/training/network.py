@@ -228,7 +228,7 @@ def load_model(run: TrainingSetup[LoraTrainerOptions]) -> HYVideoDiffusionTransf
     """The frozen DiT with --base_weights merged; blocks that will be swapped are in main memory."""
     options, device = run.options, run.accelerator.device
     path, swap, network = options.dit.dit, options.swap.blocks_to_swap or 0, options.network
-    merges = list(zip(network.base_weights, network.base_multipliers, strict=True))
+    merges = list(zip(network.base_weights, network.base_multipliers(), strict=True))
     dtype = default_dtype(options.dit.dit_dtype, device, on_gpu="bfloat16")
     setup.verify_attention(options, run.accelerator, dtype)
     changes = weight_changes(checkpoints.open_dit(path).shapes, merges) if merges else None

@@ -40,7 +40,7 @@ from modules.training.optimizers import OptimizerOptions
 from modules.training.schedulers import SchedulerOptions
 from modules.training.timesteps import LoraTimestepOptions, TimestepOptions
 from networks.files.metadata import LoraMetadataOptions, MetadataOptions
-from utils.cli import option, parse_options, settings_toml, unused_options
+from utils.cli import one_value_each, option, parse_options, settings_toml, unused_options
 from utils.errors import UserError
 from utils.processes import process_share
 
@@ -159,9 +159,9 @@ class NetworkOptions:
                 raise UserError(
                     f"--dim_from_weights: takes no --{name}; give --network_dim and --network_alpha instead"
                 )
-        given, files = len(self.base_weights_multiplier), len(self.base_weights)
-        if given not in (0, 1, files) or given > files:
-            raise UserError(f"--base_weights_multiplier: {given} values for {files} --base_weights; give one for each")
+        self.base_multipliers()  # checks their number
+        if self.base_weights_multiplier and not self.base_weights:
+            raise UserError("--base_weights_multiplier needs --base_weights")
         for pair in self.network_args:
             key, separator, _ = pair.partition("=")
             if not separator or not key.isidentifier():
@@ -172,11 +172,14 @@ class NetworkOptions:
         """`network_args` by key; the values stay text, the network module converts them."""
         return {key: value for key, _, value in (pair.partition("=") for pair in self.network_args)}
 
-    @property
     def base_multipliers(self) -> list[float]:
-        """One multiplier per file of `base_weights`."""
-        given = self.base_weights_multiplier or [1.0]
-        return given if len(given) == len(self.base_weights) else given * len(self.base_weights)
+        """One multiplier per file of `base_weights`.
+
+        Raises:
+            UserError: their number does not fit.
+        """
+        files = len(self.base_weights)
+        return one_value_each("--base_weights_multiplier", self.base_weights_multiplier, files, "--base_weights")
 
 
 @dataclass(frozen=True, kw_only=True)
