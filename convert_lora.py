@@ -24,13 +24,13 @@ class ConvertOptions:
     input: Path = option(help="LoRA file of any format", path="file")
     output: Path = option(help="LoRA file to write")
     target: str = option(
-        help="format to write: default is this trainer's own, other loads whole in ComfyUI", choices=[*FORMATS]
+        help="format to write: default is this trainer's own; ComfyUI loads other completely", choices=[*FORMATS]
     )
     diffusers_prefix: str | None = option(
         None, help="prefix of module names instead of that of the target, for example diffusion_model; '' for none"
     )
     rank: int | None = option(None, help="reduce every module to at most this rank by SVD", minimum=1)
-    dtype: str | None = option(None, help="dtype of the output; that of the input if unset", choices=DTYPE_NAMES)
+    dtype: str | None = option(None, help="dtype of the output; unset: that of the input", choices=DTYPE_NAMES)
     verify: bool = option(False, help="read the output again and compare the dW of every module with the input")
     allow_partial: bool = option(False, help="leave out keys that belong to no module of the DiT, instead of stopping")
 

@@ -1,4 +1,4 @@
-"""Makes videos from prompts with HunyuanVideo and LoRAs.
+r"""Makes videos from prompts with HunyuanVideo and LoRAs.
 
 Before: nothing is required. --lora_weight takes LoRA files of hv_train_network.py and of other trainers as they are.
 After:  {time}_{i}_{seed}.mp4 in --save_path, playable in a browser, with its settings inside.

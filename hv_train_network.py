@@ -1,4 +1,4 @@
-"""Trains a LoRA (or LoHa, LoKr, ...) for HunyuanVideo from caches.
+r"""Trains a LoRA (or LoHa, LoKr, ...) for HunyuanVideo from caches.
 
 Before: cache_latents.py and cache_text_encoder_outputs.py. After: hv_generate_video.py --lora_weight, convert_lora.py.
 

@@ -23,8 +23,8 @@ class MergeOptions:
     lora_weight: list[Path] = option([], help="LoRA, LoHa or LoKr files in any format", path="file")
     lora_multiplier: list[float] = option([], help="one per --lora_weight, or one for all; 1.0 when omitted")
     save_merged_model: Path = option(help="file to write (.safetensors)")
-    exclude_single_blocks: bool = option(False, help="leave the single blocks as they are")
-    dtype: str | None = option(None, help="dtype of the output; that of the checkpoint if unset", choices=DTYPE_NAMES)
+    exclude_single_blocks: bool = option(False, help="do not apply LoRAs to the single blocks")
+    dtype: str | None = option(None, help="dtype of the output; unset: that of the checkpoint", choices=DTYPE_NAMES)
     fp8: bool = option(False, help="write the Linear weights of the blocks as fp8 with scales (ComfyUI's layout)")
     device: str | None = option(None, help="device that computes; CUDA if available, else the CPU")
 

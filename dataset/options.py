@@ -24,7 +24,7 @@ class CachingOptions:
     keep_cache: bool = option(
         False, help="accepted for old command lines; without --prune no cache file is ever deleted"
     )
-    prune: bool = option(False, help="delete the cache files in the cache directories that belong to no item")
+    prune: bool = option(False, help="delete cache files that belong to no item of the dataset")
     strict: bool = option(False, help="stop at the first file that cannot be used, instead of skipping it")
     vram_gb: float | None = option(
         None,

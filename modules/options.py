@@ -11,7 +11,9 @@ from utils.errors import UserError
 # The values of --compile_mode.
 COMPILE_MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
 # The advice when full fine-tuning runs out of memory.
-SAVE_MEMORY = "give --gradient_checkpointing, --full_bf16, --optimizer_type adafactor or fewer --trainable_modules"
+FINE_TUNING_ADVICE = (
+    "give --gradient_checkpointing, --full_bf16, --optimizer_type adafactor or fewer --trainable_modules"
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,7 +100,7 @@ class CompileOptions:
     compile: bool = option(False, help="compile every block of the DiT (needs a compiler: Triton on a GPU)")
     compile_backend: str = option("inductor", help="backend of torch.compile")
     compile_mode: str = option("default", help="mode of torch.compile", choices=COMPILE_MODES)
-    compile_dynamic: str | None = option(None, help="dynamic shapes; unset is auto", choices=("true", "false", "auto"))
+    compile_dynamic: str | None = option(None, help="dynamic shapes; unset: auto", choices=("true", "false", "auto"))
     compile_fullgraph: bool = option(False, help="stop with an error at a graph break")
     compile_cache_size_limit: int | None = option(None, help="compiled graphs that torch keeps per block", minimum=1)
 
@@ -115,7 +117,9 @@ class BlockSwapOptions:
         help="pin the memory of swapped blocks on Windows too, where pinned memory counts as GPU memory; "
         "other systems always pin it",
     )
-    img_in_txt_in_offloading: bool = option(False, help="keep the image and text embedders in main memory")
+    img_in_txt_in_offloading: bool = option(
+        False, help="keep the image and text embedders in main memory between their uses"
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,7 +133,7 @@ class FullSwapOptions(BlockSwapOptions):
         if self.blocks_to_swap:
             raise UserError(
                 f"--blocks_to_swap {self.blocks_to_swap}: only frozen blocks can be swapped; leave it out, and to "
-                f"save memory {SAVE_MEMORY}"
+                f"save memory {FINE_TUNING_ADVICE}"
             )
 
 

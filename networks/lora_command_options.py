@@ -28,8 +28,8 @@ class _InputOptions:
 @dataclass(frozen=True, kw_only=True)
 class _OutputOptions:
     output_file: Path = option(help="LoRA file to write")
-    target: str | None = option(None, help="its format; that of the first input if unset", choices=[*FORMATS])
-    dtype: str | None = option(None, help="its dtype; that of the input if unset", choices=DTYPE_NAMES)
+    target: str | None = option(None, help="format of the output; unset: that of the first input", choices=[*FORMATS])
+    dtype: str | None = option(None, help="dtype of the output; unset: that of the input", choices=DTYPE_NAMES)
 
     def require_output(self, inputs: list[Path]) -> None:
         require_suffix("--output_file", self.output_file, ".safetensors")

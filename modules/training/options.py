@@ -104,11 +104,11 @@ class LoraMemoryOptions:
     block_swap_h2d_only: bool = option(
         False, help="accepted, without effect: frozen blocks are only ever copied to the GPU, never back"
     )
-    block_swap_ring_size: int = option(2, help="swapped blocks that fit on the GPU at a time", minimum=1)
+    block_swap_ring_size: int = option(2, help="number of swapped blocks that the GPU holds at a time", minimum=1)
     vram_gb: float | None = option(
         None,
         help="choose --fp8_base, checkpointing and --blocks_to_swap so that training fits into this many GiB; "
-        "0: into the memory that is free",
+        "0: into the free memory",
         minimum=0,
     )
 
@@ -141,11 +141,13 @@ class NetworkOptions:
     network_module: str | None = option(None, help="networks.lora, networks.loha, networks.lokr, lycoris.kohya, ...")
     network_dim: int | None = option(None, help="rank; unset: 4", minimum=1)
     network_alpha: float = option(1.0, help="the weight change is scaled by alpha / rank; 0: alpha = rank", minimum=0)
-    network_dropout: float | None = option(None, help="dropout probability of a neuron", minimum=0, maximum=1)
+    network_dropout: float | None = option(
+        None, help="dropout between the factors of the weight change", minimum=0, maximum=1
+    )
     network_args: list[str] = option([], help="key=value arguments of the network module")
     network_weights: Path | None = option(None, help="start from the weights of this LoRA file", path="file")
     dim_from_weights: bool = option(False, help="take rank and alpha from --network_weights")
-    scale_weight_norms: float | None = option(None, help="largest norm of a module's weight change", minimum=0)
+    scale_weight_norms: float | None = option(None, help="scale weight changes down to this norm", minimum=0)
     base_weights: list[Path] = option([], help="LoRA files to merge into the model before training", path="file")
     base_weights_multiplier: list[float] = option([], help="multiplier of each --base_weights; unset: 1")
 
@@ -233,7 +235,7 @@ class LogOptions:
 
     logging_dir: Path | None = option(None, help="folder for TensorBoard logs")
     log_with: str | None = option(
-        None, help="unset: tensorboard with --logging_dir, else nothing", choices=("tensorboard", "wandb", "all")
+        None, help="tracker; unset: tensorboard with --logging_dir, else none", choices=("tensorboard", "wandb", "all")
     )
     log_prefix: str | None = option(None, help="first part of the name of the log folder")
     log_tracker_name: str | None = option(None, help="project name in the tracker; unset: network_train")

@@ -69,7 +69,7 @@ class SchedulerOptions:
         None, help="lowest rate, as a share of --learning_rate", minimum=0, maximum=1
     )
     lr_scheduler_type: str | None = option(
-        None, help="dotted path of a scheduler class, or a name in torch.optim.lr_scheduler"
+        None, help="class to use instead of --lr_scheduler: dotted path, or a name in torch.optim.lr_scheduler"
     )
     lr_scheduler_args: list[str] = option([], help="arguments of the scheduler, such as T_max=100")
 

@@ -103,7 +103,7 @@ class LoraTimestepOptions(TimestepOptions):
         "sigma", help="distribution of the trained timesteps", choices=(*_SAMPLERS, "logsnr")
     )
     preserve_distribution_shape: bool = option(
-        False, help="truncate the distribution at --min_timestep and --max_timestep instead of squeezing it in between"
+        False, help="cut the distribution off at --min_timestep and --max_timestep instead of compressing it"
     )
     num_timestep_buckets: int | None = option(
         None, help="stratified sampling: number of equally likely buckets, each trained once per cycle", minimum=2

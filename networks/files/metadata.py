@@ -45,7 +45,7 @@ class MetadataOptions:
 
     no_metadata = False  # an option of LoRA training only
 
-    metadata_title: str | None = option(None, help="title; --output_name if unset")
+    metadata_title: str | None = option(None, help="title; unset: --output_name")
     metadata_author: str | None = option(None, help="author")
     metadata_description: str | None = option(None, help="description")
     metadata_license: str | None = option(None, help="license")
