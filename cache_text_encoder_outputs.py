@@ -1,4 +1,4 @@
-"""Encodes every caption of a dataset once, with LLaVA-Llama-3 and CLIP-L, so that training needs no text encoder.
+r"""Encodes every caption of a dataset once, with LLaVA-Llama-3 and CLIP-L, so that training needs no text encoder.
 
 Before: captions, as described in dataset/dataset_config.md; cache_latents.py may run before or after.
 After:  `{name}_hv_te.safetensors` for each file with a caption, in the dataset's cache_directory.

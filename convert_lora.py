@@ -14,7 +14,7 @@ from networks.files.format_table import FORMATS, Format
 from utils.cli import option, parse_options, print_table, run_script
 from utils.dtype_names import DTYPE_NAMES
 from utils.errors import UserError
-from utils.files import refuse_overwriting
+from utils.files import refuse_overwriting, require_suffix
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,20 +24,19 @@ class ConvertOptions:
     input: Path = option(help="LoRA file of any format", path="file")
     output: Path = option(help="LoRA file to write")
     target: str = option(
-        help="format to write: default is this trainer's own, other loads whole in ComfyUI", choices=[*FORMATS]
+        help="format to write: default is this trainer's own; ComfyUI loads other completely", choices=[*FORMATS]
     )
     diffusers_prefix: str | None = option(
         None, help="prefix of module names instead of that of the target, for example diffusion_model; '' for none"
     )
     rank: int | None = option(None, help="reduce every module to at most this rank by SVD", minimum=1)
-    dtype: str | None = option(None, help="dtype of the output; that of the input if unset", choices=DTYPE_NAMES)
+    dtype: str | None = option(None, help="dtype of the output; unset: that of the input", choices=DTYPE_NAMES)
     verify: bool = option(False, help="read the output again and compare the dW of every module with the input")
     allow_partial: bool = option(False, help="leave out keys that belong to no module of the DiT, instead of stopping")
 
     def __post_init__(self) -> None:
         refuse_overwriting("--output", self.output, [self.input])
-        if self.output.suffix != ".safetensors":
-            raise UserError(f"--output {self.output}: a name that ends in .safetensors is expected")
+        require_suffix("--output", self.output, ".safetensors")
         if self.diffusers_prefix is not None and self.format.flat:
             raise UserError(f"--diffusers_prefix: --target {self.target} has no prefix to choose; --target other has")
 

@@ -1,6 +1,6 @@
-"""Makes videos from prompts with HunyuanVideo and LoRAs.
+r"""Makes videos from prompts with HunyuanVideo and LoRAs.
 
-Before: convert nothing; --lora_weight takes a LoRA of hv_train_network.py or of any public tool.
+Before: nothing is required. --lora_weight takes LoRA files of hv_train_network.py and of other trainers as they are.
 After:  {time}_{i}_{seed}.mp4 in --save_path, playable in a browser, with its settings inside.
 
     python hv_generate_video.py --prompt "A cat walks on the grass, realistic style." --video_size 544 960 \
@@ -30,17 +30,16 @@ def main() -> None:
     requests = options.prompt.requests() if options.samples else []
 
     # These import torch, which takes seconds. The options are checked by now.
+    from modules.generation import jobs, models
     from modules.generation.compare import Comparison
-    from modules.generation.jobs import interactive_jobs, new_job, saved_latent_jobs, unfinished_jobs
-    from modules.generation.models import check_model_files, save_merged_model
     from modules.generation.pipeline import Pipeline
     from modules.memory.generation import plan_memory, plan_memory_of_decoding
 
     if options.lora.save_merged_model is not None:
-        save_merged_model(options)
+        models.save_merged_model(options)
         return
-    check_model_files(options)
-    saved = saved_latent_jobs(options) if options.output.latent_path else []
+    models.check_model_files(options)
+    saved = jobs.saved_latent_jobs(options) if options.output.latent_path else []
     planned = options
     if options.speed.plans:
         planned = plan_memory_of_decoding(options, saved) if saved else plan_memory(options, requests)
@@ -52,12 +51,12 @@ def main() -> None:
         comparison = Comparison.create(planned, requests)
         compare(Pipeline(planned), comparison)
     elif options.prompt.interactive:
-        interact(Pipeline(planned, when_released="keep"), interactive_jobs(planned))
+        interact(Pipeline(planned, when_released="keep"), jobs.interactive_jobs(planned))
     elif options.prompt.from_file is not None:
-        if jobs := unfinished_jobs(planned, requests, typed=options):
-            make_videos(Pipeline(planned), jobs)
+        if unfinished := jobs.unfinished_jobs(planned, requests, typed=options):
+            make_videos(Pipeline(planned), unfinished)
     else:
-        make_videos(Pipeline(planned), [new_job(planned, requests[0], index=0)])
+        make_videos(Pipeline(planned), [jobs.new_job(planned, requests[0], index=0)])
 
 
 def make_videos(pipeline: "Pipeline", jobs: Sequence["Job"]) -> None:

@@ -1,4 +1,4 @@
-"""Fine-tunes the HunyuanVideo DiT itself, all of it or some of its modules, from caches.
+r"""Fine-tunes the HunyuanVideo DiT itself, all of it or some of its modules, from caches.
 
 Before: cache_latents.py and cache_text_encoder_outputs.py. After: hv_generate_video.py --dit, which loads the result.
 
@@ -12,7 +12,7 @@ Before: cache_latents.py and cache_text_encoder_outputs.py. After: hv_generate_v
 
 from collections.abc import Sequence
 
-from modules.options import SAVE_MEMORY
+from modules.options import FINE_TUNING_ADVICE
 from modules.training.options import FullTrainerOptions
 from utils.cli import run_script
 
@@ -24,12 +24,10 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     from modules.memory.plan import explain_out_of_memory
     from modules.memory.training import print_weight_memory
-    from modules.training import full_model
-    from modules.training.previews import create_previewer
-    from modules.training.setup import check_choices, set_up
+    from modules.training import full_model, setup
 
-    check_choices(options)
-    run = set_up(options, state)
+    setup.check_choices(options)
+    run = setup.set_up(options, state)
     if run.options.tuning.full_fp16:
         run.accelerator.scaler = full_model.HalfGradScaler()
     shapes = full_model.dit_shapes(run)
@@ -42,14 +40,14 @@ def main(argv: Sequence[str] | None = None) -> None:
         return
 
     run.open_outputs()
-    with explain_out_of_memory("while the models are loaded", SAVE_MEMORY):
-        previewer = create_previewer(run.options, requests, run.accelerator, run.progress.seed)
+    with explain_out_of_memory("while the models are loaded", FINE_TUNING_ADVICE):
+        previewer = run.create_previewer(requests)
         dit = full_model.load_model(run, names)
         trainer = run.build_trainer(dit, full_model.select_trained(run, dit, names), previewer)
     with trainer.log, trainer.requests:
-        with explain_out_of_memory("on the largest batch, tried before training", SAVE_MEMORY):
+        with explain_out_of_memory("on the largest batch, tried before training", FINE_TUNING_ADVICE):
             trainer.rehearse()
-        with explain_out_of_memory("in training", SAVE_MEMORY):
+        with explain_out_of_memory("in training", FINE_TUNING_ADVICE):
             trainer.train()
     trainer.close()
 

@@ -1,4 +1,4 @@
-"""Trains a LoRA (or LoHa, LoKr, ...) for HunyuanVideo from caches.
+r"""Trains a LoRA (or LoHa, LoKr, ...) for HunyuanVideo from caches.
 
 Before: cache_latents.py and cache_text_encoder_outputs.py. After: hv_generate_video.py --lora_weight, convert_lora.py.
 
@@ -28,13 +28,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     state, requests = options.find_state(), options.previews.requests()
 
     from modules.memory.training import plan_memory, with_settings
-    from modules.training import network
-    from modules.training.previews import create_previewer
-    from modules.training.setup import set_up
+    from modules.training import network, setup
 
     network.check_choices(options)
     module = network.import_network_module(options.network.network_module)
-    run = set_up(options, state)
+    run = setup.set_up(options, state)
     plan = plan_memory(run, module, trained=network.check_network(run, module))
     run.options = with_settings(run.options, plan.settings)
     run.print_plan()
@@ -44,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     run.open_outputs()
     with plan.explain_out_of_memory("while the models are loaded"):
-        previewer = create_previewer(run.options, requests, run.accelerator, run.progress.seed)
+        previewer = run.create_previewer(requests)
         dit = network.load_model(run)
         trainer = run.build_trainer(dit, network.apply_network(run, module, dit), previewer)
     with trainer.log, trainer.requests:

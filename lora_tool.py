@@ -1,4 +1,4 @@
-"""Looks into LoRAs and makes LoRAs from LoRAs, of any format, on a CPU, without a model.
+"""Inspects, adds, shrinks, extracts and averages LoRAs of any format, on a CPU, without loading a model.
 
     python lora_tool.py info lora.safetensors --png norms.png
     python lora_tool.py merge a.safetensors b.safetensors --multiplier 1 0.5 --output_file both.safetensors
@@ -23,7 +23,8 @@ def main() -> None:
         print(__doc__)
         return
     if command not in COMMANDS:
-        raise UserError(f"unknown command {command}{did_you_mean(command, list(COMMANDS))}; {', '.join(COMMANDS)}")
+        hint = did_you_mean(command, list(COMMANDS))
+        raise UserError(f"unknown command {command}{hint}; the commands are {', '.join(COMMANDS)}")
     words = expand_patterns(words)
     if words and not words[0].startswith("-"):
         words = ["--path", *words]

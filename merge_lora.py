@@ -8,10 +8,10 @@ Before: hv_train_network.py wrote a LoRA. After: the merged file is a DiT for hv
 from dataclasses import dataclass
 from pathlib import Path
 
-from utils.cli import option, parse_options, print_table, run_script
+from utils.cli import one_value_each, option, parse_options, print_table, run_script
 from utils.dtype_names import DTYPE_NAMES
 from utils.errors import UserError
-from utils.files import refuse_overwriting
+from utils.files import refuse_overwriting, require_suffix
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,31 +19,29 @@ class MergeOptions:
     """merging"""
 
     dit: Path = option(help="DiT checkpoint in any layout, also fp8", path="any")
-    dit_in_channels: int | None = option(
-        None, help="input channels that the checkpoint must have; never needed", minimum=1
-    )
+    dit_in_channels: int | None = option(None, help="input channels of the DiT; must agree with the file", minimum=1)
     lora_weight: list[Path] = option([], help="LoRA, LoHa or LoKr files in any format", path="file")
     lora_multiplier: list[float] = option([], help="one per --lora_weight, or one for all; 1.0 when omitted")
     save_merged_model: Path = option(help="file to write (.safetensors)")
-    exclude_single_blocks: bool = option(False, help="leave the single blocks as they are")
-    dtype: str | None = option(None, help="dtype of the output; that of the checkpoint if unset", choices=DTYPE_NAMES)
+    exclude_single_blocks: bool = option(False, help="do not apply LoRAs to the single blocks")
+    dtype: str | None = option(None, help="dtype of the output; unset: that of the checkpoint", choices=DTYPE_NAMES)
     fp8: bool = option(False, help="write the Linear weights of the blocks as fp8 with scales (ComfyUI's layout)")
     device: str | None = option(None, help="device that computes; CUDA if available, else the CPU")
 
     def __post_init__(self) -> None:
-        given, files = len(self.lora_multiplier), len(self.lora_weight)
-        if given > 1 and given != files:
-            raise UserError(f"--lora_multiplier: {given} values for {files} --lora_weight; give one each, or one")
-        output = self.save_merged_model
-        if output.suffix != ".safetensors":
-            raise UserError(f"--save_merged_model {output}: a name that ends in .safetensors is expected")
-        refuse_overwriting("--save_merged_model", output, [self.dit, *self.lora_weight])
+        self.loras()  # checks the number of multipliers
+        require_suffix("--save_merged_model", self.save_merged_model, ".safetensors")
+        refuse_overwriting("--save_merged_model", self.save_merged_model, [self.dit, *self.lora_weight])
 
-    @property
     def loras(self) -> list[tuple[Path, float]]:
-        given = self.lora_multiplier or [1.0]
-        multipliers = given * len(self.lora_weight) if len(given) == 1 else given
-        return list(zip(self.lora_weight, multipliers, strict=True))
+        """The LoRA files with their multipliers.
+
+        Raises:
+            UserError: the number of multipliers does not fit.
+        """
+        files = self.lora_weight
+        multipliers = one_value_each("--lora_multiplier", self.lora_multiplier, len(files), "--lora_weight")
+        return list(zip(files, multipliers, strict=True))
 
 
 def main() -> None:
@@ -59,7 +57,7 @@ def main() -> None:
         raise UserError(f"--dit_in_channels {options.dit_in_channels}: {options.dit} has {channels} input channels")
     reports = merge_files(
         options.dit,
-        options.loras,
+        options.loras(),
         options.save_merged_model,
         dtype=None if options.dtype is None else DTYPES[options.dtype],
         fp8=options.fp8,

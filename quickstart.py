@@ -62,9 +62,9 @@ def install() -> None:
 
 
 def is_whole() -> bool:
-    """Whether .venv is complete, which is whether its pip runs and is in this folder.
+    """Whether .venv is complete: its pip runs and is in this folder.
 
-    pip is missing without python3-venv or after Ctrl+C, and it is in another folder if this one was moved.
+    pip is missing without python3-venv or after Ctrl+C. It is in another folder if this one was moved.
     """
     try:
         pip = subprocess.run([executable("pip"), "--version"], capture_output=True, text=True)
@@ -215,7 +215,7 @@ def training_stages(config: Path) -> list[Stage]:
 
 
 def video_stage(name: str, folder: str, lora: Path | None = None) -> Stage:
-    """Generates the video of PROMPT into a folder of its own."""
+    """Generates the video of PROMPT into its own folder."""
     models = ["--dit", MODELS / "dit.safetensors", "--vae", MODELS / "vae.safetensors", *TEXT_ENCODERS]
     path = OUTPUT / "videos" / folder
     command = ["python", "hv_generate_video.py", *models, "--prompt", PROMPT, *SAMPLING.split(), "--save_path", path]

@@ -36,8 +36,12 @@ from modules.memory.plan import DEVICE_OVERHEAD, FRAGMENTATION, GIB
 ROOT = Path(__file__).resolve().parent.parent
 TOKENIZERS = ROOT / "examples" / "shapes" / "models"
 # Llama 3 8B with the tokens that LLaVA adds, and the text model of CLIP-L.
-LLM = LlamaConfig(128_320, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_key_value_heads=8)
-CLIP = CLIPTextConfig(49_408, hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12)
+LLM = LlamaConfig(
+    vocab_size=128_320, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_key_value_heads=8
+)
+CLIP = CLIPTextConfig(
+    vocab_size=49_408, hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12
+)
 MODELS = {
     "dit": ("BF16", dit_shapes(HunyuanVideoConfig())),
     "vae": ("F16", vae_shapes(VaeConfig())),

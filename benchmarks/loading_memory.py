@@ -1,7 +1,7 @@
 """Peak resident memory of loading a DiT on the CPU, against the size of the loaded model.
 
 Writes a DiT of the official width (hidden 3072) with a few random blocks, about 3 GB in bfloat16, as safetensors and
-as .pt, and loads each in a process of its own, to bfloat16 and to fp8. The result is VmHWM, the peak of the resident
+as .pt, and loads each in a separate process, to bfloat16 and to fp8. The result is VmHWM, the peak of the resident
 memory including mapped file pages, minus the resident memory before loading (Python, torch).
 Linux only.
 
@@ -55,7 +55,9 @@ def main(argv: Sequence[str] | None = None) -> list[Comparison]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--double_blocks", type=int, default=2)
     parser.add_argument("--single_blocks", type=int, default=3)
-    parser.add_argument("--load", type=Path, help="only load this file and print peak and size (a process of its own)")
+    parser.add_argument(
+        "--load", type=Path, help="only load this file and print peak and size (used in a separate process)"
+    )
     parser.add_argument("--fp8", action="store_true", help="with --load: as fp8")
     options = parser.parse_args(argv)
     if options.load:

@@ -1,6 +1,6 @@
 """Peak resident memory of merge_lora.py on a DiT of the official width with a few random blocks, 4.9 GB in bfloat16.
 
-The merge runs in a process of its own. The result is VmHWM, the peak of the resident memory, minus the resident memory
+The merge runs in a separate process. The result is VmHWM, the peak of the resident memory, minus the resident memory
 of Python with torch. The merged weights are compared with W + alpha / rank * up @ down, computed tensor by tensor.
 Linux only.
 

@@ -1,4 +1,4 @@
-"""The planner against resident memory: training steps on the CPU, each setting in a process of its own.
+"""The planner against resident memory: training steps on the CPU, each setting in a separate process.
 
     python -m benchmarks.planner_memory            # 10 minutes and 3 GB on 2 cores
 
@@ -62,7 +62,7 @@ def measure(case: Case) -> None:
 
 def main(argv: Sequence[str] | None = None) -> list[Comparison]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--measure", type=int, metavar="NUMBER", help="one case (a process of its own)")
+    parser.add_argument("--measure", type=int, metavar="NUMBER", help="one case (used in a separate process)")
     number = parser.parse_args(argv).measure
     if number is not None:
         measure(CASES[number])

@@ -2,7 +2,7 @@
 
     python -m benchmarks.vae_memory                # 17 x 256 x 256, no tiling; about 20 minutes and 8 GB on 2 cores
 
-Every run is a process of its own. Its memory is VmHWM, the peak of the resident memory, minus VmRSS with the model
+Every run is a separate process. Its memory is VmHWM, the peak of the resident memory, minus VmRSS with the model
 loaded. Our runs and those of diffusers alternate. The result is the largest memory and the median time. The limits are
 for the default size. Linux only.
 """
@@ -100,7 +100,7 @@ def main(argv: Sequence[str] | None = None) -> list[Comparison]:
     parser.add_argument("--size", type=int, default=256, help="height and width in pixels")
     parser.add_argument("--chunk_size", type=int, default=4, help="--vae_chunk_size of the chunked runs")
     parser.add_argument("--repeats", type=int, default=1)
-    parser.add_argument("--measure", nargs=2, metavar=("WHO", "OPERATION"), help="one run (a process of its own)")
+    parser.add_argument("--measure", nargs=2, metavar=("WHO", "OPERATION"), help="one run (used in a separate process)")
     parser.add_argument("--result", type=Path, help="with --measure: where the output goes")
     options = parser.parse_args(argv)
     if options.measure:

@@ -94,7 +94,7 @@ def write_text_cache(
         llm_mask: (256,), 1 for valid tokens.
         clip: pooled output (D2,) of CLIP.
         clip_mask: (77,), 1 for valid tokens.
-        provenance: what the embeddings depend on besides the caption, see `check_text`.
+        provenance: everything that the embeddings depend on, except the caption; see `check_text`.
 
     Raises:
         ValueError: an embedding is not finite; nothing is written.

@@ -55,7 +55,7 @@ class MediaInfo:
 
 @dataclass(frozen=True)
 class Item:
-    """One training sample with a latent cache of its own: an image, or a clip of a video."""
+    """One training sample with its own latent cache: an image, or a clip of a video."""
 
     name: str
     source: str  # name of the source
@@ -133,7 +133,11 @@ def plan_items(settings: DatasetSettings, source: str, info: MediaInfo) -> ItemP
 
 
 def item_provenance(item: Item, settings: DatasetSettings, stamp: list[int]) -> dict[str, Any]:
-    """What an item's latents depend on besides the VAE; `stamp` is size and modification time of the source."""
+    """Everything that an item's latents depend on, except the VAE.
+
+    Args:
+        stamp: size and modification time of the source.
+    """
     return {
         "source": stamp,
         "bucket": list(item.bucket),

@@ -1,6 +1,6 @@
 """What a caching script remembers of a dataset between runs: `hv_*.manifest.json` in the cache directory.
 
-With several processes, each writes files of its own: a list of the cache files that it found intact
+With several processes, each writes its own files: a list of the cache files that it found intact
 (`hv_latents-sound-0.manifest.json`) and a list of the items that failed (`hv_failures-0.manifest.json`).
 """
 

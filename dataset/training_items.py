@@ -1,7 +1,7 @@
 """Which items of a dataset can be trained on: checks the cache files, before training starts.
 
-The items of a dataset are those of its media folder or JSONL file; where that does not exist on this machine, those of
-the manifest that cache_latents.py wrote into the cache directory. Other files in the cache directory are ignored.
+The media folder or JSONL file decides which items a dataset has. If it does not exist on this machine, the manifest
+that cache_latents.py wrote into the cache directory decides. Other files in the cache directory are ignored.
 """
 
 from collections import defaultdict
@@ -33,7 +33,7 @@ class TrainingItem:
 
 @dataclass
 class CachedItems:
-    """What a look at the caches of a dataset found.
+    """The result of checking the caches of a dataset.
 
     Attributes:
         items: those whose caches can be used.

@@ -92,18 +92,18 @@ def _sageattn() -> Attention:
 
 
 def _xformers() -> Attention:
-    from xformers.ops import memory_efficient_attention
-    from xformers.ops.fmha.attn_bias import BlockDiagonalMask
+    from xformers.ops import fmha
 
     def attention(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None = None) -> Tensor:
         batch = q.shape[0]
         if key_mask is None:
             q, k, v = (rearrange(x, "B H L D -> B L H D") for x in (q, k, v))
-            return memory_efficient_attention(q, k, v).flatten(2)  # B L H D -> B L (H D)
+            return fmha.memory_efficient_attention(q, k, v).flatten(2)  # B L H D -> B L (H D)
         q, k, v = (rearrange(x, "B H L D -> 1 (B L) H D") for x in (q, k, v))
         lengths = _sequence_ends(key_mask).diff().tolist()
-        rows = BlockDiagonalMask.from_seqlens([length for length in lengths if length])
-        return rearrange(memory_efficient_attention(q, k, v, attn_bias=rows), "1 (B L) H D -> B L (H D)", B=batch)
+        rows = fmha.BlockDiagonalMask.from_seqlens([length for length in lengths if length])
+        x = fmha.memory_efficient_attention(q, k, v, attn_bias=rows)
+        return rearrange(x, "1 (B L) H D -> B L (H D)", B=batch)
 
     return attention
 

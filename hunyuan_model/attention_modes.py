@@ -34,7 +34,7 @@ def require_attention(name: str) -> None:
     """Checks that a backend is known and installed, without importing it.
 
     Raises:
-        UserError: unknown, not installed, or the attention of this torch release is broken.
+        UserError: the backend is unknown or not installed, or the attention of this torch release is broken.
     """
     mode = ATTENTION_MODES.get(name)
     if mode is None:
@@ -44,4 +44,4 @@ def require_attention(name: str) -> None:
         raise UserError(f"attention mode '{name}': the package {mode.module} is not installed; {mode.install}")
     if mode.module == "torch" and Version(importlib.metadata.version("torch")) < Version(MINIMUM_TORCH):
         found = importlib.metadata.version("torch")
-        raise UserError(f"attention mode '{name}': torch {found} has a broken one (black videos); {mode.install}")
+        raise UserError(f"attention mode '{name}': broken in torch {found} (black videos); {mode.install}")

@@ -51,7 +51,7 @@ def apply_rotary(x: Tensor, freqs: tuple[Tensor, Tensor]) -> Tensor:
 def rotary_frequencies(
     grid: tuple[int, int, int], text_tokens: int, rope_dims: tuple[int, int, int], theta: float, device: torch.device
 ) -> tuple[Tensor, Tensor]:
-    """cos and sin, each (f h w + text_tokens, head_dim / 2). Each axis rotates channels of its own.
+    """cos and sin, each (f h w + text_tokens, head_dim / 2). Each axis rotates its own part of the channels.
 
     Args:
         grid: image tokens along frames, height and width.

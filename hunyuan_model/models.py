@@ -106,7 +106,7 @@ def _rope_dims(head_dim: int, given: Sequence[int] | None) -> tuple[int, int, in
 
 
 class MMDoubleStreamBlock(nn.Module):
-    """Image and text tokens have weights of their own and attend to each other in one joint attention."""
+    """Image and text tokens have separate weights and attend to each other in one joint attention."""
 
     def __init__(self, config: HunyuanVideoConfig) -> None:
         super().__init__()

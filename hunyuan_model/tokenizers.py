@@ -130,7 +130,7 @@ def fingerprint(path: str | Path, template: str) -> str:
 def find_tokenizer(model: str | Path, given: str | Path | None, repository: str) -> Path:
     """The file of the tokenizer that belongs to a text encoder: `tokenizer.json`, or CLIP's `vocab.json`.
 
-    If the user gave none, the search goes on in this order:
+    If the user gave none, these places are searched in this order:
     1. model is a folder: that folder, then the one beside it with `tokenizer` for `text_encoder` in its name;
        model is a file: the folder of the same name without the suffix, then the file's own folder;
     2. the Hugging Face cache, then huggingface.co.

@@ -197,8 +197,8 @@ class AutoencoderKLCausal3D(nn.Module):
         """Saves memory and costs time.
 
         Args:
-            chunk_size: most frames that a convolution computes at once; None for as many as its own limit allows. It
-                does not change the result.
+            chunk_size: the largest number of frames that a convolution computes at once; None: only its own limit
+                applies (`vae_layers.WINDOW_ELEMENTS`). It does not change the result.
             tile_size: height and width of a tile in pixels, at least 32, rounded down to a multiple of 8. Neighbouring
                 tiles overlap by a quarter. In time a tile has at most 129 frames, so that memory is bounded however
                 long the clip is. Tiles change the result: each is normalised with its own statistics. None: no tiles.

@@ -100,8 +100,8 @@ class CausalConv3d(nn.Module):
     """3D convolution that is causal in time. Padding repeats the edges: on both sides in space, at the start in time.
 
     Attributes:
-        chunk_size: output frames to compute at once, None for as many as WINDOW_ELEMENTS allow, which also limits a
-            number. It does not change the result.
+        chunk_size: the largest number of output frames to compute at once; None: only WINDOW_ELEMENTS limits it, which
+            always applies. It does not change the result.
     """
 
     def __init__(

@@ -1,7 +1,7 @@
 """The mathematics of flow matching (arXiv 2210.02747, rectified flow 2209.03003), pure functions of tensors.
 
 A straight path leads from the latents x0 at sigma 0 to noise at sigma 1; the model learns its velocity, noise - x0.
-Importing this module does not import torch: the options of training use `shift_sigmas`, and are checked before.
+Importing this module does not import torch, because the options of training use `shift_sigmas` and are checked first.
 """
 
 from typing import TYPE_CHECKING, TypeVar

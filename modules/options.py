@@ -8,10 +8,12 @@ from utils.cli import option
 from utils.dtype_names import DTYPE_NAMES
 from utils.errors import UserError
 
-# of torch.compile
+# The values of --compile_mode.
 COMPILE_MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
-# what helps full fine-tuning
-SAVE_MEMORY = "give --gradient_checkpointing, --full_bf16, --optimizer_type adafactor or fewer --trainable_modules"
+# The advice when full fine-tuning runs out of memory.
+FINE_TUNING_ADVICE = (
+    "give --gradient_checkpointing, --full_bf16, --optimizer_type adafactor or fewer --trainable_modules"
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,21 +70,26 @@ class TextEncoderOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
-class DitFileOptions:
+class DitOptions:
     """DiT"""
 
     dit: Path | None = option(
         None, help="DiT: official .pt, .safetensors (official, ComfyUI or fp8) or diffusers folder", path="any"
     )
+    dit_dtype: str | None = option(
+        None, help="dtype of the DiT; unset: bfloat16 on a GPU, float32 on a CPU", choices=DTYPE_NAMES
+    )
     dit_in_channels: int | None = option(None, help="input channels of the DiT; must agree with the file", minimum=1)
 
 
 @dataclass(frozen=True, kw_only=True)
-class DitOptions(DitFileOptions):
+class FullDitOptions(DitOptions):
     """DiT"""
 
     dit_dtype: str | None = option(
-        None, help="dtype of the DiT; unset: bfloat16 on a GPU, float32 on a CPU", choices=DTYPE_NAMES
+        None,
+        help="dtype of saved checkpoints and of frozen weights; unset: that of the trained weights",
+        choices=DTYPE_NAMES,
     )
 
 
@@ -93,20 +100,13 @@ class CompileOptions:
     compile: bool = option(False, help="compile every block of the DiT (needs a compiler: Triton on a GPU)")
     compile_backend: str = option("inductor", help="backend of torch.compile")
     compile_mode: str = option("default", help="mode of torch.compile", choices=COMPILE_MODES)
-    compile_dynamic: str | None = option(None, help="dynamic shapes; unset is auto", choices=("true", "false", "auto"))
+    compile_dynamic: str | None = option(None, help="dynamic shapes; unset: auto", choices=("true", "false", "auto"))
     compile_fullgraph: bool = option(False, help="stop with an error at a graph break")
     compile_cache_size_limit: int | None = option(None, help="compiled graphs that torch keeps per block", minimum=1)
 
 
 @dataclass(frozen=True, kw_only=True)
-class EmbedderOffloadOptions:
-    """block swap"""
-
-    img_in_txt_in_offloading: bool = option(False, help="keep the image and text embedders in main memory")
-
-
-@dataclass(frozen=True, kw_only=True)
-class BlockSwapOptions(EmbedderOffloadOptions):
+class BlockSwapOptions:
     """block swap"""
 
     blocks_to_swap: int | None = option(
@@ -117,19 +117,23 @@ class BlockSwapOptions(EmbedderOffloadOptions):
         help="pin the memory of swapped blocks on Windows too, where pinned memory counts as GPU memory; "
         "other systems always pin it",
     )
+    img_in_txt_in_offloading: bool = option(
+        False, help="keep the image and text embedders in main memory between their uses"
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
-class FullSwapOptions(EmbedderOffloadOptions):
+class FullSwapOptions(BlockSwapOptions):
     """block swap"""
 
     blocks_to_swap: int | None = option(None, help="refused: trained blocks cannot be swapped", minimum=0)
+    use_pinned_memory_for_block_swap: bool = False  # hv_train.py does not have this option
 
     def __post_init__(self) -> None:
         if self.blocks_to_swap:
             raise UserError(
                 f"--blocks_to_swap {self.blocks_to_swap}: only frozen blocks can be swapped; leave it out, and to "
-                f"save memory {SAVE_MEMORY}"
+                f"save memory {FINE_TUNING_ADVICE}"
             )
 
 

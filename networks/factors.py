@@ -63,7 +63,7 @@ class Factors:
 
     @property
     def has_separable_rows(self) -> bool:
-        """Whether some rows of the update can be had without the others: not with LoKr, nor DoRA by columns."""
+        """Whether rows of the update can be computed separately. LoKr and DoRA by columns do not allow it."""
         return bool(self.PAIRS) and (self.dora_scale is None or self.dora_scale.shape[0] == self.out_features)
 
     def rows(self, start: int, stop: int) -> "Factors":
@@ -78,7 +78,7 @@ class Factors:
 
         Args:
             weight: float32, (out, in) or (out, in, *kernel).
-            multiplier: factor of the update; with DoRA, where between the old weight (0) and the new one (1).
+            multiplier: factor of the update; with DoRA, the position between the old weight (0) and the new one (1).
         """
         flat = weight.flatten(1)
         update = self.delta_weight()

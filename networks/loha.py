@@ -1,6 +1,7 @@
 """LoHa: the update is the element-wise product of two low-rank matrices (arXiv:2108.06098, LyCORIS).
 
-update = alpha / rank * (w1_a @ w1_b) * (w2_a @ w2_b). It can have rank^2 ranks with the parameters of a LoRA of 2 rank.
+update = alpha / rank * (w1_a @ w1_b) * (w2_a @ w2_b). The rank of this product can be rank^2; it has as many parameters
+as a LoRA of rank 2 x rank.
 """
 
 from collections.abc import Mapping

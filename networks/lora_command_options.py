@@ -4,10 +4,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from networks.files.format_table import FORMATS
-from utils.cli import option
+from utils.cli import one_value_each, option
 from utils.dtype_names import DTYPE_NAMES
 from utils.errors import UserError
-from utils.files import refuse_overwriting
+from utils.files import refuse_overwriting, require_suffix
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,12 +28,11 @@ class _InputOptions:
 @dataclass(frozen=True, kw_only=True)
 class _OutputOptions:
     output_file: Path = option(help="LoRA file to write")
-    target: str | None = option(None, help="its format; that of the first input if unset", choices=[*FORMATS])
-    dtype: str | None = option(None, help="its dtype; that of the input if unset", choices=DTYPE_NAMES)
+    target: str | None = option(None, help="format of the output; unset: that of the first input", choices=[*FORMATS])
+    dtype: str | None = option(None, help="dtype of the output; unset: that of the input", choices=DTYPE_NAMES)
 
     def require_output(self, inputs: list[Path]) -> None:
-        if self.output_file.suffix != ".safetensors":
-            raise UserError(f"--output_file {self.output_file}: a name that ends in .safetensors is expected")
+        require_suffix("--output_file", self.output_file, ".safetensors")
         refuse_overwriting("--output_file", self.output_file, inputs)
 
 
@@ -62,15 +61,15 @@ class MergeOptions(_OutputOptions, _InputOptions):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.require_output(self.path)
-        if len(self.multiplier) > 1 and len(self.multiplier) != len(self.path):
-            given, files = len(self.multiplier), len(self.path)
-            raise UserError(f"--multiplier: {given} values for {files} files; give one each, or one")
+        self.multipliers()  # checks their number
 
-    @property
     def multipliers(self) -> list[float]:
-        """One multiplier per file."""
-        given = self.multiplier or [1.0]
-        return given * len(self.path) if len(given) == 1 else given
+        """One multiplier per file.
+
+        Raises:
+            UserError: their number does not fit.
+        """
+        return one_value_each("--multiplier", self.multiplier, len(self.path), "files")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -39,10 +39,11 @@ def info(options: InfoOptions) -> None:
 
 def merge(options: MergeOptions) -> None:
     """Writes the weighted sum of several LoRAs as one LoRA."""
-    lora = concatenate([read_lora(path) for path in options.path], options.multipliers)
+    multipliers = options.multipliers()
+    lora = concatenate([read_lora(path) for path in options.path], multipliers)
     if options.rank is not None:
         lora = reduce_rank(lora, options.rank)
-    weighted = zip(options.path, options.multipliers, strict=True)
+    weighted = zip(options.path, multipliers, strict=True)
     _write(lora, options, "sum", [(path.name, f"x {multiplier:g}") for path, multiplier in weighted])
 
 

@@ -17,7 +17,7 @@ from utils.errors import UserError
 
 # For each official module name the LoRAs on it, as (factors, multiplier), in the order in which they are applied.
 LorasByModule = dict[str, list[tuple[Factors, float]]]
-# At most so many values of a weight are changed at a time: in float32 the update takes as much memory as the weight.
+# The most values of a weight that are changed at a time. Their update in float32 takes as much memory as they do.
 _CHUNK = 1 << 22
 
 
@@ -81,7 +81,7 @@ def merge_into_weight(name: str, weight: Tensor, loras: Sequence[tuple[Factors, 
     """Merges LoRAs (factors, multiplier) into a float32 weight (out, in, ...) in place, and returns it.
 
     Args:
-        name: what errors call the weight.
+        name: the name of the weight in errors.
 
     Raises:
         UserError: a LoRA is for a weight of another shape.

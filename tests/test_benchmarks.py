@@ -1,6 +1,8 @@
 """Benchmarks are run by hand. These tests check that all are listed, and that their counts and reports are right."""
 
+import importlib
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -25,6 +27,11 @@ FOLDER = Path(__file__).parents[1] / "benchmarks"
 def test_every_benchmark_is_run() -> None:
     modules = {path.stem for path in FOLDER.glob("*.py") if "def main(argv" in path.read_text(encoding="utf-8")}
     assert modules == {*ANYWHERE, *ON_LINUX, *ON_A_GPU}
+
+
+@pytest.mark.parametrize("name", [*ANYWHERE, *ON_A_GPU, *(ON_LINUX if sys.platform == "linux" else ())])
+def test_a_benchmark_can_be_imported(name: str) -> None:
+    assert callable(importlib.import_module(f"benchmarks.{name}").main)
 
 
 def test_the_table(capsys) -> None:

@@ -185,6 +185,11 @@ def test_help_is_quick():
     assert max(seconds.values()) <= 0.5, seconds
 
 
+def test_help_shows_example_commands_with_their_line_breaks(helps):
+    examples = [line for text in helps.values() for line in text.splitlines() if "ckpts/" in line]
+    assert examples and max(map(len, examples)) <= 120, max(examples, key=len)
+
+
 def kind_of(option: str, text: str) -> str | None:
     """How many values --help says that an option takes."""
     found = re.search(rf"^  {option}(?: (\S.*?))?(?:  .*)?$", text, re.MULTILINE)

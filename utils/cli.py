@@ -8,8 +8,8 @@
     vae, run = parse_options("Caches latents.", VaeOptions, RunOptions)
 
 A field's annotation sets the type: `bool` is a flag, `list[T]` takes any number of values, `tuple[T, T]` exactly two.
-A `Path` loses invisible characters and, with `path=`, must exist. Any other class is called with the text; it raises
-ValueError for a wrong one, and its class attribute `expected` describes a right one.
+A `Path` loses invisible characters and, with `path=`, must exist. Any other class is called with the text. It raises
+ValueError if the text is wrong, and its class attribute `expected` describes a correct text.
 
 `--config_file FILE.toml` gives the same options from a file. They are checked in the same way; the command line wins.
 Nothing heavy is imported here, so that --help and error messages appear at once.
@@ -295,6 +295,21 @@ def unused_options(group: Any, used: Mapping[str, bool]) -> list[str]:
     """
     defaults = {known.name: known.default for known in _options_of(type(group)) if not used.get(known.name, True)}
     return [name for name, default in defaults.items() if getattr(group, name) != default]
+
+
+def one_value_each(option: str, values: Sequence[float], count: int, what: str) -> list[float]:
+    """One number for each of `count` things, from an option that takes one for each, one for all, or none for 1.0.
+
+    Args:
+        option: the option, for the message.
+        what: the things, for the message.
+
+    Raises:
+        UserError: another number of values.
+    """
+    if len(values) not in (0, 1, count):
+        raise UserError(f"{option}: {len(values)} values for {count} {what}; give one for each, or one for all")
+    return list(values) if len(values) == count else [*values, 1.0][:1] * count
 
 
 def run_script(main: Callable[[], None]) -> NoReturn:

@@ -19,7 +19,7 @@ def default_dtype(name: str | None, device: torch.device, on_gpu: str = "float16
 def resolve_device(name: str | None = None) -> torch.device:
     """The device called `name`; if None, CUDA if it is available, else the CPU.
 
-    A GPU given by number also becomes torch's current device, because pinned memory and Triton kernels use that one.
+    A GPU given by number also becomes torch's current device, because pinned memory and Triton kernels use it.
 
     Raises:
         UserError: torch does not know the name or cannot use the device.

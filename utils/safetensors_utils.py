@@ -1,4 +1,4 @@
-"""Reads and writes safetensors files; all others use these functions."""
+"""Reads and writes safetensors files. All other modules use these functions."""
 
 import contextlib
 import json
@@ -141,7 +141,8 @@ def streamed_file(
     """Writes a file tensor by tensor, so that it is never in memory as a whole. Yields `write(name, tensor)`.
 
     The file gets its name when all tensors are written. Its bytes are those that the reference implementation writes.
-    That one is not used: a killed process would leave its temporary file under a name that cannot be recognised.
+    The reference implementation is not used, because a killed process would leave a temporary file whose name cannot
+    be recognised.
 
     Args:
         path: the file.

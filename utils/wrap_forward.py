@@ -12,18 +12,18 @@ The contract:
 - Arguments: a wrapper is called as `wrapper(forward, *arguments)`. `forward` is what it wraps: the module's own
   `forward` or the next wrapper inside. All arguments are positional, in the order of the module's own `forward`, also
   where the caller of the module passed keywords. The wrapper passes all of them on, by position.
-- Result: a wrapper returns what `forward` would return: as many tensors, of the same shapes.
+- Result: a wrapper returns what `forward` would return: the same number of tensors, with the same shapes.
 - Calls: a wrapper may call `forward` once, not at all, or again in the backward pass.
 - Order: the kinds of wrappers are nested as `WrapperKind` lists them. Wrap from the inside out. Only wrappers of the
   kind OUTPUT_CHANGE may be stacked; there is at most one of every other kind.
 - Children: what changes the children of a module (a wrapper around a Linear of a block) must be in place before the
   module itself is compiled and first runs.
-- torch.compile: it traces through every wrapper inside of COMPILATION and through those of the children, so these do
-  nothing but compute with tensors. What is outside is not compiled.
-- Removal: `remove()` restores the `forward` of before. The outermost wrapper is removed first.
+- torch.compile: it traces through every wrapper inside of COMPILATION and through those of the children, so these must
+  only compute with tensors. What is outside is not compiled.
+- Removal: `remove()` restores the previous `forward`. The outermost wrapper is removed first.
 - Hooks: PyTorch's forward hooks run outside of all wrappers.
-- accelerate: wrap a module before `accelerator.prepare(module)`, for accelerate wraps `forward` too and must be
-  outermost when it takes its own wrapper off. The modules inside a prepared one may be wrapped at any time.
+- accelerate: wrap a module before `accelerator.prepare(module)`. accelerate also wraps `forward`, and its wrapper must
+  be the outermost when accelerate removes it. The modules inside a prepared one may be wrapped at any time.
 """
 
 import inspect
@@ -100,8 +100,8 @@ def wrap_forward(module: nn.Module, kind: WrapperKind, around: Callable[..., Any
         around: takes the wrapped `forward` and its arguments, and returns what `forward` would return.
 
     Raises:
-        ValueError: a wrapper that is there belongs further outside, or is of the same kind; or accelerate has wrapped
-            the module already.
+        ValueError: an existing wrapper belongs outside of the new one or is of the same kind; or accelerate has
+            already wrapped the module.
     """
     wrappers = wrappers_of(module)
     for present in wrappers:

@@ -1,4 +1,4 @@
-"""Runs the toolkit's scripts in processes of their own, as a user does."""
+"""Runs the toolkit's scripts as separate processes, as a user does."""
 
 import subprocess
 import sys

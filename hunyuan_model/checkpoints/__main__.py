@@ -1,7 +1,7 @@
 """Says what model files are.
 
 python -m hunyuan_model.checkpoints FILE...            # what is this?
-python -m hunyuan_model.checkpoints --check FILE...    # and is every tensor there, in shape and finite?
+python -m hunyuan_model.checkpoints --check FILE...    # is also every tensor there, with its shape, and finite?
 """
 
 import argparse
@@ -20,7 +20,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("files", nargs="+", type=Path, help="model files or folders")
     parser.add_argument(
-        "--check", action="store_true", help="also load each on the CPU: is every tensor there, in shape and finite?"
+        "--check",
+        action="store_true",
+        help="also load each file on the CPU, and check that every tensor is there, has its shape and is finite",
     )
     options = parser.parse_args()
     files = [identify(path) for path in options.files]

@@ -44,7 +44,7 @@ BROKEN_MERGE = "they come from the LoRAs merged into it: lower the multiplier or
 class StoredTensors:
     """The tensors of one part of a file (DIT, VAE, LLM or CLIP), by the names of our modules' parameters.
 
-    This class is for files whose names are ours but for a prefix; subclasses know other layouts.
+    This class is for files with our names, possibly after a prefix; subclasses know other layouts.
 
     Attributes:
         file: what `identify` found.
@@ -72,7 +72,7 @@ class StoredTensors:
         return self._infos[self.stored_names(name)[0]].dtype
 
     def check_complete(self, model: nn.Module) -> None:
-        """Every parameter of the model is in the file with its shape.
+        """Checks that every parameter of the model is in the file with its shape.
 
         Raises:
             UserError: one is missing or has another shape.
@@ -88,7 +88,7 @@ class StoredTensors:
                 raise UserError(f"{self.file.path}: {name} has shape {found}, {shape} is expected")
 
     def check_exact(self, model: nn.Module) -> None:
-        """Every parameter of the model is in the file with its shape, and the file holds no other tensor.
+        """Checks that every parameter of the model is in the file with its shape, and that it holds no other tensor.
 
         Raises:
             UserError: a tensor is missing, superfluous or has another shape.
@@ -253,7 +253,7 @@ class VaeTensors(StoredTensors):
 
 @contextlib.contextmanager
 def errors_naming(path: str | Path) -> Iterator[None]:
-    """Errors that a model's sizes cause name the file from which the sizes come."""
+    """Inside, errors about the sizes of a model name the file that the sizes come from."""
     try:
         yield
     except UserError as error:

@@ -94,8 +94,8 @@ def _selective_policy(ctx: object, op: Callable, *args: Any, **kwargs: Any) -> C
 class _CheckpointedRun(torch.autograd.Function):
     """Runs a block without a graph and keeps its inputs; backward runs it again with a graph, and then through that.
 
-    Unlike `torch.utils.checkpoint`, this lets the block use saved-tensor hooks of its own in the second run, where
-    memory peaks: so that run keeps no more than `rematerialize_pointwise` does.
+    Unlike `torch.utils.checkpoint`, this lets the block use its own saved-tensor hooks in the second run, where memory
+    peaks. So the second run keeps no more than `rematerialize_pointwise` does.
     """
 
     @staticmethod

@@ -8,7 +8,7 @@ On CUDA, all copies run on one copy stream beside the computation. Only streams 
   backward pass waits for this copy. The tensors of at most one block are on the GPU ahead of their use.
 
 So the computing stream allocates, uses and frees all GPU memory in order. On other devices the copies are made at the
-same points, at once.
+same points, and the computation waits for them.
 """
 
 import contextlib
@@ -23,8 +23,8 @@ from torch import Tensor
 class ActivationOffload:
     """Offloads the tensors of a model's blocks, in the order in which the blocks run.
 
-    Buffers in main memory are used again, also for smaller tensors: PyTorch would pin a new one for every other size
-    and keep it. No copy can overwrite a buffer that another copy still reads, because all copies run on one stream.
+    Buffers in main memory are reused, also for smaller tensors, because PyTorch would pin and keep another buffer for
+    every size. No copy can overwrite a buffer that another copy still reads, because all copies run on one stream.
     """
 
     def __init__(self) -> None:
@@ -125,6 +125,6 @@ def _on_copy_stream(device: torch.device) -> Iterator[None]:
 
 
 def _wait_for_copies(device: torch.device) -> None:
-    """Makes the computing stream wait for all copies queued so far, before the work that it is given next."""
+    """Makes the computing stream wait for all copies queued so far. Work that is queued later runs after them."""
     if device.type == "cuda":
         torch.cuda.current_stream(device).wait_stream(_copy_stream(device))

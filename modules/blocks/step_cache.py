@@ -18,7 +18,7 @@ from utils.wrap_forward import WrapperKind, wrap_forward
 
 @dataclass
 class _FullStep:
-    """The changes of the last full step, for one call of the model per step (of the two with guidance)."""
+    """The changes that blocks made in the last full step. With guidance, each of the two calls per step has its own."""
 
     first_change: Tensor | None = None  # B L D, added by the first block
     rest_change: Tensor | None = None  # B L D, added by all other blocks
@@ -37,7 +37,7 @@ class StepCache:
     threshold: float
     evaluated: int = 0
     total: int = 0
-    _full_steps: dict[int, _FullStep] = field(default_factory=dict)  # by number of the call in its step
+    _full_steps: dict[int, _FullStep] = field(default_factory=dict)  # by the number of the call within its step
     _call: int = 0
     _must_compute: bool = True
     _skipping: bool = False
@@ -95,10 +95,10 @@ def apply_step_cache(blocks: Sequence[nn.Module], streams: Sequence[int], cache:
     """Puts a cache around the blocks of a model; the sampling loop calls `cache.begin_step` before each step.
 
     Args:
-        blocks: at least two, in the order in which they run. The first arguments of each are its token streams, and
-            it returns as many.
-        streams: for each block, the number of its token streams (B, L, D): 2 for image and text apart, 1 for both
-            together. The last block has one.
+        blocks: at least two, in the order in which they run. The first arguments of a block are its token streams; it
+            returns the same streams.
+        streams: for each block, the number of its token streams (B, L, D): 2 if image and text are separate, 1 if they
+            are joined. The last block has one.
     """
     for index, (block, count) in enumerate(zip(blocks, streams, strict=True)):
         around = _run_or_skip(cache, count, first=index == 0, last=index == len(blocks) - 1)

@@ -31,7 +31,7 @@ from utils.processes import process_share
 
 
 def text_provenance(encoders: TextEncoderOptions) -> dict[str, Any]:
-    """What the embeddings depend on besides the caption; reads headers and tokenizer files only.
+    """Everything that the embeddings depend on, except the caption; reads only headers and tokenizer files.
 
     Raises:
         UserError: a path does not hold the model that its option names, or a tokenizer is missing.

@@ -41,8 +41,8 @@ class Comparison:
     """Every LoRA file at every multiplier for every prompt, and every prompt without LoRA, all with the same seed.
 
     Attributes:
-        stem: what the names of all its files begin with.
-        seed: of the prompts that have none.
+        stem: the first part of the names of all its files.
+        seed: the seed of prompts that give none.
         cells: the job of each video on the page.
     """
 
@@ -57,7 +57,7 @@ class Comparison:
         """Draws the seed if none is given, and names the files.
 
         Raises:
-            UserError: a request does not go together with the DiT.
+            UserError: a request does not fit the DiT.
         """
         seed = drawn_seed() if options.prompt.seed is None else options.prompt.seed
         requests = [dataclasses.replace(each, seed=seed if each.seed is None else each.seed) for each in requests]
@@ -193,7 +193,7 @@ def _font(text: str) -> ImageFont.FreeTypeFont:
 
 
 def _lacking(font: ImageFont.FreeTypeFont, text: str) -> str:
-    """The characters of the text that the font does not have: it draws them like one that no font has."""
+    """The characters of the text that the font does not have. It draws them like U+10FFFF, which no font has."""
     box = bytes(font.getmask("\U0010ffff"))
     return "".join(sorted(each for each in {*"".join(text.split())} if bytes(font.getmask(each)) == box))
 

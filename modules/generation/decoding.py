@@ -21,7 +21,7 @@ SMALLEST_TILE = 64  # pixels; with smaller ones most of the work would be their 
 def lazy_vae(
     options: VaeOptions, device: torch.device, when_released: Literal["free", "offload", "keep"] = "free"
 ) -> LazyModel[AutoencoderKLCausal3D]:
-    """The VAE as the options describe it, not loaded yet."""
+    """The VAE that the options describe. It is loaded at its first use."""
     place = torch.device("cpu") if when_released == "offload" else device
     load = functools.partial(checkpoints.load_vae, options.vae, place, default_dtype(options.vae_dtype, device))
     return LazyModel(load, device, when_released, advice="use --vae_dtype float16")

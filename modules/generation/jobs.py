@@ -31,7 +31,7 @@ def new_job(
 
     Args:
         index: position of the request among all of this run, for the name.
-        key: of a line of a prompt file.
+        key: the key of the line, if the request is a line of a prompt file.
         sampled: stem of latents that an earlier run has saved for this line; the job takes it with its seed.
     """
     if sampled is not None:
@@ -101,7 +101,7 @@ def decoding_job(path: Path, settings: Mapping[str, object], index: int, fps: in
     Args:
         settings: those inside the file.
         index: position of the file among all of this run, for the name.
-        fps: frames per second of the video; None for those of the settings.
+        fps: frames per second of the video; None: the value in the settings.
         metadata: whether the video gets the settings.
 
     Raises:
@@ -120,7 +120,7 @@ def drawn_seed() -> int:
 
 
 def time_stamp() -> str:
-    """The time of day as file names have it."""
+    """Date and time for file names."""
     return time.strftime("%Y%m%d-%H%M%S")
 
 
@@ -135,7 +135,7 @@ def run_keys(requests: Sequence[Request], identity: object) -> list[str]:
     Equal lines get different keys by their order. A line keeps its key when other lines are added or removed.
 
     Args:
-        identity: what else decides how the videos look, such as model files; anything with a stable repr.
+        identity: everything else that decides how the videos look, such as model files; any object with a stable repr.
     """
     keys, seen = [], {}
     for request in requests:
@@ -146,9 +146,9 @@ def run_keys(requests: Sequence[Request], identity: object) -> list[str]:
 
 
 def video_identity(options: GenerationOptions) -> list[object]:
-    """What decides how a video looks apart from its request: some options, and size and date of the model files.
+    """Everything that decides how a video looks, except its request: some options, and size and date of model files.
 
-    Options that only trade memory for time are not in it.
+    Options that only trade memory for time are left out.
     """
     dit, text, vae, lora, speed = options.dit, options.text, options.vae, options.lora, options.speed
     files = [dit.dit, vae.vae, text.text_encoder1, text.text_encoder2, *lora.lora_weight]

@@ -12,7 +12,7 @@ M = TypeVar("M")
 
 
 class LazyModel(Generic[M]):
-    """A model that is loaded at its first use and gives its memory back at `release`.
+    """A model that is loaded at its first use. `release` frees its memory.
 
     Args:
         load: returns the model on `device`; with "offload" on the CPU.
@@ -41,7 +41,7 @@ class LazyModel(Generic[M]):
         return self._model
 
     def load(self) -> None:
-        """Loads the model unless that is done.
+        """Loads the model if it is not loaded yet.
 
         Raises:
             UserError: out of memory.
@@ -51,7 +51,7 @@ class LazyModel(Generic[M]):
                 self._model = self._load()
 
     def release(self) -> None:
-        """Gives the device's memory back, unless the model is to be kept there."""
+        """Frees the device's memory, unless the model stays there."""
         if self._model is None or self._when_released == "keep":
             return
         if self._when_released == "offload":

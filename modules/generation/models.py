@@ -58,7 +58,7 @@ def lazy_dit(
     step_cache: StepCache | None = None,
     when_released: Literal["free", "keep"] = "free",
 ) -> LazyModel[HYVideoDiffusionTransformer]:
-    """The DiT as it samples, not loaded yet."""
+    """The DiT, ready to sample. It is loaded at its first use."""
     load = functools.partial(load_sampling_dit, options, device, step_cache)
     return LazyModel(load, device, when_released, advice="use --fp8 or --blocks_to_swap")
 
@@ -66,7 +66,7 @@ def lazy_dit(
 def load_sampling_dit(
     options: GenerationOptions, device: torch.device, step_cache: StepCache | None = None
 ) -> HYVideoDiffusionTransformer:
-    """The DiT as it samples: LoRAs merged, quantised, compiled, with block swap and a step cache around its blocks."""
+    """The DiT, ready to sample: LoRAs merged, quantised, compiled, block swap and a step cache around its blocks."""
     speed, swap = options.speed, options.swap
     model = load_merged_dit(options, device)
     if speed.fp8_fast:
@@ -83,10 +83,10 @@ def load_sampling_dit(
 
 
 def load_merged_dit(options: GenerationOptions, device: torch.device) -> HYVideoDiffusionTransformer:
-    """The DiT with its LoRAs, the blocks that are swapped in main memory.
+    """The DiT with its LoRAs. The blocks that will be swapped are in main memory.
 
-    LoRAs are merged into each weight before it is quantised, so that both are rounded once. In a file that is fp8
-    already and stays so, rounding would undo most of a small change: there the LoRAs compute beside the weights.
+    LoRAs are merged into each weight before it is quantised, so that both are rounded once. If the file is already fp8
+    and stays fp8, rounding would undo most of a small change. Then the LoRAs compute beside the weights.
     """
     lora, speed = options.lora, options.speed
     path, loras = options.dit.dit, lora.merged()

@@ -17,9 +17,9 @@ from modules.options import (
     VaeOptions,
     require,
 )
-from utils.cli import option
+from utils.cli import one_value_each, option
 from utils.errors import UserError
-from utils.files import refuse_overwriting
+from utils.files import refuse_overwriting, require_suffix
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,8 +32,8 @@ class PromptOptions:
     )
     from_file: Path | None = option(
         None,
-        help="file of prompts (.txt, .toml, .json; a line is like `A cat --w 960 --h 544 --f 49 --d 42`), of which "
-        "finished ones are skipped; or an .mp4, .png or latent .safetensors of this script, to make it again",
+        help="prompt file (.txt, .toml, .json; a line is like `A cat --w 960 --h 544 --f 49 --d 42`); videos that are "
+        "finished are skipped; or an .mp4, .png or latent .safetensors of this script, to make its video again",
         path="file",
     )
     interactive: bool = option(False, help="read prompts from the terminal one by one; all models stay loaded")
@@ -119,24 +119,23 @@ class LoraOptions:
     )
 
     def __post_init__(self) -> None:
-        files, multipliers = len(self.lora_weight), len(self.lora_multiplier)
-        if not files and (multipliers or self.compare):
+        if not self.lora_weight and (self.lora_multiplier or self.compare):
             raise UserError(f"--{'compare' if self.compare else 'lora_multiplier'} needs --lora_weight")
-        if not self.compare and multipliers > 1 and multipliers != files:
-            raise UserError(f"--lora_multiplier: {multipliers} values for {files} --lora_weight; give one each, or one")
-        if self.save_merged_model is not None and self.save_merged_model.suffix != ".safetensors":
-            raise UserError(
-                f"--save_merged_model {self.save_merged_model}: a name that ends in .safetensors is expected"
-            )
+        self.merged()  # checks the number of multipliers
+        if self.save_merged_model is not None:
+            require_suffix("--save_merged_model", self.save_merged_model, ".safetensors")
 
     def merged(self) -> list[tuple[Path, float]]:
-        """The LoRA files to merge, with multipliers. With --compare none: there they compute beside the weights."""
+        """The LoRA files to merge, with multipliers; an empty list with --compare, whose LoRAs are not merged.
+
+        Raises:
+            UserError: the number of multipliers does not fit.
+        """
         if self.compare:
             return []
-        multipliers = self.lora_multiplier or [1.0]
-        if len(multipliers) == 1:
-            multipliers = multipliers * len(self.lora_weight)
-        return list(zip(self.lora_weight, multipliers, strict=True))
+        files = self.lora_weight
+        multipliers = one_value_each("--lora_multiplier", self.lora_multiplier, len(files), "--lora_weight")
+        return list(zip(files, multipliers, strict=True))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -26,7 +26,7 @@ class Job:
     """One video to be made. Its seed is drawn and its files are named.
 
     Attributes:
-        stem: what the names of its files begin with.
+        stem: the first part of the names of its files.
         settings: saved inside its files; None with --no_metadata.
         latents: saved latents (1, C, f, h, w) that are only to be decoded; None for a video that is sampled.
         loras: the LoRA files (path, multiplier) that compute beside the DiT's weights while this video is sampled, an
@@ -55,7 +55,7 @@ class OutputFolder:
         return self.folder / (job.stem + LATENT_SUFFIX)
 
     def result_path(self, job: Job) -> Path:
-        """What a finished job leaves behind: the video, the folder of images, or the latents."""
+        """The path of a finished job's result: the video, the folder of images, or the latents."""
         if self.output_type == "latent":
             return self.latent_path(job)
         return self.folder / (job.stem + ("" if self.output_type == "images" else ".mp4"))

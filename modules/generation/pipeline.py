@@ -38,7 +38,7 @@ SAMPLING_ADVICE = "use --blocks_to_swap, --fp8, --split_uncond, a smaller size o
 
 
 class Pipeline:
-    """The models and settings that make files of jobs. Models are loaded when they are needed.
+    """The models and settings that turn jobs into files. Models are loaded when they are needed.
 
     Args:
         when_released: "keep" leaves every model loaded, for jobs that come one by one.
@@ -181,13 +181,13 @@ class Pipeline:
         return latents
 
     def _before_step(self, bar: tqdm, step: int, steps: int) -> None:
-        bar.total = steps  # fewer than the request's with a video to start from
+        bar.total = steps  # fewer than the request asks for if a video is the start
         bar.update(step - bar.n)
         if self.step_cache is not None:
             self.step_cache.begin_step(step, steps)
 
     def _pixels(self, job: Job) -> Tensor:
-        """Pixels (3, F, H, W) in 0..1 of a job whose latents are there.
+        """Pixels (3, F, H, W) in 0..1 of a job whose latents are given or already sampled.
 
         Raises:
             UserError: latents that were sampled cannot be decoded; names the command that decodes them later.

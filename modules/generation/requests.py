@@ -102,19 +102,19 @@ def parse_line(line: str, defaults: Request) -> Request:
         UserError: an unknown option, or a wrong value.
     """
     prompt, *options = _OPTION.split(line.strip())
-    words = {} if not prompt.strip() else {"prompt": prompt.strip()}
+    values = {} if not prompt.strip() else {"prompt": prompt.strip()}
     for text in options:
         name, _, value = text.partition(" ")
-        if _field(name, "--") in {_field(word) for word in words}:
+        if _field(name, "--") in {_field(given) for given in values}:
             raise UserError(f"--{name} is given twice")
-        words[name] = value.strip()
-    return from_words(words, defaults, "--")
+        values[name] = value.strip()
+    return request_from(values, defaults, "--")
 
 
-def from_words(words: Mapping[str, object], defaults: Request, dashes: str = "") -> Request:
+def request_from(values: Mapping[str, object], defaults: Request, dashes: str = "") -> Request:
     """A request from {name: value} with names as in `KEYS`; `dashes` are put before names in error messages."""
-    values = {_field(name, dashes): _converted(name, value, dashes) for name, value in words.items()}
-    request = dataclasses.replace(defaults, **values)
+    fields = {_field(name, dashes): _converted(name, value, dashes) for name, value in values.items()}
+    request = dataclasses.replace(defaults, **fields)
     if not request.prompt:
         raise UserError("there is no prompt")
     return request
@@ -176,7 +176,7 @@ def read_prompt_file(path: str | Path, defaults: Request) -> list[Request]:
     requests = []
     for place, entry in readers[path.suffix.lower()](path):
         try:
-            requests.append(parse_line(entry, defaults) if isinstance(entry, str) else from_words(entry, defaults))
+            requests.append(parse_line(entry, defaults) if isinstance(entry, str) else request_from(entry, defaults))
         except UserError as error:
             raise UserError(f"{path}: {place}: {error}") from None
     if not requests:

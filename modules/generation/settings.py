@@ -15,7 +15,9 @@ from utils.errors import UserError
 MEDIA_SUFFIXES = (".mp4", ".png", ".safetensors")
 # Options about where to run and what to write, which do not describe the video.
 _WHERE = ("device", "save_path", "output_type", "latent_path", "no_metadata", "save_merged_model", "interactive")
+# Options about the memory plan. The options that --vram_gb chooses are stored instead.
 _PLAN = ("vram_gb", "dry_run")
+# Options that say which videos to make. The settings of one video have its request instead.
 _SOURCES = ("prompt", "from_file", "compare")
 
 
@@ -25,7 +27,7 @@ def page_settings(options: GenerationOptions, seed: int) -> dict[str, object]:
 
 
 def video_settings(options: GenerationOptions, request: Request) -> dict[str, object]:
-    """The options that make this video again: those of the run, and the values of the request."""
+    """The options that make this video again: the options of the run, and the values of the request."""
     settings = {name: value for name, value in options.settings().items() if name not in _WHERE + _PLAN + _SOURCES}
     own = {
         "prompt": request.prompt,

@@ -21,7 +21,7 @@ if TYPE_CHECKING:  # transformers takes seconds to import
 def lazy_text_encoders(
     options: TextEncoderOptions, device: torch.device, when_released: Literal["free", "keep"] = "free"
 ) -> tuple[LazyModel["LlmTextEncoder"], LazyModel["ClipTextEncoder"]]:
-    """Both text encoders as the options describe them; neither is loaded yet."""
+    """Both text encoders that the options describe. Each is loaded at its first use."""
     dtype = default_dtype(options.text_encoder_dtype, device)
     llm = functools.partial(
         checkpoints.load_text_encoder_1, options.text_encoder1, device, dtype, options.fp8_llm, options.tokenizer1

@@ -40,7 +40,7 @@ def plan_memory(options: GenerationOptions, requests: Sequence[Request]) -> Gene
 
 
 def plan_memory_of_decoding(options: GenerationOptions, jobs: Sequence[Job]) -> GenerationOptions:
-    """Like `plan_memory`, for jobs whose latents are there."""
+    """Like `plan_memory`, for jobs that only decode saved latents."""
     shape = max((job.latents.shape for job in jobs), key=math.prod)
     options, rows = _plan_decoding(options, shape)
     _print_plan(shape, rows)

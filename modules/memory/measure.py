@@ -123,7 +123,7 @@ def measure_text_encoder_1(path: Path, dtype: torch.dtype, fp8: bool, captions: 
             name: torch.empty(tensor.shape, dtype=FP8 if tensor.dtype == FP8 else dtype)
             for name, tensor in [*llm.named_parameters(), *llm.named_buffers()]
         }
-        # A 4D mask, because transformers reads the values of the mask (B, L) that is used otherwise.
+        # transformers reads the values of a mask (B, L), but fake tensors have none. It does not read a 4D mask.
         mask = torch.ones(captions, 1, L, L, dtype=torch.bool)
         with MemoryMeter() as meter:
             functional_call(llm, weights, (torch.ones(captions, L, dtype=torch.long), mask))

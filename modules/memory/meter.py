@@ -105,7 +105,7 @@ def measure_block(
     """Runs a block and counts its bytes.
 
     Args:
-        streams: the token streams (B, L, D), the block's first arguments; it returns as many of the same shapes.
+        streams: the token streams (B, L, D), the block's first arguments; it returns them with the same shapes.
         condition: its other arguments.
         training: also run the backward pass to the streams.
         trained: a network whose parameters the block uses; their gradients are not counted.

@@ -323,13 +323,17 @@ def free_device_memory(device: torch.device) -> int | None:
 
 
 def free_main_memory(cgroups: Path = Path("/sys/fs/cgroup")) -> int:
-    """Bytes of main memory that are free for this process: of machine and container, divided by the local processes."""
+    """Bytes of main memory that this process may use.
+
+    This is the free memory of the machine or of its container, whichever is less, divided by the number of processes
+    on this machine.
+    """
     free = min([psutil.virtual_memory().available, *_left_by_container(cgroups)])
     return free // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
 
 def _left_by_container(cgroups: Path) -> Iterator[int]:
-    """Bytes that the limit of a container leaves, by cgroups v2 and v1. Cached files count as free."""
+    """Free bytes below the memory limit of a container, by cgroups v2 and v1. Cached files count as free."""
     v2 = (cgroups, "memory.max", "memory.current", "inactive_file")
     v1 = (cgroups / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
     for folder, limit, used, cached in (v2, v1):

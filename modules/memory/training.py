@@ -16,8 +16,8 @@ from modules.blocks.activation_checkpointing import apply_activation_checkpointi
 from modules.memory import plan as planner
 from modules.memory.measure import measure_dit
 from modules.memory.meter import ModelUsage
-from modules.training.distributed import least_of_processes
-from modules.training.network import OWN_MODULES, trial_network
+from modules.training.distributed import min_over_processes
+from modules.training.network import OWN_MODULES, create_trial_network
 from modules.training.optimizers import try_optimizer
 from modules.training.options import FullTrainerOptions, LoraTrainerOptions
 from modules.training.setup import TrainingSetup
@@ -63,9 +63,9 @@ def plan_memory(run: TrainingSetup[LoraTrainerOptions], module: ModuleType, trai
     policy, swap = options.checkpointing.policy, options.swap.blocks_to_swap
     settings = planner.Settings(options.memory.fp8_base, policy or "none", swap or 0)
     ordered = planner.candidate_settings(max_blocks_to_swap(*depths, training=True), settings.fp8, policy, swap)
-    free, main_memory = planner.free_device_memory(accelerator.device), least_of_processes(planner.free_main_memory())
+    free, main_memory = planner.free_device_memory(accelerator.device), min_over_processes(planner.free_main_memory())
     if free is not None:
-        free = least_of_processes(free)
+        free = min_over_processes(free)
     limit = planner.memory_limit(options.memory.vram_gb, free)
     if limit is not None:
         settings = planner.fastest_that_fits(ordered, limit, predicted, host_limit=main_memory)
@@ -92,7 +92,7 @@ def apply_for_measuring(
     Args:
         device: where training will run.
     """
-    network = trial_network(options, module, dit) if module.__name__ in OWN_MODULES else None
+    network = create_trial_network(module, dit, options.network) if module.__name__ in OWN_MODULES else None
     if network is not None:
         network.apply_to([], dit, False, True)
     swapped = bool(options.swap.blocks_to_swap)
@@ -128,8 +128,7 @@ def print_weight_memory(
     Raises:
         UserError: the optimizer does not work with the dtype of the trained weights.
     """
-    tuning = run.options.tuning
-    trained, frozen = DTYPES[tuning.trained_dtype], DTYPES[tuning.saved_dtype]
+    trained, frozen = DTYPES[run.options.tuning.trained_dtype], DTYPES[run.options.saved_dtype]
     state_bytes = try_optimizer(run.options.optimizer, trained, run.accelerator.device)
     total, count = sum(map(math.prod, shapes.values())), sum(math.prod(shapes[name]) for name in names)
     rows = [
@@ -138,4 +137,4 @@ def print_weight_memory(
         ("their optimizer's states", planner.format_bytes(count * state_bytes)),
         ("frozen weights", planner.format_bytes((total - count) * frozen.itemsize)),
     ]
-    print_table(f"memory beside activations, {count / 1e6:,.1f} of {total / 1e6:,.1f} M weights are trained", rows)
+    print_table(f"memory without activations, {count / 1e6:,.1f} of {total / 1e6:,.1f} M weights are trained", rows)

@@ -40,7 +40,7 @@ class Denoiser:
         Args:
             x_t: noisy latents (B, C, f, h, w).
             sigma: their noise levels (B,) in 0..1.
-            batch: its captions condition the DiT, and its first frames do in an image-to-video DiT.
+            batch: its captions condition the DiT; an image-to-video DiT also gets its first frames.
         """
         guidance = torch.full_like(sigma, self.guidance * GUIDANCE_SCALE) if self.dit.config.guidance_embed else None
         captions = [batch.text_states, batch.text_mask, batch.text_states_2]
@@ -77,7 +77,7 @@ class Trained(Protocol):
 
     @property
     def facts(self) -> dict[str, Any]:
-        """What the metadata of a checkpoint say of it: fields of `networks.files.metadata.RunFacts`."""
+        """Fields of `networks.files.metadata.RunFacts` that describe it in the metadata of a checkpoint."""
 
     def parameter_groups(self, learning_rate: float) -> list[dict[str, Any]]:
         """Parameter groups for the optimizer."""

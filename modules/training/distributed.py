@@ -31,7 +31,7 @@ def sum_over_processes(accelerator: Accelerator, values: Tensor) -> Tensor:
     return accelerator.reduce(values, "sum") if accelerator.num_processes > 1 else values
 
 
-def least_of_processes(number: int) -> int:
+def min_over_processes(number: int) -> int:
     """The smallest number of any process, so that all processes decide alike."""
     return min(gather_object([number]))
 

@@ -36,9 +36,13 @@ class SaveOptions:
     save_every_n_epochs: int | None = option(None, help="save a checkpoint every N epochs", minimum=1)
     save_every_n_steps: int | None = option(None, help="save a checkpoint every N steps", minimum=1)
     save_last_n_epochs: int | None = option(None, help="keep only the last N checkpoints of epochs", minimum=1)
-    save_last_n_epochs_state: int | None = option(None, help="the same for states", minimum=1)
+    save_last_n_epochs_state: int | None = option(
+        None, help="keep only the last N states of epochs; unset: as --save_last_n_epochs", minimum=1
+    )
     save_last_n_steps: int | None = option(None, help="remove checkpoints that are more than N steps old", minimum=1)
-    save_last_n_steps_state: int | None = option(None, help="the same for states", minimum=1)
+    save_last_n_steps_state: int | None = option(
+        None, help="remove states that are more than N steps old; unset: as --save_last_n_steps", minimum=1
+    )
     save_state: bool = option(False, help="save a state to resume from with every checkpoint")
     save_state_on_train_end: bool = option(False, help="save a state at the end")
     resume: str | None = option(None, help="state folder to continue from; auto: the newest state of --output_name")

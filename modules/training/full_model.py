@@ -22,7 +22,7 @@ from utils.device_utils import DTYPES
 from utils.errors import UserError
 from utils.safetensors_utils import streamed_file
 
-EXAMPLES = 4
+SHOWN_NAMES = 4
 
 
 def trained_names(names: Sequence[str], parts: Sequence[str]) -> set[str]:
@@ -33,7 +33,7 @@ def trained_names(names: Sequence[str], parts: Sequence[str]) -> set[str]:
     """
     for part in parts:
         if not any(part in name for name in names):
-            found = ", ".join(names[:: max(len(names) // EXAMPLES, 1)][:EXAMPLES])
+            found = ", ".join(names[:: max(len(names) // SHOWN_NAMES, 1)][:SHOWN_NAMES])
             raise UserError(f"--trainable_modules {part}: no parameter has this in its name; there are {found}, ...")
     return {name for name in names if any(part in name for part in parts)}
 
@@ -54,7 +54,7 @@ class TrainedModel:
     Args:
         model: its parameters have the names under which they are saved.
         names: the parameters that are trained; all others are frozen.
-        dtype: of saved checkpoints; None keeps that of each parameter.
+        dtype: dtype of saved checkpoints; None: each parameter keeps its own.
         source_config: the config in the file that training started from, which is written into every checkpoint.
         untouched: the weights are still those of that file.
     """
@@ -129,7 +129,7 @@ def dit_shapes(run: TrainingSetup[FullTrainerOptions]) -> dict[str, torch.Size]:
 
 
 def check_trained(run: TrainingSetup[FullTrainerOptions], shapes: Mapping[str, torch.Size], names: set[str]) -> None:
-    """Whether the trained parameters fit the other options and the state.
+    """Checks that the trained parameters fit the other options and the state.
 
     Args:
         shapes: every parameter of the DiT.
@@ -152,7 +152,7 @@ def check_trained(run: TrainingSetup[FullTrainerOptions], shapes: Mapping[str, t
 
 
 def check_dtypes(options: FullTrainerOptions, autocast: str, has_frozen: bool) -> None:
-    """Whether the dtypes of weights and autocast fit together.
+    """Checks that the dtypes of weights and autocast fit together.
 
     Args:
         autocast: "no", "fp16" or "bf16".
@@ -166,9 +166,9 @@ def check_dtypes(options: FullTrainerOptions, autocast: str, has_frozen: bool) -
         raise UserError("--full_fp16 needs --mixed_precision fp16, whose scaled loss keeps gradients from vanishing")
     if trained == "bfloat16" and autocast == "fp16":
         raise UserError("--full_bf16 and --mixed_precision fp16 contradict each other; give bf16 or no")
-    if has_frozen and autocast == "no" and DTYPES[options.tuning.saved_dtype] != DTYPES[trained]:
+    if has_frozen and autocast == "no" and DTYPES[options.saved_dtype] != DTYPES[trained]:
         raise UserError(
-            f"--dit_dtype {options.tuning.dit_dtype}: the trained weights are {trained}; give --mixed_precision bf16, "
+            f"--dit_dtype {options.dit.dit_dtype}: the trained weights are {trained}; give --mixed_precision bf16, "
             "with which both compute together"
         )
 
@@ -176,7 +176,7 @@ def check_dtypes(options: FullTrainerOptions, autocast: str, has_frozen: bool) -
 def load_model(run: TrainingSetup[FullTrainerOptions], names: set[str]) -> HYVideoDiffusionTransformer:
     """The DiT with trained weights in the dtype of training and frozen ones in --dit_dtype."""
     options, device = run.options, run.accelerator.device
-    trained, frozen = DTYPES[options.tuning.trained_dtype], DTYPES[options.tuning.saved_dtype]
+    trained, frozen = DTYPES[options.tuning.trained_dtype], DTYPES[options.saved_dtype]
     setup.verify_attention(options, run.accelerator, trained)
 
     def dtype_of(name: str) -> torch.dtype:
@@ -194,4 +194,4 @@ def select_trained(
 ) -> TrainedModel:
     """Freezes all parameters of the DiT but the trained ones."""
     config = identify(run.options.dit.dit).checkpoint.config
-    return TrainedModel(dit, names, DTYPES[run.options.tuning.saved_dtype], config, untouched=run.state is None)
+    return TrainedModel(dit, names, DTYPES[run.options.saved_dtype], config, untouched=run.state is None)

@@ -24,7 +24,7 @@ from utils.files import read_text, write_text
 BANDS = 5  # of equal width in sigma 0..1, for the loss by timestep
 SMOOTHING = 0.98
 MEDIAN_OF_STEPS = 50
-FIRST_STEPS = 10  # their mean loss is that of the start of a run
+FIRST_STEPS = 10  # the loss at the start of a run is the mean over these steps
 
 
 def band_name(band: int) -> str:
@@ -154,7 +154,7 @@ class TrainingLog:
         self._tick()
 
     def pause(self) -> "_Pause":
-        """Inside, time does not count as that of a step: for saving, validation and previews."""
+        """Inside, time does not count as time of a step; for saving, validation and previews."""
         return _Pause(self)
 
 

@@ -27,7 +27,7 @@ from modules.training.options import TrainerOptions
 from modules.training.previews import Previewer
 from modules.training.saver import CheckpointSaver
 from modules.training.state import Progress
-from modules.training.step_plan import StepPlan, delivered, draw_noise, seed_dropout, step_generators
+from modules.training.step_plan import StepPlan, draw_noise, read_batches, seed_dropout, step_generators
 from modules.training.stop_requests import StopRequests
 from modules.training.timesteps import loss_weight, sample_sigmas, sigma_at
 from modules.training.validation import QUANTILES, validation_losses
@@ -100,7 +100,7 @@ class Trainer:
         plan, progress = self.plan, self.progress
         self.begin()
         summary = None
-        with contextlib.closing(delivered(self.loader)) as batches:
+        with contextlib.closing(read_batches(self.loader)) as batches:
             while progress.step < plan.total_steps and not (summary and summary.quit):
                 micro_batches = [next(batches) for _ in range(plan.accumulation)]
                 names = [batch.names if batch is not None else [] for batch in micro_batches]
@@ -216,7 +216,7 @@ class Trainer:
         progress.smoothed_loss = smoothed(progress.smoothed_loss, summary.loss)
         for band, loss in summary.loss_by_band.items():
             progress.loss_by_band[band] = smoothed(progress.loss_by_band.get(band), loss)
-        extra = {"spike": described(gather_object(result.samples()))} if is_spike else {}
+        extra = {"spike": describe(gather_object(result.samples()))} if is_spike else {}
         epoch = self.plan.epoch_of(progress.step) + 1
         log.step(progress.step + 1, epoch, summary.loss, summary.loss_by_band, norm, rates, **extra)
         start = statistics.mean(progress.first_losses)
@@ -236,7 +236,7 @@ class Trainer:
         progress, log = self.progress, self.log
         progress.nonfinite_in_a_row += 1
         samples = gather_object(result.samples())
-        culprits = described([sample for sample in samples if not math.isfinite(sample[2])] or samples)
+        culprits = describe([sample for sample in samples if not math.isfinite(sample[2])] or samples)
         what, names = "gradient" if math.isfinite(summary.loss) else "loss", "; ".join(culprits)
         log.skipped_step()
         log.record(progress.step + 1, skipped=f"{what} is not finite", items=culprits)
@@ -248,7 +248,7 @@ class Trainer:
             )
 
     def begin(self) -> None:
-        """What comes before the first step: the validation of the model without training, and previews."""
+        """Before the first step: validates the untrained model, and makes previews if --sample_at_first is given."""
         progress = self.progress
         self.trained.start_epoch()
         if self.validation_set is not None and progress.base_validation_loss is None:
@@ -278,7 +278,7 @@ class Trainer:
             self.trained.start_epoch()
 
     def save(self, summary: StepSummary, finished_epoch: int | None) -> None:
-        """The checkpoints that are due after a step, and those that somebody asked for."""
+        """Saves the checkpoints that are due after a step, and those that somebody asked for."""
         save, saver, asked = self.options.save, self.saver, summary.save and not summary.quit
         with self.log.pause():
             if finished_epoch is not None and is_multiple(finished_epoch, save.save_every_n_epochs):
@@ -335,7 +335,7 @@ class Trainer:
             print_table("training", [*rows, *(("written", path) for path in self.saver.written)])
 
 
-def described(samples: Sequence[tuple[str, float, float]]) -> list[str]:
+def describe(samples: Sequence[tuple[str, float, float]]) -> list[str]:
     """Samples (item, sigma, loss) in words, for the log."""
     return [f"{item} at timestep {1000 * sigma:.0f}: loss {loss:.4g}" for item, sigma, loss in samples]
 

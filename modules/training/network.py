@@ -23,7 +23,7 @@ from hunyuan_model.models import HunyuanVideoConfig, HYVideoDiffusionTransformer
 from modules.blocks.activation_checkpointing import apply_activation_checkpointing
 from modules.blocks.compilation import compile_blocks, require_backend
 from modules.training import setup
-from modules.training.options import LoraTrainerOptions
+from modules.training.options import LoraTrainerOptions, NetworkOptions
 from modules.training.setup import TrainingSetup
 from modules.training.state import check_tensors
 from networks.files.format_table import FORMATS
@@ -60,25 +60,18 @@ def _creator(module: ModuleType, ending: str = "") -> Any:
     return next((getattr(module, name) for name in names if hasattr(module, name)), None)
 
 
-def create_network(
-    module: ModuleType,
-    dit: nn.Module,
-    dim: int | None,
-    alpha: float,
-    dropout: float | None,
-    arguments: Mapping[str, str],
-) -> nn.Module:
-    """A new network for the DiT.
+def create_network(module: ModuleType, dit: nn.Module, options: NetworkOptions) -> nn.Module:
+    """A new network for the DiT, with the rank, alpha, dropout and arguments of the options.
 
     Raises:
         UserError: an argument that another option or the trainer sets, or that the module refuses.
     """
     creator = _creator(module)
     ours = list(inspect.signature(creator).parameters)[:6]
-    options = {"network_dim": "--network_dim", "network_alpha": "--network_alpha"}
-    taken = dict.fromkeys(ours, "the trainer") | options | {"neuron_dropout": "--network_dropout"}
-    refuse_taken(arguments, "--network_args", taken)
-    return creator(1.0, dim, alpha, None, [], dit, neuron_dropout=dropout, **arguments)
+    flags = {name: f"--{name}" for name in ("network_dim", "network_alpha")} | {"neuron_dropout": "--network_dropout"}
+    refuse_taken(options.arguments, "--network_args", dict.fromkeys(ours, "the trainer") | flags)
+    dim, alpha, dropout = options.network_dim, options.network_alpha, options.network_dropout
+    return creator(1.0, dim, alpha, None, [], dit, neuron_dropout=dropout, **options.arguments)
 
 
 def create_network_from_weights(module: ModuleType, dit: nn.Module, weights: Mapping[str, Tensor]) -> nn.Module:
@@ -120,7 +113,7 @@ class TrainedNetwork:
         """Rank, alpha and arguments, for the metadata."""
         options, adapters = self.options.network, getattr(self.network, "adapters", None)
         dim, alpha = options.network_dim, options.network_alpha
-        if adapters:  # those of our own networks may come from --network_weights
+        if adapters:  # rank and alpha of our own networks may come from --network_weights
             dim, alpha = adapters[0].rank, float(adapters[0].alpha)
         return {"network_dim": dim, "network_alpha": alpha, "network_args": options.arguments}
 
@@ -173,10 +166,10 @@ class TrainedNetwork:
 
 
 def check_choices(options: LoraTrainerOptions) -> None:
-    """Whether what is chosen by name exists, and whether every LoRA file is one, by its header.
+    """Checks that everything chosen by name exists, and that every LoRA file holds a LoRA.
 
     Raises:
-        UserError: one is not.
+        UserError: something does not exist, or a file holds no LoRA.
     """
     setup.check_choices(options)
     if options.compile.compile:
@@ -221,29 +214,21 @@ def trained_shapes(
         tensors = load_native(options.network.network_weights)
         return {name: tensor.shape for name, tensor in tensors.items() if not name.endswith(".alpha")}
     with torch.device("meta"):
-        network = trial_network(options, module, HYVideoDiffusionTransformer(config))
+        network = create_trial_network(module, HYVideoDiffusionTransformer(config), options.network)
     return {name: parameter.shape for name, parameter in network.named_parameters()}
 
 
-def new_network(options: LoraTrainerOptions, module: ModuleType, dit: nn.Module) -> nn.Module:
-    """A new network with the rank, alpha, dropout and arguments of the options."""
-    network = options.network
-    return create_network(
-        module, dit, network.network_dim, network.network_alpha, network.network_dropout, network.arguments
-    )
-
-
-def trial_network(options: LoraTrainerOptions, module: ModuleType, dit: nn.Module) -> nn.Module:
-    """As `new_network`, without what the module prints."""
+def create_trial_network(module: ModuleType, dit: nn.Module, options: NetworkOptions) -> nn.Module:
+    """Like `create_network`, but nothing that the module prints is shown."""
     with contextlib.redirect_stdout(io.StringIO()):
-        return new_network(options, module, dit)
+        return create_network(module, dit, options)
 
 
 def load_model(run: TrainingSetup[LoraTrainerOptions]) -> HYVideoDiffusionTransformer:
     """The frozen DiT with --base_weights merged; blocks that will be swapped are in main memory."""
     options, device = run.options, run.accelerator.device
     path, swap, network = options.dit.dit, options.swap.blocks_to_swap or 0, options.network
-    merges = list(zip(network.base_weights, network.base_multipliers, strict=True))
+    merges = list(zip(network.base_weights, network.base_multipliers(), strict=True))
     dtype = default_dtype(options.dit.dit_dtype, device, on_gpu="bfloat16")
     setup.verify_attention(options, run.accelerator, dtype)
     changes = weight_changes(checkpoints.open_dit(path).shapes, merges) if merges else None
@@ -265,7 +250,7 @@ def apply_network(
     if options.network.dim_from_weights:
         network = create_network_from_weights(module, dit, load_native(options.network.network_weights))
     else:
-        network = new_network(options, module, dit)
+        network = create_network(module, dit, options.network)
     trained = TrainedNetwork(network, dit, device, options)
     if options.network.network_weights is not None:
         network.load_weights(str(options.network.network_weights))

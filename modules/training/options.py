@@ -19,9 +19,8 @@ from modules.options import (
     BlockSwapOptions,
     CheckpointingOptions,
     CompileOptions,
-    DitFileOptions,
     DitOptions,
-    EmbedderOffloadOptions,
+    FullDitOptions,
     FullSwapOptions,
     LoraAttentionOptions,
     LoraCheckpointingOptions,
@@ -41,8 +40,7 @@ from modules.training.optimizers import OptimizerOptions
 from modules.training.schedulers import SchedulerOptions
 from modules.training.timesteps import LoraTimestepOptions, TimestepOptions
 from networks.files.metadata import LoraMetadataOptions, MetadataOptions
-from utils.cli import option, parse_options, settings_toml, unused_options
-from utils.dtype_names import DTYPE_NAMES
+from utils.cli import one_value_each, option, parse_options, settings_toml, unused_options
 from utils.errors import UserError
 from utils.processes import process_share
 
@@ -57,7 +55,7 @@ class DatasetOptions:
     max_data_loader_n_workers: int = option(
         8, help="largest number of processes that load caches; 0: load in the main process", minimum=0
     )
-    persistent_data_loader_workers: bool = option(False, help="accepted, without effect: workers always live on")
+    persistent_data_loader_workers: bool = option(False, help="accepted, without effect: workers always persist")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,11 +104,11 @@ class LoraMemoryOptions:
     block_swap_h2d_only: bool = option(
         False, help="accepted, without effect: frozen blocks are only ever copied to the GPU, never back"
     )
-    block_swap_ring_size: int = option(2, help="swapped blocks that fit on the GPU at a time", minimum=1)
+    block_swap_ring_size: int = option(2, help="number of swapped blocks that the GPU holds at a time", minimum=1)
     vram_gb: float | None = option(
         None,
         help="choose --fp8_base, checkpointing and --blocks_to_swap so that training fits into this many GiB; "
-        "0: into the memory that is free",
+        "0: into the free memory",
         minimum=0,
     )
 
@@ -124,11 +122,6 @@ class FineTuningOptions:
     )
     full_fp16: bool = option(False, help="keep weights, gradients and optimizer states in float16")
     full_bf16: bool = option(False, help="keep weights, gradients and optimizer states in bfloat16")
-    dit_dtype: str | None = option(
-        None,
-        help="dtype of saved checkpoints and of frozen weights; unset: that of the trained weights",
-        choices=DTYPE_NAMES,
-    )
 
     def __post_init__(self) -> None:
         if self.full_fp16 and self.full_bf16:
@@ -140,11 +133,6 @@ class FineTuningOptions:
     def trained_dtype(self) -> str:
         return "float16" if self.full_fp16 else "bfloat16" if self.full_bf16 else "float32"
 
-    @property
-    def saved_dtype(self) -> str:
-        """Of saved checkpoints and of frozen weights."""
-        return self.dit_dtype or self.trained_dtype
-
 
 @dataclass(frozen=True, kw_only=True)
 class NetworkOptions:
@@ -153,11 +141,13 @@ class NetworkOptions:
     network_module: str | None = option(None, help="networks.lora, networks.loha, networks.lokr, lycoris.kohya, ...")
     network_dim: int | None = option(None, help="rank; unset: 4", minimum=1)
     network_alpha: float = option(1.0, help="the weight change is scaled by alpha / rank; 0: alpha = rank", minimum=0)
-    network_dropout: float | None = option(None, help="dropout probability of a neuron", minimum=0, maximum=1)
+    network_dropout: float | None = option(
+        None, help="dropout between the factors of the weight change", minimum=0, maximum=1
+    )
     network_args: list[str] = option([], help="key=value arguments of the network module")
     network_weights: Path | None = option(None, help="start from the weights of this LoRA file", path="file")
     dim_from_weights: bool = option(False, help="take rank and alpha from --network_weights")
-    scale_weight_norms: float | None = option(None, help="largest norm of a module's weight change", minimum=0)
+    scale_weight_norms: float | None = option(None, help="scale weight changes down to this norm", minimum=0)
     base_weights: list[Path] = option([], help="LoRA files to merge into the model before training", path="file")
     base_weights_multiplier: list[float] = option([], help="multiplier of each --base_weights; unset: 1")
 
@@ -171,9 +161,9 @@ class NetworkOptions:
                 raise UserError(
                     f"--dim_from_weights: takes no --{name}; give --network_dim and --network_alpha instead"
                 )
-        given, files = len(self.base_weights_multiplier), len(self.base_weights)
-        if given not in (0, 1, files) or given > files:
-            raise UserError(f"--base_weights_multiplier: {given} values for {files} --base_weights; give one for each")
+        self.base_multipliers()  # checks their number
+        if self.base_weights_multiplier and not self.base_weights:
+            raise UserError("--base_weights_multiplier needs --base_weights")
         for pair in self.network_args:
             key, separator, _ = pair.partition("=")
             if not separator or not key.isidentifier():
@@ -184,11 +174,14 @@ class NetworkOptions:
         """`network_args` by key; the values stay text, the network module converts them."""
         return {key: value for key, _, value in (pair.partition("=") for pair in self.network_args)}
 
-    @property
     def base_multipliers(self) -> list[float]:
-        """One multiplier per file of `base_weights`."""
-        given = self.base_weights_multiplier or [1.0]
-        return given if len(given) == len(self.base_weights) else given * len(self.base_weights)
+        """One multiplier per file of `base_weights`.
+
+        Raises:
+            UserError: their number does not fit.
+        """
+        files = len(self.base_weights)
+        return one_value_each("--base_weights_multiplier", self.base_weights_multiplier, files, "--base_weights")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -217,7 +210,7 @@ class PreviewOptions:
         path, requests = self.sample_prompts, []
         for number, asked in enumerate(read_prompt_file(path, PREVIEW_DEFAULTS) if path is not None else [], start=1):
             if asked.image_path is not None or asked.video_path is not None:
-                raise UserError(f"{path}: prompt {number}: previews start from no image or video; take that out")
+                raise UserError(f"{path}: prompt {number}: previews cannot start from an image or video; take it out")
             request, warnings = with_valid_size(asked)
             for warning in warnings if process_share()[0] == 0 else []:
                 print(f"warning: {path}: prompt {number}: {warning}", file=sys.stderr)
@@ -242,7 +235,7 @@ class LogOptions:
 
     logging_dir: Path | None = option(None, help="folder for TensorBoard logs")
     log_with: str | None = option(
-        None, help="unset: tensorboard with --logging_dir, else nothing", choices=("tensorboard", "wandb", "all")
+        None, help="tracker; unset: tensorboard with --logging_dir, else none", choices=("tensorboard", "wandb", "all")
     )
     log_prefix: str | None = option(None, help="first part of the name of the log folder")
     log_tracker_name: str | None = option(None, help="project name in the tracker; unset: network_train")
@@ -302,9 +295,9 @@ class TrainerOptions:
     hub: HuggingFaceOptions
     log: LogOptions
     distributed: DistributedOptions
-    dit: DitFileOptions
+    dit: DitOptions
     attention: AttentionOptions
-    swap: EmbedderOffloadOptions
+    swap: BlockSwapOptions
     vae: VaeOptions
     text: TextEncoderOptions
 
@@ -313,7 +306,7 @@ class TrainerOptions:
         return cls(*parse_options(description, *[group.type for group in dataclasses.fields(cls)], argv=argv))
 
     def check(self) -> None:
-        """What the options need of each other.
+        """Checks that required options are given, also those that other options require.
 
         Raises:
             UserError: an option is missing.
@@ -362,9 +355,7 @@ class LoraTrainerOptions(TrainerOptions):
     timesteps: LoraTimestepOptions
     save: LoraSaveOptions
     metadata: LoraMetadataOptions
-    dit: DitOptions
     attention: LoraAttentionOptions
-    swap: BlockSwapOptions
     network: NetworkOptions
     memory: LoraMemoryOptions
     compile: CompileOptions
@@ -389,5 +380,11 @@ class FullTrainerOptions(TrainerOptions):
     """Every option of hv_train.py."""
 
     precision: FullPrecisionOptions
+    dit: FullDitOptions
     swap: FullSwapOptions
     tuning: FineTuningOptions
+
+    @property
+    def saved_dtype(self) -> str:
+        """Of saved checkpoints and of frozen weights."""
+        return self.dit.dit_dtype or self.tuning.trained_dtype

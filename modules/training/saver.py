@@ -100,7 +100,7 @@ class Uploader:
                 self._api.upload_folder(folder_path=path, **place)
             else:
                 self._api.upload_file(path_or_fileobj=path, **place)
-        except Exception as error:  # whatever the library, the network or the file system raises: none may end a run
+        except Exception as error:  # no error of the library, the network or the file system may end a run
             self.failures.append(path)
             print(f"warning: not uploaded: {path}: {options.message_of(error)}", file=sys.stderr)
 
@@ -109,7 +109,7 @@ class CheckpointSaver:
     """Writes checkpoints and states on the main process, while the other processes wait.
 
     Args:
-        progress: the counters of the run, which the trainer moves on.
+        progress: the counters of the run, which the trainer advances.
         train_set: what the run trains on, for the metadata.
         stateful: optimizer, scheduler, ... by name: objects with `state_dict()`.
         uploader: is given every file and every state folder that is written.

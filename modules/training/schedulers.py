@@ -69,7 +69,7 @@ class SchedulerOptions:
         None, help="lowest rate, as a share of --learning_rate", minimum=0, maximum=1
     )
     lr_scheduler_type: str | None = option(
-        None, help="dotted path of a scheduler class, or a name in torch.optim.lr_scheduler"
+        None, help="class to use instead of --lr_scheduler: dotted path, or a name in torch.optim.lr_scheduler"
     )
     lr_scheduler_args: list[str] = option([], help="arguments of the scheduler, such as T_max=100")
 
@@ -213,7 +213,8 @@ def _own(options: SchedulerOptions, optimizer: "Optimizer", warmup: int, total: 
     from torch.optim.lr_scheduler import ConstantLR, LambdaLR
 
     if options.lr_scheduler == "constant":
-        if options.arguments:  # these have no effect; the class is that of states saved with them
+        if options.arguments:
+            # The arguments have no effect, but states saved with them contain the state of a ConstantLR.
             return ConstantLR(optimizer, factor=1.0)
         return LambdaLR(optimizer, functools.partial(piecewise_factor, pairs=(), last=1.0))
     if options.lr_scheduler == "piecewise_constant":

@@ -7,6 +7,7 @@ import random
 import sys
 import time
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -22,13 +23,14 @@ from dataset.training_items import cached_items
 from hunyuan_model import attention, checkpoints
 from hunyuan_model.checkpoints.identification import CLIP, LLM, VAE, identify
 from hunyuan_model.models import HunyuanVideoConfig, HYVideoDiffusionTransformer
+from modules.generation.requests import Request
 from modules.training.denoiser import Denoiser, Trained
 from modules.training.files import HuggingFaceOptions
 from modules.training.log import TrainingLog
 from modules.training.loop import Trainer
 from modules.training.optimizers import create_optimizer, optimizer_class
 from modules.training.options import LogOptions, TrainerOptions
-from modules.training.previews import Previewer
+from modules.training.previews import Previewer, create_previewer
 from modules.training.saver import CheckpointSaver, Uploader
 from modules.training.schedulers import create_scheduler, scheduler_class
 from modules.training.state import Progress, load_state, resumed_options
@@ -68,7 +70,7 @@ class TrainingSetup(Generic[Options]):
         return self.options.settings(self.progress.seed)
 
     def print_plan(self) -> None:
-        """Prints the arithmetic of the run, and which options have no effect."""
+        """Prints how many items, batches, steps and epochs the run has, and which options have no effect."""
         plan, step = self.plan, self.progress.step
         per_step = f"{plan.batches_per_step} ({plan.processes} processes x {plan.accumulation} accumulated)"
         rows = [
@@ -100,12 +102,16 @@ class TrainingSetup(Generic[Options]):
             remove_leftovers(options.save.output_dir)
         start_trackers(self.accelerator, options.log, self.settings)
 
+    def create_previewer(self, requests: Sequence[Request]) -> Previewer | None:
+        """Encodes the prompts and loads the VAE; call it before the DiT is loaded. None without requests."""
+        return create_previewer(self.options, requests, self.accelerator, self.progress.seed)
+
     def build_trainer(self, dit: HYVideoDiffusionTransformer, trained: Trained, previewer: Previewer | None) -> Trainer:
         """The trainer of a loaded model, at the step of the run's state if there is one."""
         options, accelerator, progress, plan = self.options, self.accelerator, self.progress, self.plan
-        # A step that is skipped because it was not finite moves the schedule all the same.
+        # The schedule also advances in steps that are skipped because they were not finite.
         warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step")
-        self._remember_arithmetic()
+        self._record_batch_counts()
         optimizer = create_optimizer(options.optimizer, trained.parameter_groups(options.optimizer.learning_rate))
         scheduler = create_scheduler(options.scheduler, optimizer, plan.total_steps)
         stateful = {"optimizer": optimizer, "scheduler": scheduler}
@@ -124,19 +130,21 @@ class TrainingSetup(Generic[Options]):
             progress,
             self.train_set,
             self.validation_set,
-            Denoiser(dit, guidance, accelerator.device, split_batches),
-            trained,
-            optimizer,
-            scheduler,
-            batch_loader(self.train_set, plan, accelerator.process_index, progress.step, workers),
-            TrainingLog(options.files, accelerator, progress, plan.total_steps),
-            CheckpointSaver(options, accelerator, plan, progress, self.train_set, trained, stateful, self.uploader),
-            StopRequests(options.save.output_dir, accelerator.is_main_process),
-            previewer,
+            denoiser=Denoiser(dit, guidance, accelerator.device, split_batches),
+            trained=trained,
+            optimizer=optimizer,
+            scheduler=scheduler,
+            loader=batch_loader(self.train_set, plan, accelerator.process_index, progress.step, workers),
+            log=TrainingLog(options.files, accelerator, progress, plan.total_steps),
+            saver=CheckpointSaver(
+                options, accelerator, plan, progress, self.train_set, trained, stateful, self.uploader
+            ),
+            requests=StopRequests(options.save.output_dir, accelerator.is_main_process),
+            previewer=previewer,
         )
 
-    def _remember_arithmetic(self) -> None:
-        """Saves with the state what its steps mean, and warns if a resumed run counts them in another way."""
+    def _record_batch_counts(self) -> None:
+        """Records the numbers of batches and items for later states; warns if they differ from the resumed state."""
         arithmetic = {
             "batches per epoch": self.plan.batches_per_epoch,
             "batches per step": self.plan.batches_per_step,
@@ -174,10 +182,10 @@ def set_up(options: Options, state: Path | None) -> TrainingSetup[Options]:
 
 
 def check_choices(options: TrainerOptions) -> None:
-    """Whether what is chosen by name exists, and whether the model files of previews are what their options say.
+    """Checks that optimizer, schedule and attention exist, and that the model files of previews are the right kind.
 
     Raises:
-        UserError: one is not.
+        UserError: one does not exist or is of another kind.
     """
     optimizer_class(options.optimizer)
     scheduler_class(options.scheduler)
@@ -312,7 +320,7 @@ def read_dit_config(options: TrainerOptions, train_set: TrainingDataset) -> Huny
         )
     if config.in_channels != latent_channels and options.previews.sample_prompts is not None:
         raise UserError(
-            f"--sample_prompts: {path} makes videos of an image, and previews start from no image; leave it out"
+            f"--sample_prompts: {path} makes videos of an image, and previews have no image to start from; leave it out"
         )
     dims = (batch.text_states.shape[-1], batch.text_states_2.shape[-1])
     if dims != (config.text_dim, config.text_dim_2):

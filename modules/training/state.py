@@ -27,7 +27,7 @@ TRAINED_FILE = "trained.safetensors"
 OPTIMIZER_FILE = "optimizer.pt"
 
 Options = TypeVar("Options", bound=TrainerOptions)
-# Options that influence the weights: those of these groups, and these.
+# Options that influence the weights: all options of these groups, and the further ones below.
 _GROUPS = ("optimizer", "scheduler", "timesteps", "network", "tuning", "dit")
 _FURTHER = ("guidance_scale", "max_grad_norm", "mixed_precision")
 _COMPARED_AS_CLASSES = ("optimizer_type", "lr_scheduler", "lr_scheduler_type")
@@ -79,7 +79,7 @@ class Progress:
         return {name: value for name, value in facts.items() if value is not None}
 
     def differences(self, arithmetic: Mapping[str, Any]) -> list[str]:
-        """How the arithmetic of the current run differs from that of the run that saved this state, in words."""
+        """How the current run's numbers of batches and items differ from those in the saved state, in words."""
         return [
             f"{name} was {self.arithmetic[name]}, is {value}"
             for name, value in arithmetic.items()
@@ -185,7 +185,7 @@ def resumed_options(options: Options, state: Path | None) -> tuple[Options, list
     if options.scheduler.lr_scheduler_type:
         kept["scheduler"] = ["lr_scheduler_args"]
     effects = {name: _KEPT for names in (*kept.values(), ["network_weights", "dim_from_weights"]) for name in names}
-    effects["network_args"] = f"{_TAKES_EFFECT}, but for learning rates"
+    effects["network_args"] = f"{_TAKES_EFFECT}, except learning rates"
     notes = [
         f"--resume: {name} is {now.get(name, 'unset')} and was {saved.get(name, 'unset')}: "
         f"{effects.get(name, _TAKES_EFFECT)}"

@@ -102,7 +102,7 @@ class _KeyedDataset(Dataset):
             return error
 
 
-def as_it_is(batch: Any) -> Any:
+def whole_batch(batch: Any) -> Any:
     """The collate_fn for a dataset whose items are whole batches already."""
     return batch
 
@@ -116,7 +116,7 @@ def ignore_stop_signals(_worker: int) -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
-def delivered(loader: DataLoader) -> Iterator[Any]:
+def read_batches(loader: DataLoader) -> Iterator[Any]:
     """The batches of a `batch_loader`. Its workers end after the last batch, or when this iterator is closed.
 
     Raises:
@@ -137,7 +137,7 @@ def delivered(loader: DataLoader) -> Iterator[Any]:
 def batch_loader(dataset: Any, plan: StepPlan, rank: int, first_step: int, workers: int) -> DataLoader:
     """The batches of a rank from `first_step` to the end of the run, `plan.accumulation` of them for each step.
 
-    Read it through `delivered`.
+    Read it through `read_batches`.
 
     Args:
         dataset: has `batch_of(epoch, index)`, and can be pickled.
@@ -148,7 +148,7 @@ def batch_loader(dataset: Any, plan: StepPlan, rank: int, first_step: int, worke
         batch_size=None,
         sampler=_KeySampler(plan, rank, first_step),
         num_workers=workers,
-        collate_fn=as_it_is,
+        collate_fn=whole_batch,
         worker_init_fn=ignore_stop_signals,
     )
 

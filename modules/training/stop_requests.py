@@ -15,11 +15,11 @@ class StopRequests:
 
     Args:
         folder: where the files `save` and `save_quit` are expected.
-        speaks: print what a signal does; for one process of a run.
+        prints: print what a signal does; for one process of a run.
     """
 
-    def __init__(self, folder: Path, speaks: bool = True) -> None:
-        self.folder, self.speaks = folder, speaks
+    def __init__(self, folder: Path, prints: bool = True) -> None:
+        self.folder, self.prints = folder, prints
         self.quit = False
         self.save = False
         self._interrupted = False
@@ -39,10 +39,10 @@ class StopRequests:
         if number == signal.SIGINT and self._interrupted:
             raise KeyboardInterrupt
         self._interrupted |= number == signal.SIGINT
-        speaks, self.quit = self.speaks and not self.quit, True
+        prints, self.quit = self.prints and not self.quit, True
         # Not through sys.stderr: the progress bar may be writing to it, and it cannot be entered twice.
         with contextlib.suppress(OSError):
-            if speaks:
+            if prints:
                 text = f"\n{signal.Signals(number).name}: saving after this step; Ctrl+C stops at once\n"
                 os.write(2, text.encode())
 

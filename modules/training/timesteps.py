@@ -53,7 +53,7 @@ class TimestepOptions:
     )
     logit_mean: float = option(0.0, help="mean for logit_normal, and of log(SNR) for logsnr")
     logit_std: float = option(1.0, help="standard deviation for logit_normal, and of log(SNR) for logsnr", minimum=0)
-    # Outside of these bounds the function is no density: Esser et al. 2024 (arXiv 2403.03206), equation 20.
+    # Outside of these bounds the density would be negative: Esser et al. 2024 (arXiv 2403.03206), equation 20.
     mode_scale: float = option(1.29, help="scale of the weighting scheme mode", minimum=-1, maximum=1.75)
     min_timestep: int | None = option(None, help="smallest timestep; unset: 0", minimum=0, maximum=TIMESTEPS - 1)
     max_timestep: int | None = option(None, help="largest timestep; unset: 1000", minimum=1, maximum=TIMESTEPS)
@@ -61,12 +61,12 @@ class TimestepOptions:
     def __post_init__(self) -> None:
         if self.discrete_flow_shift <= 0:
             raise UserError(f"--discrete_flow_shift {self.discrete_flow_shift}: must be above 0")
-        low, high = self.window
+        low, high = self.sigma_range
         if low >= high:
             raise UserError(
                 f"--min_timestep {self.min_timestep} is not below --max_timestep {self.max_timestep or 1000}"
             )
-        first, last = _mass_within(self)
+        first, last = _trained_quantiles(self)
         if first >= last:
             raise UserError(
                 f"--preserve_distribution_shape: --timestep_sampling {self.timestep_sampling} never falls between "
@@ -74,7 +74,7 @@ class TimestepOptions:
             )
 
     @property
-    def window(self) -> tuple[float, float]:
+    def sigma_range(self) -> tuple[float, float]:
         """The smallest and largest sigma that are trained."""
         highest = TIMESTEPS if self.max_timestep is None else self.max_timestep
         return (self.min_timestep or 0) / TIMESTEPS, highest / TIMESTEPS
@@ -90,7 +90,7 @@ class TimestepOptions:
             "logit_mean": logit_normal or sampler == "logsnr",
             "logit_std": logit_normal or sampler == "logsnr",
             "mode_scale": sampler == "sigma" and scheme == "mode",
-            "preserve_distribution_shape": self.window != (0, 1),
+            "preserve_distribution_shape": self.sigma_range != (0, 1),
         }
         return unused_options(self, used)
 
@@ -103,7 +103,7 @@ class LoraTimestepOptions(TimestepOptions):
         "sigma", help="distribution of the trained timesteps", choices=(*_SAMPLERS, "logsnr")
     )
     preserve_distribution_shape: bool = option(
-        False, help="truncate the distribution at --min_timestep and --max_timestep instead of squeezing it in between"
+        False, help="cut the distribution off at --min_timestep and --max_timestep instead of compressing it"
     )
     num_timestep_buckets: int | None = option(
         None, help="stratified sampling: number of equally likely buckets, each trained once per cycle", minimum=2
@@ -167,11 +167,11 @@ SAMPLERS: dict[str, Callable[[float, TimestepOptions], float]] = {
 
 
 @functools.lru_cache
-def _mass_within(options: TimestepOptions) -> tuple[float, float]:
+def _trained_quantiles(options: TimestepOptions) -> tuple[float, float]:
     """The range of u whose sigmas are trained: 0..1, unless the distribution is truncated."""
     if not options.preserve_distribution_shape:
         return 0.0, 1.0
-    low, high = options.window
+    low, high = options.sigma_range
     return _first_above(options, lambda sigma: sigma >= low), _first_above(options, lambda sigma: sigma > high)
 
 
@@ -188,9 +188,9 @@ def _first_above(options: TimestepOptions, reached: Callable[[float], bool]) -> 
 
 def sigma_at(u: float, options: TimestepOptions) -> float:
     """The u-quantile of the trained sigmas, within --min_timestep and --max_timestep."""
-    first, last = _mass_within(options)
+    first, last = _trained_quantiles(options)
     sigma = SAMPLERS[options.timestep_sampling](first + u * (last - first), options)
-    low, high = options.window
+    low, high = options.sigma_range
     if options.preserve_distribution_shape:
         return min(max(sigma, low), high)
     return low + (high - low) * sigma

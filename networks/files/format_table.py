@@ -1,8 +1,8 @@
 """The LoRA file formats in circulation for HunyuanVideo, as a table (docs/formats.md 2.4); imports nothing heavy.
 
-A key is prefix + module name + suffix. Module names are official, those of diffusers (q, k, v and mlp are modules of
-their own) or those of ComfyUI, with dots or with underscores instead. Factors have kohya's names (lora_down, lora_up)
-or PEFT's (lora_A, lora_B). In a format without alpha, alpha is the rank.
+A key is prefix + module name + suffix. Module names are the official ones, those of diffusers (where q, k, v and mlp
+are separate modules) or those of ComfyUI, with dots or with underscores instead. Factors have kohya's names (lora_down,
+lora_up) or PEFT's (lora_A, lora_B). In a format without alpha, alpha is the rank.
 """
 
 from dataclasses import dataclass
@@ -38,7 +38,7 @@ class Format:
 
     @property
     def splits(self) -> bool:
-        """Whether q, k, v and mlp are modules of their own."""
+        """Whether q, k, v and mlp are separate modules."""
         return self.naming == "diffusers"
 
 

@@ -1,8 +1,8 @@
 """The tensors of a LoRA file, in any format, to one representation (`LoraWeights`) and back.
 
-The representation has the DiT's own modules under their official names. Where a file stores q, k and v as modules of
-their own, they are fused when it is read and split when it is written (`split_fuse`). `lora_files` does the reading
-and writing.
+The representation has the DiT's own modules under their official names. If a file stores q, k and v as separate
+modules, they are fused when it is read and split when it is written (`split_fuse`). `lora_files` does the reading and
+writing.
 """
 
 import contextlib
@@ -63,7 +63,7 @@ def from_tensors(
     Args:
         tensors: tensors by key.
         metadata: the file's metadata.
-        source: what errors call the file.
+        source: the name of the file in errors.
         allow_partial: put keys that belong to no module into `leftover` instead of raising.
         format_: the format of the keys; None: recognise it.
 

@@ -23,7 +23,7 @@ MARKER, SCALE = "scaled_fp8", "scale_weight"
 
 @dataclass(frozen=True)
 class _Stored:
-    """How a tensor is written: its dtype, and whether it is stored divided by a scale of its own."""
+    """How a tensor is written: its dtype, and whether it is stored divided by its scale."""
 
     dtype: torch.dtype
     scaled: bool
@@ -76,7 +76,7 @@ def merge_files(
 
 
 def _metadata(dit: DitTensors, loras: Sequence[tuple[str | os.PathLike, float]]) -> dict[str, str]:
-    """The metadata of the source, without what is only true of its tensors; a config file beside it is included."""
+    """The metadata of the source, without entries about its tensors; a config file beside it is included."""
     checkpoint = dit.file.checkpoint
     stale = ("modelspec.hash", "sshs_", "_quantization")
     metadata = {key: text for key, text in checkpoint.files[0].metadata.items() if not key.startswith(stale)}

@@ -30,7 +30,7 @@ _OPTION_NAMES = (
     "max_timestep preserve_distribution_shape num_timestep_buckets trainable_modules full_fp16 full_bf16"
 )
 
-# What is written for options that only one of the training scripts has.
+# The values that are written for options that this training script does not have.
 _OF_OTHER_SCRIPTS = {
     "gradient_checkpointing_cpu_offload": False,
     "training_comment": None,
@@ -45,7 +45,7 @@ class MetadataOptions:
 
     no_metadata = False  # an option of LoRA training only
 
-    metadata_title: str | None = option(None, help="title; --output_name if unset")
+    metadata_title: str | None = option(None, help="title; unset: --output_name")
     metadata_author: str | None = option(None, help="author")
     metadata_description: str | None = option(None, help="description")
     metadata_license: str | None = option(None, help="license")

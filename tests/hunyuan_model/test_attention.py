@@ -64,9 +64,9 @@ def packages(monkeypatch: pytest.MonkeyPatch) -> None:
         },
         "sageattention": {"sageattn": _sage, "sageattn_varlen": _ragged},
         "xformers": {},
-        "xformers.ops": {"memory_efficient_attention": _efficient},
-        "xformers.ops.fmha": {},
-        "xformers.ops.fmha.attn_bias": {"BlockDiagonalMask": _BlockDiagonal},
+        "xformers.ops": {
+            "fmha": types.SimpleNamespace(memory_efficient_attention=_efficient, BlockDiagonalMask=_BlockDiagonal)
+        },
     }
     for name, content in contents.items():
         module = types.ModuleType(name)

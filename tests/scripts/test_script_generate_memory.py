@@ -113,7 +113,7 @@ def test_vram_gb_takes_fp8_for_text_encoder_1_where_it_does_not_fit_otherwise(ge
         generate("--prompt=cat", "--dry_run", "--vram_gb", limit)
         printed = capfd.readouterr()
         chosen += re.findall(r"text encoder 1 +(.*)", printed.out)
-        warned = "text encoder 1 needs 7.35 GiB, 6.00 GiB are there" in printed.err
+        warned = "text encoder 1 needs 7.35 GiB, 6.00 GiB are available" in printed.err
         assert warned == (limit == 6)
     assert chosen == ["no option", "15.75 GiB", *["--fp8_llm", "7.35 GiB"] * 2]
 

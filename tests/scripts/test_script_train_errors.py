@@ -123,7 +123,7 @@ WRONG = {
         ["--sample_prompts", "{}/prompts.txt", *MODELS], "prompts.txt: line 1: unknown option --q",
     ),
     "a preview from an image": (
-        ["--sample_prompts", "{}/image.txt", *MODELS], "image.txt: prompt 1: previews start from no image",
+        ["--sample_prompts", "{}/image.txt", *MODELS], "image.txt: prompt 1: previews cannot start from an image",
     ),
     "a kind that a format has not": (
         ["--network_module", "networks.lokr", "--save_format", "diffusers"], "diffusers: .* is no plain LoRA",

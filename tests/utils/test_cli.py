@@ -9,7 +9,15 @@ from pathlib import Path
 
 import pytest
 
-from utils.cli import option, parse_options, print_table, run_script, settings_toml, unused_options
+from utils.cli import (
+    one_value_each,
+    option,
+    parse_options,
+    print_table,
+    run_script,
+    settings_toml,
+    unused_options,
+)
 from utils.errors import UserError
 
 ROOT = Path(__file__).parents[2]
@@ -230,6 +238,15 @@ def test_unused_options_are_those_that_were_changed() -> None:
     used = {"learning_rate": False, "seed": False, "multipliers": False, "max_train_steps": True}
     assert unused_options(Run(), used) == []
     assert unused_options(Run(seed=3, max_train_steps=5, multipliers=[2.0]), used) == ["seed", "multipliers"]
+
+
+def test_an_option_takes_one_value_for_each_or_one_for_all() -> None:
+    assert one_value_each("--scale", [0.5, 2.0], 2, "files") == [0.5, 2.0]
+    assert one_value_each("--scale", [0.5], 3, "files") == [0.5, 0.5, 0.5]
+    assert one_value_each("--scale", [], 2, "files") == [1.0, 1.0]
+    assert one_value_each("--scale", [0.5], 0, "files") == []
+    with pytest.raises(UserError, match="--scale: 3 values for 2 files; give one for each, or one for all"):
+        one_value_each("--scale", [1, 2, 3], 2, "files")
 
 
 def exit_of(main, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> tuple[int, str]:

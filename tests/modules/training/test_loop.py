@@ -26,9 +26,9 @@ from modules.training.state import Progress, load_state, save_state
 from modules.training.step_plan import (
     StepPlan,
     batch_loader,
-    delivered,
     draw_noise,
     generator_for,
+    read_batches,
     seed_for,
     step_generators,
 )
@@ -303,7 +303,7 @@ class Interrupted:
 
 
 def test_workers_ignore_signals_and_hand_a_mistake_over_in_one_line():
-    batches = delivered(batch_loader(Interrupted(), StepPlan(2, 1, 1, 2), rank=0, first_step=0, workers=1))
+    batches = read_batches(batch_loader(Interrupted(), StepPlan(2, 1, 1, 2), rank=0, first_step=0, workers=1))
     assert next(batches) == {signal.SIG_IGN}
     with pytest.raises(UserError, match=r"^item1: its cache is gone$"):
         next(batches)
@@ -311,7 +311,7 @@ def test_workers_ignore_signals_and_hand_a_mistake_over_in_one_line():
 
 def test_workers_end_when_nothing_is_read_any_more():
     loader = batch_loader(Numbers(), StepPlan(7, 1, 1, 7), rank=0, first_step=0, workers=1)
-    batches, others = delivered(loader), set(multiprocessing.active_children())
+    batches, others = read_batches(loader), set(multiprocessing.active_children())
     assert next(batches) == (0, 0)
     (worker,) = set(multiprocessing.active_children()) - others
     batches.close()

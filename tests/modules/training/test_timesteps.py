@@ -88,7 +88,7 @@ def test_sampler_has_its_distribution(name: str) -> None:
     options, cdf = ANALYTIC[name]
     sigmas = draw(options)
     assert distance(sigmas, cdf) < LIMIT
-    low, high = options.window
+    low, high = options.sigma_range
     assert low <= sigmas.min() and sigmas.max() <= high
 
 
