@@ -161,6 +161,12 @@ def refuse_overwriting(option: str, output: Path, inputs: Iterable[Path]) -> Non
         raise UserError(f"{option} {output}: is one of the inputs; give another name")
 
 
+def require_suffix(option: str, path: Path, suffix: str) -> None:
+    """Raises a UserError if the name of a file does not end in `suffix`; `option` gave the file."""
+    if path.suffix != suffix:
+        raise UserError(f"{option} {path}: a name that ends in {suffix} is expected")
+
+
 def clean_path(text: str) -> str:
     """The path without invisible characters and surrounding white space."""
     return text.translate(INVISIBLE_CHARACTERS).strip()
