@@ -214,6 +214,25 @@ def test_image_latents_are_seen_by_the_model():
     assert not torch.allclose(with_image, without)
 
 
+def test_image_latents_are_the_channels_after_those_of_the_noise():
+    """And guidance and timestep are given times 1000."""
+    seen = []
+
+    def model(x, timestep, text_states, text_mask, text_states_2, guidance):
+        seen.append((x, timestep.tolist(), guidance.tolist()))
+        return torch.zeros_like(x[:, :16])
+
+    model.config = dataclasses.replace(CONFIG, in_channels=32)
+    image = torch.randn(latent_shape(REQUEST, 16))
+    sample_latents(
+        model, dataclasses.replace(REQUEST, steps=2, flow_shift=1.0), encoded(1, 11), device=CPU, image=image
+    )
+    for x, _, _ in seen:
+        assert torch.equal(x[:, 16:], image)
+        assert torch.equal(x[:, :16], initial_noise(latent_shape(REQUEST, 16), REQUEST.seed))
+    assert [(timestep, guidance) for _, timestep, guidance in seen] == [([1000.0], [6000.0]), ([500.0], [6000.0])]
+
+
 def test_prompts_stack_in_order():
     both = stacked(encoded(1, 11), encoded(2, 4))
     assert both.text_states.shape == (2, 16, 48)

@@ -11,7 +11,10 @@ from PIL import Image
 
 from examples.tiny_models import TinyModels
 from hunyuan_model.checkpoints import load_vae
+from modules.generation import pipeline as pipeline_module
 from modules.generation.decoding import Decoder
+from modules.generation.options import SpeedOptions
+from modules.generation.outputs import Job
 from modules.generation.pipeline import Pipeline
 from modules.generation.requests import Request
 from modules.generation.source_pixels import source_pixels
@@ -32,6 +35,33 @@ def picture(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, np.ndarray]
 
 def request(path: Path) -> Request:
     return Request(width=48, height=32, frames=5, image_path=str(path))
+
+
+def test_latents_are_unscaled_before_they_are_decoded() -> None:
+    seen = []
+
+    def decode(given: torch.Tensor) -> torch.Tensor:
+        seen.append(given)
+        return torch.tensor([-1.5, -1.0, 0.0, 1.0]).repeat(1, 3, 1, 1, 1)
+
+    vae = SimpleNamespace(decode=decode, configure_memory=lambda *_: None, parameters=lambda: iter([torch.zeros(1)]))
+    pixels = Decoder(SimpleNamespace(model=vae), CPU).decode(torch.full((1, 16, 1, 1, 1), 3.0))
+    torch.testing.assert_close(seen[0], torch.full((1, 16, 1, 1, 1), 3.0 / SCALE))
+    assert pixels[0].flatten().tolist() == [0.0, 0.0, 0.5, 1.0]
+
+
+@pytest.mark.parametrize("words", [{"split_attn": True}, {"split_uncond": True}, {}])
+def test_split_attention_also_splits_guidance(words: dict, monkeypatch: pytest.MonkeyPatch) -> None:
+    given = []
+    monkeypatch.setattr(pipeline_module, "sample_latents", lambda *_, **named: given.append(named["split_uncond"]))
+    pipeline = pipeline_of(None)
+    pipeline.options = SimpleNamespace(speed=SpeedOptions(**words))
+    pipeline.outputs = SimpleNamespace(latent_path=lambda job: Path("absent"), save_latents=lambda *_: None)
+    pipeline.dit = SimpleNamespace(model=torch.nn.Module(), load=lambda: None, release=lambda: None)
+    pipeline.step_cache, pipeline.failures, pipeline.seconds = None, {}, {}
+    pipeline._encode_prompts, pipeline._encode_sources = lambda jobs: {"cat": None}, lambda jobs: {}
+    pipeline.sample([Job(Request(prompt="cat", seed=1), "cat", None)])
+    assert given == [bool(words)]
 
 
 def pipeline_of(vae: object) -> Pipeline:

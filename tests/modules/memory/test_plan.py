@@ -13,6 +13,8 @@ from hunyuan_model.checkpoints import is_quantized_in_dit
 from hunyuan_model.quantization import quantize_linears
 from hunyuan_model.vae import AutoencoderKLCausal3D, VaeConfig
 from modules.blocks.step_cache import StepCache, apply_step_cache
+from modules.generation.options import GenerationOptions, LoraOptions, OutputOptions, PromptOptions, SpeedOptions
+from modules.memory import generation as planned
 from modules.memory.measure import add_step_cache_memory, estimate_vae, measure_dit, measure_vae
 from modules.memory.meter import BlockUsage, MemoryMeter, ModelUsage, nbytes
 from modules.memory.plan import (
@@ -28,6 +30,7 @@ from modules.memory.plan import (
     memory_limit,
     predict,
 )
+from modules.options import BlockSwapOptions, CompileOptions, DeviceOptions, DitOptions, TextEncoderOptions, VaeOptions
 from tests.small_dit import prepare, random_dit, small_config
 from utils.errors import UserError
 
@@ -134,6 +137,31 @@ def test_the_sum_of_a_prediction_by_hand() -> None:
     assert alone.weights == (7 + 12 + 4 - 3 + 3) * GIB  # one block needs one buffer
     assert predict(ModelUsage(blocks, 7 * GIB, 2 * GIB), offload=True).saved == (2 + 2) * GIB
     assert predict(ModelUsage(blocks, 7 * GIB, 2 * GIB), trained=1000, moments=MOMENTS_8BIT).trained == 10_000
+
+
+@pytest.mark.parametrize(("words", "batch"), [({}, 2), ({"split_attn": True}, 1), ({"split_uncond": True}, 1)])
+def test_guidance_is_planned_as_it_is_called(tiny_models, monkeypatch, words: dict, batch: int) -> None:
+    measured = []
+
+    def measure(config, shape, *_):
+        measured.append(shape)
+        return ModelUsage((BlockUsage(1, 1, 0, 1, (1,)),), 1, 1)
+
+    monkeypatch.setattr(planned, "measure_dit", measure)
+    options = GenerationOptions(
+        prompt=PromptOptions(prompt="cat"),
+        dit=DitOptions(dit=tiny_models.dit),
+        text=TextEncoderOptions(text_encoder1=tiny_models.text_encoder1, text_encoder2=tiny_models.text_encoder2),
+        vae=VaeOptions(),
+        lora=LoraOptions(),
+        speed=SpeedOptions(**words),
+        compile=CompileOptions(),
+        swap=BlockSwapOptions(),
+        output=OutputOptions(save_path=Path("out"), output_type="latent"),
+        device=DeviceOptions(device="cpu"),
+    )
+    planned._plan_sampling(options, (1, 16, 2, 4, 6), guided=True)
+    assert measured == [(batch, 16, 2, 4, 6)]
 
 
 def test_the_fastest_that_fits() -> None:
