@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from modules.training.network import TrainedNetwork, new_network
+from modules.training.network import TrainedNetwork, create_network
 from modules.training.options import NetworkOptions
 from networks import lora
 from tests.small_dit import random_dit, small_config
@@ -17,7 +17,7 @@ def trained(**options) -> TrainedNetwork:
     """A network for a small DiT, as a run makes it."""
     given = SimpleNamespace(network=NetworkOptions(network_module="networks.lora", **options))
     dit = random_dit(small_config(depth_double=1, depth_single=1))
-    return TrainedNetwork(new_network(given, lora, dit), dit, torch.device("cpu"), given)
+    return TrainedNetwork(create_network(lora, dit, given.network), dit, torch.device("cpu"), given)
 
 
 def test_rank_alpha_and_dropout_reach_every_adapter() -> None:
