@@ -38,10 +38,17 @@ def min_over_processes(number: int) -> int:
 
 @torch.no_grad()
 def sum_gradients(accelerator: Accelerator, parameters: Iterable[nn.Parameter]) -> None:
-    """Adds up the gradients of all processes in flat buffers; a process without a batch takes part with zeros."""
+    """Adds up the gradients of all processes in flat buffers; a process without a gradient takes part with zeros.
+
+    A parameter that has a gradient on no process keeps none, as with one process: optimizers skip it, while AdamW would
+    move it even if its gradient were zero.
+    """
     if accelerator.num_processes == 1:
         return
-    for bucket in _buckets(parameters):
+    parameters = list(parameters)
+    own = torch.tensor([p.grad is not None for p in parameters], dtype=torch.float32, device=accelerator.device)
+    trained = [p for p, count in zip(parameters, accelerator.reduce(own, "sum").tolist(), strict=True) if count]
+    for bucket in _buckets(trained):
         gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in bucket]
         flat = accelerator.reduce(torch.cat([gradient.flatten() for gradient in gradients]), "sum")
         pieces = flat.split([gradient.numel() for gradient in gradients])

@@ -196,6 +196,12 @@ def read_progress(state: Path) -> dict:
     return progress
 
 
+def _saved_at(state: Path) -> tuple[float, int]:
+    """When a state was saved; of older versions, which did not note it, the time of its file."""
+    progress = read_progress(state)
+    return progress.get("saved_at", (state / PROGRESS_FILE).stat().st_mtime), progress["step"]
+
+
 def damaged(file: Path) -> UserError:
     """The error for a file of a state that cannot be read."""
     return UserError(f"{file}: is damaged; resume from another state")
@@ -206,7 +212,7 @@ def find_state(resume: str | None, files: TrainingFiles) -> Path | None:
     if resume is None:
         return None
     if resume == "auto":
-        return max(files.states(), key=lambda state: read_progress(state)["step"], default=None)
+        return max(files.states(), key=_saved_at, default=None)
     read_progress(Path(resume))
     return Path(resume)
 

@@ -7,6 +7,7 @@ import dataclasses
 import errno
 import json
 import pickle
+import time
 import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -109,7 +110,7 @@ def save_state(
             except RuntimeError as error:  # what torch makes of a full disk
                 raise OSError(errno.EIO, one_line(error), str(path)) from error
         write_text(temporary / SETTINGS_FILE, settings)
-        content = {"version": STATE_VERSION, **dataclasses.asdict(progress)}
+        content = {"version": STATE_VERSION, "saved_at": time.time(), **dataclasses.asdict(progress)}
         write_text(temporary / PROGRESS_FILE, json.dumps(content, indent=2, allow_nan=False) + "\n")
 
 
