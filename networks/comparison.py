@@ -61,4 +61,5 @@ def worst_difference(first: LoraWeights, second: LoraWeights, source: str) -> tu
             f"{source}: differs in {len(unmatched)} modules from what was to be written, such as {min(unmatched)}"
         )
     both = first.modules.keys() & second.modules.keys()
-    return max((relative_difference(first.modules[name], second.modules[name]), name) for name in both)
+    differences = [(relative_difference(first.modules[name], second.modules[name]), name) for name in both]
+    return max(differences, default=(0.0, "no module"))

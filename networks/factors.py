@@ -24,6 +24,7 @@ class Factors:
 
     # The low-rank products in the update, as names of fields: (factor with the rows, factor with the columns).
     PAIRS: ClassVar[tuple[tuple[str, str], ...]] = ()
+    kind: ClassVar[str]  # its name for the user
 
     alpha: float | None = None
     dora_scale: Tensor | None = None
@@ -48,6 +49,15 @@ class Factors:
     def delta_weight(self) -> Tensor:
         """The update of the weight, a float32 matrix (out, in), without what DoRA does to norms."""
         raise NotImplementedError
+
+    def is_zero(self) -> bool:
+        """Whether it leaves every weight as it is, as a scale of 0 or a product with a factor of zeros does.
+
+        DoRA is taken to change something: its lengths may differ from those of the weight.
+        """
+        if self.dora_scale is not None:
+            return False
+        return self.scale == 0 or not all(tensor.any() for tensor in self.tensors().values())
 
     def norm(self) -> float:
         """The Frobenius norm of `delta_weight`."""
@@ -96,6 +106,7 @@ class LoraFactors(Factors):
     """delta_weight = alpha / rank * up @ down; down (rank, in), up (out, rank); a convolution's kernel may follow."""
 
     PAIRS: ClassVar[tuple[tuple[str, str], ...]] = (("up", "down"),)
+    kind: ClassVar[str] = "LoRA"
 
     down: Tensor
     up: Tensor
@@ -126,6 +137,7 @@ class LohaFactors(Factors):
     """delta_weight = alpha / rank * (w1_a @ w1_b) * (w2_a @ w2_b), `*` by element; a (out, rank), b (rank, in)."""
 
     PAIRS: ClassVar[tuple[tuple[str, str], ...]] = (("w1_a", "w1_b"), ("w2_a", "w2_b"))
+    kind: ClassVar[str] = "LoHa"
 
     w1_a: Tensor
     w1_b: Tensor
@@ -152,6 +164,8 @@ class LohaFactors(Factors):
 @dataclass(frozen=True, kw_only=True)
 class LokrFactors(Factors):
     """delta_weight = scale * kron(w1, w2), each stored whole or as a @ b; scale is 1 if both are stored whole."""
+
+    kind: ClassVar[str] = "LoKr"
 
     w1: Tensor | None = None
     w1_a: Tensor | None = None
@@ -188,24 +202,64 @@ class LokrFactors(Factors):
         return torch.kron(w1 * self.scale, w2)
 
 
-# Suffix of a key in a file -> field of the factors. LoRA factors have four spellings in circulation.
+@dataclass(frozen=True, kw_only=True)
+class DifferenceFactors(Factors):
+    """delta_weight = diff, the whole change of a weight (out, in); a convolution's kernel may follow. No alpha."""
+
+    kind: ClassVar[str] = "whole difference"
+
+    diff: Tensor
+
+    @property
+    def rank(self) -> int:
+        return min(self.out_features, self.in_features)
+
+    @property
+    def scale(self) -> float:
+        return 1.0
+
+    @property
+    def out_features(self) -> int:
+        return self.diff.shape[0]
+
+    @property
+    def in_features(self) -> int:
+        return self.diff.flatten(1).shape[1]
+
+    @property
+    def has_separable_rows(self) -> bool:
+        return True
+
+    def rows(self, start: int, stop: int) -> "DifferenceFactors":
+        return dataclasses.replace(self, diff=self.diff[start:stop])
+
+    def delta_weight(self) -> Tensor:
+        return self.diff.flatten(1).float()
+
+
+# Suffix of a key in a file -> field of the factors. LoRA factors have several spellings in circulation.
 SUFFIXES = {
-    "lora_down.weight": "down",
-    "lora_up.weight": "up",
-    "lora_A.weight": "down",
-    "lora_B.weight": "up",
-    "lora_A.default.weight": "down",
-    "lora_B.default.weight": "up",
-    "lora.down.weight": "down",
-    "lora.up.weight": "up",
+    **{f"{name}.weight": "down" for name in ("lora_down", "lora_A", "lora.down")},
+    **{f"{name}.weight": "up" for name in ("lora_up", "lora_B", "lora.up")},
+    "lora_A": "down",
+    "lora_B": "up",
+    "lora_down": "down",
+    "lora_up": "up",
     "alpha": "alpha",
     "dora_scale": "dora_scale",
     "lora_magnitude_vector": "dora_scale",
-    "lora_magnitude_vector.weight": "dora_scale",
+    "diff": "diff",
     **{f"hada_{name}": name for name in ("w1_a", "w1_b", "w2_a", "w2_b")},
     **{f"lokr_{name}": name for name in ("w1", "w1_a", "w1_b", "w2", "w2_a", "w2_b")},
 }
-KINDS: dict[str, type[Factors]] = {"lora": LoraFactors, "hada": LohaFactors, "lokr": LokrFactors}
+# Suffix of a key in a file -> the tensor of the module to which that tensor is added.
+VECTOR_SUFFIXES = {**dict.fromkeys(("diff_b", "b_norm", "lora_B.bias", "lora_up.bias"), "bias"), "w_norm": "weight"}
+KINDS: dict[str, type[Factors]] = {
+    "lora": LoraFactors,
+    "hada": LohaFactors,
+    "lokr": LokrFactors,
+    "diff": DifferenceFactors,
+}
 
 
 def factors_from(tensors: Mapping[str, Tensor]) -> Factors:
@@ -219,6 +273,8 @@ def factors_from(tensors: Mapping[str, Tensor]) -> Factors:
     if len(kinds) != 1:
         raise ValueError(f"has {', '.join(sorted(tensors))}, which is no complete LoRA, LoHa or LoKr")
     values = {SUFFIXES[suffix]: tensor for suffix, tensor in tensors.items()}
+    if kinds == {"diff"}:
+        values.pop("alpha", None)  # programs that write whole differences do not scale them
     if "alpha" in values:
         values["alpha"] = _alpha(values["alpha"])
     if "dora_scale" in values and values["dora_scale"].dim() == 1:

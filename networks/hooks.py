@@ -5,20 +5,31 @@ loaded model, and for weights that merging would harm because they are stored as
 kind: plain, quantised or swapped to host memory.
 """
 
+import copy
+import math
 import os
 import weakref
 from collections.abc import Callable, Sequence
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from networks.factors import Factors, LoraFactors
-from networks.merging import count_matches, float32_weight, read_loras, require_shape
+from networks.merging import (
+    Changes,
+    ChangesByTensor,
+    count_matches,
+    float32_weight,
+    merge_into_weight,
+    read_loras,
+    require_shape,
+)
 
 
 class LoraHooks:
-    """The LoRAs that a model has at present, as forward hooks on its Linear modules; does not keep the model alive."""
+    """The LoRAs that a model has at present, as forward hooks on its modules; does not keep the model alive."""
 
     def __init__(self, model: nn.Module) -> None:
         self._model = weakref.ref(model)
@@ -31,41 +42,85 @@ class LoraHooks:
             UserError: a file cannot be read, has no module of the model, or is for other shapes. Then the present
                 LoRAs stay.
         """
-        linears = {name: module for name, module in self._model().named_modules() if hasattr(module, "in_features")}
-        by_module, files = read_loras(loras, exclude_single_blocks)
-        reports = count_matches([path for path, _ in loras], files, linears)
-        by_module = {name: own for name, own in by_module.items() if name in linears}
-        for name, own in by_module.items():
-            for factors, _ in own:
-                require_shape(name, factors, linears[name].out_features, linears[name].in_features)
+        modules = {name: module for name, module in self._model().named_modules() if _tensors_of(module)}
+        known = {f"{name}.{tensor}" for name, module in modules.items() for tensor in _tensors_of(module)}
+        by_tensor, files = read_loras(loras, exclude_single_blocks)
+        reports = count_matches(loras, files, known)
+        by_module: dict[str, ChangesByTensor] = {}
+        for name, own in by_tensor.items():
+            owner, _, tensor = name.rpartition(".")
+            if name not in known:
+                continue
+            for change, _ in own:
+                require_shape(owner, change, *_shape(modules[owner], tensor))
+            by_module.setdefault(owner, {})[tensor] = own
         for report in reports:
             report.announce()
         for hook in self._hooks:
             hook.remove()
-        self._hooks = [
-            linears[name].register_forward_hook(_hook(linears[name], own)) for name, own in by_module.items()
-        ]
+        owners = [(modules[name], own) for name, own in by_module.items()]
+        self._hooks = [module.register_forward_hook(_hook(module, own)) for module, own in owners]
 
 
-def _hook(linear: nn.Module, loras: Sequence[tuple[Factors, float]]) -> Callable:
-    """A forward hook that adds what LoRAs (factors, multiplier) add to the output of a Linear."""
-    device = linear.weight.device
-    loras = [(factors.map(lambda tensor: tensor.to(device)), multiplier) for factors, multiplier in loras]
+def _tensors_of(module: nn.Module) -> list[str]:
+    """The names of the tensors of a module that a LoRA can change."""
+    return [name for name in ("weight", "bias") if isinstance(getattr(module, name, None), Tensor)]
+
+
+def _shape(module: nn.Module, tensor: str) -> tuple[int, ...]:
+    """(rows, columns) of a weight, (rows,) of a vector."""
+    if tensor == "weight" and hasattr(module, "in_features"):
+        return module.out_features, module.in_features
+    first, *others = getattr(module, tensor).shape
+    return (first, math.prod(others)) if others else (first,)
+
+
+def _hook(module: nn.Module, changes: ChangesByTensor) -> Callable:
+    """A forward hook that changes the output of a module as `changes` of its weight and bias would."""
+    device = module.weight.device
+    changes = {name: [(_moved(change, device), factor) for change, factor in own] for name, own in changes.items()}
 
     def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        for factors, multiplier in loras:
-            output = output + _lora_output(module, inputs[0], factors, multiplier)
+        if not hasattr(module, "in_features"):
+            return _with_changed_tensors(module, inputs, changes)
+        output = output + _lora_output(module, inputs[0], changes.get("weight", []))
+        for vector, multiplier in changes.get("bias", []):
+            output = output + (multiplier * vector.to(output.device)).to(output.dtype)
         return output
 
     return hook
 
 
-def _lora_output(linear: nn.Module, x: Tensor, factors: Factors, multiplier: float) -> Tensor:
-    """What a LoRA adds to the output of a Linear for x (..., in) -> (..., out)."""
-    # Only copies if the block of this Linear is swapped: its factors then wait in host memory too.
-    factors = factors.map(lambda tensor: tensor.to(x.device))
-    if isinstance(factors, LoraFactors) and factors.dora_scale is None:
-        down, up = factors.down.flatten(1).to(x.dtype), factors.up.flatten(1).to(x.dtype)
-        return F.linear(F.linear(x, down), up) * (multiplier * factors.scale)
+def _moved(change: Factors | Tensor, device: torch.device) -> Factors | Tensor:
+    # Only copies if the block of this module is swapped: its factors then wait in host memory too.
+    return change.to(device) if isinstance(change, Tensor) else change.map(lambda tensor: tensor.to(device))
+
+
+def _lora_output(linear: nn.Module, x: Tensor, loras: Changes) -> Tensor | float:
+    """What LoRAs (factors, multiplier) add to the output of a Linear for x (..., in) -> (..., out)."""
+    loras = [(_moved(factors, x.device), multiplier) for factors, multiplier in loras]
+    if all(isinstance(factors, LoraFactors) and factors.dora_scale is None for factors, _ in loras):
+        return sum(_plain_output(x, factors, multiplier) for factors, multiplier in loras)
+    # DoRA depends on the weight with the LoRAs before it, so all of them are applied in turn, as merging does.
     weight = float32_weight(linear)
-    return F.linear(x, (factors.apply(weight, multiplier) - weight).to(x.dtype))
+    changed = weight
+    for factors, multiplier in loras:
+        changed = factors.apply(changed, multiplier)
+    return F.linear(x, (changed - weight).to(x.dtype))
+
+
+def _plain_output(x: Tensor, factors: LoraFactors, multiplier: float) -> Tensor:
+    down, up = factors.down.flatten(1).to(x.dtype), factors.up.flatten(1).to(x.dtype)
+    return F.linear(F.linear(x, down), up) * (multiplier * factors.scale)
+
+
+def _with_changed_tensors(module: nn.Module, inputs: tuple[Tensor, ...], changes: ChangesByTensor) -> Tensor:
+    """The output of a norm or a convolution whose weight and bias are changed."""
+    twin = copy.copy(module)
+    twin._parameters = dict(module._parameters)
+    for name, own in changes.items():
+        old = module._parameters[name]
+        moved = [(_moved(change, old.device), multiplier) for change, multiplier in own]
+        changed = merge_into_weight(name, old.detach().to(torch.float32, copy=True), moved)
+        twin._parameters[name] = nn.Parameter(changed.to(old.dtype), requires_grad=False)
+    return twin.forward(*inputs)

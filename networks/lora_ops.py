@@ -5,8 +5,10 @@ from collections.abc import Sequence
 
 import torch
 
-from networks.factors import Factors, LoraFactors
+from networks.factors import DifferenceFactors, Factors, LoraFactors
 from networks.files.formats import LoraWeights
+from networks.files.lora_files import network_facts
+from networks.files.rounding import rounded
 from networks.files.split_fuse import low_rank_approximation, truncated_svd
 from utils.errors import UserError
 
@@ -22,14 +24,12 @@ def _reduced(factors: Factors, rank: int | None, energy: float) -> LoraFactors:
     if not isinstance(factors, LoraFactors):
         delta_weight = factors.delta_weight()
         factors = low_rank_approximation(delta_weight, rank or min(delta_weight.shape), factors.dora_scale)
-    return truncated_svd(factors, rank, energy).map(lambda tensor: tensor.to(dtype))
+    return rounded(truncated_svd(factors, rank, energy), dtype)
 
 
 def with_rank_metadata(lora: LoraWeights) -> LoraWeights:
-    """The LoRA with `ss_network_dim` and `ss_network_alpha` set to its rank, or to Dynamic if ranks differ."""
-    ranks = {factors.rank for factors in lora.modules.values()}
-    word = str(ranks.pop()) if len(ranks) == 1 else "Dynamic"
-    return dataclasses.replace(lora, metadata=lora.metadata | {"ss_network_dim": word, "ss_network_alpha": word})
+    """The LoRA with metadata that name its kind, rank and alpha."""
+    return dataclasses.replace(lora, metadata=lora.metadata | network_facts(lora))
 
 
 def concatenate(loras: Sequence[LoraWeights], multipliers: Sequence[float]) -> LoraWeights:
@@ -39,13 +39,17 @@ def concatenate(loras: Sequence[LoraWeights], multipliers: Sequence[float]) -> L
         UserError: a module is no plain LoRA, or the LoRAs are for weights of different shapes.
     """
     modules: dict[str, LoraFactors] = {}
+    vectors: dict[str, torch.Tensor] = {}
     for lora, multiplier in zip(loras, multipliers, strict=True):
         for name, factors in lora.modules.items():
             if not isinstance(factors, LoraFactors) or factors.dora_scale is not None:
                 raise UserError(f"{name}: only plain LoRAs can be added exactly; resize LoHa and LoKr to a rank first")
-            scaled = dataclasses.replace(factors, up=factors.up * (factors.scale * multiplier), alpha=None)
+            alpha = factors.scale * multiplier * factors.rank
+            scaled = rounded(dataclasses.replace(factors, alpha=alpha), fold_alpha=True)
             modules[name] = _sum(name, modules[name], scaled) if name in modules else scaled
-    return with_rank_metadata(dataclasses.replace(loras[0], modules=modules))
+        for name, vector in lora.vectors.items():
+            vectors[name] = vectors.get(name, 0) + vector.float() * multiplier
+    return with_rank_metadata(dataclasses.replace(loras[0], modules=modules, vectors=vectors))
 
 
 def _sum(name: str, first: LoraFactors, second: LoraFactors) -> LoraFactors:
@@ -86,14 +90,18 @@ def moving_average(loras: Sequence[LoraWeights], decays: Sequence[float]) -> Lor
     Raises:
         UserError: the files differ in modules, kinds, shapes or alpha.
     """
-    first = loras[0].modules
+    first, lengths = loras[0].modules, {name: len(vector) for name, vector in loras[0].vectors.items()}
     for lora in loras[1:]:
         if lora.modules.keys() != first.keys() or any(
             _signature(lora.modules[name]) != _signature(first[name]) for name in first
         ):
             raise UserError("the files are not checkpoints of one training: modules, shapes or alpha differ")
+        if {name: len(vector) for name, vector in lora.vectors.items()} != lengths:
+            raise UserError("the files are not checkpoints of one training: their changes of biases and norms differ")
     modules = {name: _averaged([lora.modules[name] for lora in loras], decays) for name in first}
-    return dataclasses.replace(loras[-1], modules=modules)
+    columns = {name: [DifferenceFactors(diff=lora.vectors[name][:, None]) for lora in loras] for name in lengths}
+    vectors = {name: _averaged(own, decays).diff[:, 0] for name, own in columns.items()}
+    return dataclasses.replace(loras[-1], modules=modules, vectors=vectors)
 
 
 def _signature(factors: Factors) -> tuple:

@@ -170,7 +170,7 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     """
     path = Path(path)
     paths = _model_files(path) if path.is_dir() else [path]
-    files = tuple(_open_file(each) for each in paths)
+    files = tuple(open_file(each) for each in paths)
     if not any(file.infos for file in files):
         raise UserError(f"{path}: holds no tensors")
     return Checkpoint(path, files, _config(paths[0], files[0].metadata))
@@ -185,7 +185,12 @@ _NOT_MODELS = {
 }
 
 
-def _open_file(path: Path) -> TensorFile:
+def open_file(path: Path) -> TensorFile:
+    """Reads the header of a .safetensors or .pt file.
+
+    Raises:
+        UserError: missing, cut off, or a file of another kind, which the message names.
+    """
     try:
         with open(path, "rb") as file:
             start = file.read(32)

@@ -7,6 +7,11 @@ lora_up) or PEFT's (lora_A, lora_B). In a format without alpha, alpha is the ran
 
 from dataclasses import dataclass
 
+LORA_ONLY = frozenset({"LoRA"})
+NO_DIFFERENCES = LORA_ONLY | {"LoHa", "LoKr"}
+DIFFERENCE = "whole difference"
+ALL_KINDS = NO_DIFFERENCES | {DIFFERENCE}
+
 
 @dataclass(frozen=True)
 class Format:
@@ -21,7 +26,7 @@ class Format:
         peft: factors are called lora_A and lora_B; otherwise lora_down and lora_up.
         alpha: alpha is stored.
         dora: suffix of the key of `dora_scale`; None if the programs that read the format know no DoRA.
-        other_kinds: the programs that read the format know LoHa and LoKr.
+        kinds: the kinds of factors that the programs that read the format know.
         adapter_metadata: `lora_adapter_metadata` of diffusers (rank and alpha as JSON) is written.
     """
 
@@ -33,8 +38,13 @@ class Format:
     peft: bool = True
     alpha: bool = True
     dora: str | None = "dora_scale"
-    other_kinds: bool = True
+    kinds: frozenset[str] = ALL_KINDS
     adapter_metadata: bool = False
+
+    @property
+    def differences(self) -> bool:
+        """Whether its readers know changes of whole weights, biases and weights of norms (`diff`, `diff_b`)."""
+        return DIFFERENCE in self.kinds
 
     @property
     def splits(self) -> bool:
@@ -50,8 +60,10 @@ def _kohya(name: str, title: str, prefix: str, naming: str = "official", **diffe
 _TABLE = [
     _kohya("default", "musubi native, OneTrainer KOHYA_LORA", "lora_unet_"),
     Format("other", "ComfyUI-safe, musubi 'other'", "diffusion_model.", alpha=False),
-    Format("onetrainer-comfy", "OneTrainer COMFY_LORA", "diffusion_model."),
-    Format("diffusion-pipe", "diffusion-pipe", "transformer.", alpha=False, dora=None, other_kinds=False),
+    Format("onetrainer-comfy", "OneTrainer COMFY_LORA", "diffusion_model.", kinds=NO_DIFFERENCES),
+    Format(
+        "diffusion-pipe", "diffusion-pipe", "transformer.", alpha=False, dora=None, kinds=frozenset({"LoRA", "LoKr"})
+    ),
     Format(
         "diffusers",
         "diffusers, finetrainers (PEFT)",
@@ -59,7 +71,7 @@ _TABLE = [
         "diffusers",
         alpha=False,
         dora="lora_magnitude_vector",
-        other_kinds=False,
+        kinds=LORA_ONLY,
         adapter_metadata=True,
     ),
     Format(
@@ -68,13 +80,21 @@ _TABLE = [
         "transformer.",
         "diffusers",
         alpha=False,
-        dora=None,
-        other_kinds=False,
+        dora="lora_magnitude_vector.weight",
+        kinds=LORA_ONLY,
     ),
-    _kohya("onetrainer-legacy", "OneTrainer LEGACY_LORA", "lora_transformer_", "diffusers"),
-    Format("onetrainer-original", "OneTrainer ORIGINAL_LORA", ""),
-    _kohya("onetrainer-kohya", "OneTrainer KOHYA_LORA", "lora_unet_"),
-    _kohya("hunyuan-i2v", "official HunyuanVideo-I2V trainer", "Hunyuan_video_I2V_lora_", other_kinds=False),
+    _kohya("onetrainer-legacy", "OneTrainer LEGACY_LORA", "lora_transformer_", "diffusers", kinds=NO_DIFFERENCES),
+    Format("onetrainer-original", "OneTrainer ORIGINAL_LORA", "", kinds=NO_DIFFERENCES),
+    _kohya("onetrainer-kohya", "OneTrainer KOHYA_LORA", "lora_unet_", kinds=NO_DIFFERENCES),
+    # Tencent's loader ignores alpha and knows no other kind.
+    _kohya(
+        "hunyuan-i2v",
+        "official HunyuanVideo-I2V trainer",
+        "Hunyuan_video_I2V_lora_",
+        alpha=False,
+        dora=None,
+        kinds=LORA_ONLY,
+    ),
     _kohya("comfyui-flat", "ComfyUI, flattened names", "lora_unet_", "ComfyUI"),
     Format("comfyui", "ComfyUI, its own names", "diffusion_model.", "ComfyUI"),
 ]

@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -9,27 +10,46 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
+from hunyuan_model.checkpoints.tensors import TensorFile, open_file
+from networks.factors import DifferenceFactors, LohaFactors, LokrFactors, LoraFactors
 from networks.files.format_table import FORMATS, NATIVE, Format
-from networks.files.formats import LoraWeights, from_tensors, to_tensors
+from networks.files.formats import LoraWeights, alpha_tensor, from_tensors, to_tensors
 from networks.files.names import block_template
 from networks.files.peft_metadata import PEFT_KEY, peft_metadata
-from utils.errors import UserError
-from utils.safetensors_utils import iterate_tensors, read_header, save_file
+from utils.errors import UserError, printable
+from utils.files import read_text
+from utils.safetensors_utils import save_file
 
 
 def read_lora(path: str | os.PathLike, allow_partial: bool = False) -> LoraWeights:
     """Reads a LoRA file of any format.
 
     Args:
-        path: a safetensors file.
+        path: a .safetensors or .pt file; beside a file of PEFT, its adapter_config.json is read.
         allow_partial: put keys that belong to no module into `leftover` instead of raising.
 
     Raises:
         UserError: no LoRA for HunyuanVideo, keys left over, factors missing or of wrong shapes.
     """
-    _, metadata = read_header(path)
-    _refuse_other_models(path, metadata)
-    return from_tensors(dict(iterate_tensors(path)), metadata, str(path), allow_partial)
+    file = open_file(Path(path))
+    _refuse_other_models(path, file.metadata)
+    tensors = {name: file.read(name).clone() for name in file.infos}
+    return from_tensors(tensors, file.metadata | _peft_config(Path(path), file), str(path), allow_partial)
+
+
+def _peft_config(path: Path, file: TensorFile) -> dict[str, str]:
+    """The content of PEFT's adapter_config.json beside a file that PEFT wrote, as metadata."""
+    if PEFT_KEY in file.metadata or not any("base_model.model." in name for name in file.infos):
+        return {}
+    config = path.with_name("adapter_config.json")
+    if config.is_file():
+        return {PEFT_KEY: read_text(config, "PEFT configuration")}
+    if not any(name.endswith(".alpha") for name in file.infos):
+        print(
+            printable(f"warning: {path}: no {config.name} beside it, which holds alpha; alpha is taken to be the rank"),
+            file=sys.stderr,
+        )
+    return {}
 
 
 def _refuse_other_models(path: str | os.PathLike, metadata: Mapping[str, str]) -> None:
@@ -43,6 +63,20 @@ def _refuse_other_models(path: str | os.PathLike, metadata: Mapping[str, str]) -
             raise UserError(f"{path}: made for another model: its metadata has {name} = {metadata[name]}")
 
 
+NETWORK_MODULES = {LoraFactors: "networks.lora", LohaFactors: "networks.loha", LokrFactors: "networks.lokr"}
+
+
+def network_facts(lora: LoraWeights) -> dict[str, str]:
+    """What the metadata of a LoRA say about its kind, rank and alpha; Dynamic where modules differ."""
+    factors = [own for own in lora.modules.values() if not isinstance(own, DifferenceFactors)]
+    ranks = {own.rank for own in factors}
+    alphas = {own.rank if own.alpha is None else own.alpha for own in factors}
+    facts = {"ss_network_dim": ranks, "ss_network_alpha": alphas}
+    words = {key: f"{min(values)}" if len(values) == 1 else "Dynamic" for key, values in facts.items() if values}
+    modules = {NETWORK_MODULES[type(own)] for own in factors}
+    return words | ({"ss_network_module": modules.pop()} if len(modules) == 1 else {})
+
+
 def write_lora(
     lora: LoraWeights, path: str | os.PathLike, format_: Format, dtype: torch.dtype | None = None
 ) -> dict[str, Tensor]:
@@ -52,9 +86,9 @@ def write_lora(
         UserError: see `to_tensors`; or a value does not fit into float16.
     """
     tensors = to_tensors(lora, format_, dtype)
-    if dtype == torch.float16 and any(tensor.isinf().any() for tensor in tensors.values()):
+    if any(tensor.dtype == torch.float16 and tensor.isinf().any() for tensor in tensors.values()):
         raise UserError(f"{path}: some values are too large for float16; use bfloat16 or float32")
-    metadata = dict(lora.metadata)
+    metadata = lora.metadata | (network_facts(lora) if "ss_network_dim" in lora.metadata else {})
     if format_.adapter_metadata:
         metadata[PEFT_KEY] = peft_metadata(tensors, format_.prefix)
     _save(tensors, path, metadata)
@@ -89,6 +123,8 @@ def save_native(
 ) -> None:
     """Writes tensors with native keys; `dtype` None keeps each tensor's own dtype."""
     cast = {name: tensor.detach().to("cpu", dtype or tensor.dtype) for name, tensor in tensors.items()}
+    for name in (name for name in cast if name.endswith(".alpha")):
+        cast[name] = alpha_tensor(tensors[name].item(), cast[name].dtype)
     _save(cast, path, metadata or {})
 
 

@@ -13,8 +13,7 @@ from tqdm import tqdm
 
 from hunyuan_model.checkpoints import DitTensors, is_quantized_in_dit, open_dit
 from hunyuan_model.quantization import FP8, FP8_MAX
-from networks.factors import Factors
-from networks.merging import LorasByModule, MergeReport, count_matches, merge_into_weight, read_loras
+from networks.merging import Changes, ChangesByTensor, MergeReport, match_loras, merge_into_weight
 from utils.safetensors_utils import streamed_file
 
 # ComfyUI's scaled fp8 (docs/formats.md 2.8a): a marker, and one float32 scale beside each fp8 weight.
@@ -57,19 +56,17 @@ def merge_files(
             written.
     """
     dit = open_dit(dit_path)
-    by_module, files = read_loras(loras, exclude_single_blocks)
-    reports = count_matches([path for path, _ in loras], files, {_module(name) for name in dit.shapes})
+    by_tensor, reports = match_loras(dit.shapes, loras, exclude_single_blocks)
     stored = {name: _stored(dit, name, dtype, fp8) for name in dit.shapes}
     layout = {name: (stored[name].dtype, shape) for name, shape in dit.shapes.items()}
     scaled = [name for name in stored if stored[name].scaled]
     layout |= {_scale_name(name): (torch.float32, ()) for name in scaled}
     if scaled:
         layout[MARKER] = (FP8, (0,))
-    _warn_of_rounding(dit, dit_path, by_module, stored)
+    _warn_of_rounding(dit, dit_path, by_tensor, stored)
     with streamed_file(output, layout, _metadata(dit, loras)) as write:
         for name in tqdm(dit.shapes, desc="merging", unit="tensor"):
-            own = by_module.get(_module(name), []) if name.endswith(".weight") else []
-            _write(dit, name, own, stored[name], device, write)
+            _write(dit, name, by_tensor.get(name, []), stored[name], device, write)
         if scaled:
             write(MARKER, torch.empty(0, dtype=FP8))
     return reports
@@ -89,14 +86,13 @@ def _metadata(dit: DitTensors, loras: Sequence[tuple[str | os.PathLike, float]])
 
 
 def _warn_of_rounding(
-    dit: DitTensors, path: str | os.PathLike, by_module: LorasByModule, stored: dict[str, _Stored]
+    dit: DitTensors, path: str | os.PathLike, by_tensor: ChangesByTensor, stored: dict[str, _Stored]
 ) -> None:
     """Warns if weights are fp8 before and after merging.
 
     Neighbouring fp8 numbers differ by 1/8 of their power of two; most changes by a LoRA are smaller.
     """
-    changed = [name for name in stored if name.endswith(".weight") and _module(name) in by_module]
-    if any(dit.dtype(name).itemsize == 1 and stored[name].dtype == FP8 for name in changed):
+    if any(dit.dtype(name).itemsize == 1 and stored[name].dtype == FP8 for name in by_tensor):
         print(
             f"warning: {path}: is fp8 and stays fp8, so rounding removes most of what the LoRA changes; "
             "--dtype bfloat16 keeps it",
@@ -125,7 +121,7 @@ def _stored(dit: DitTensors, name: str, dtype: torch.dtype | None, fp8: bool) ->
 def _write(
     dit: DitTensors,
     name: str,
-    loras: Sequence[tuple[Factors, float]],
+    loras: Changes,
     stored: _Stored,
     device: torch.device | str,
     write: Callable[[str, Tensor], None],

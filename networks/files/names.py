@@ -6,10 +6,10 @@ underscores, because module names contain underscores too.
 
 import functools
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from hunyuan_model.checkpoints.names import DIT_TO_COMFYUI, DIT_TO_DIFFUSERS
-from networks.factors import SUFFIXES
+from networks.factors import SUFFIXES, VECTOR_SUFFIXES
 from networks.files.format_table import FORMATS, Format
 
 
@@ -58,23 +58,55 @@ def official_part(name: str, format_: Format) -> tuple[str, int] | None:
     return None if found is None else (_filled(found[0], name), found[1])
 
 
+_SUFFIX = re.compile(rf"\.({'|'.join(map(re.escape, sorted([*SUFFIXES, *VECTOR_SUFFIXES], key=len, reverse=True)))})$")
+# PEFT puts the name of the adapter behind the name of a factor; files of some programs keep it.
+_ADAPTER_NAME = re.compile(
+    r"(?<=\.)(lora_[AB]|lora_magnitude_vector|hada_w\d_[ab]|lokr_w\d(?:_[ab])?)(?:\.(?!weight$|bias$)[^.]+)?(\.weight|\.bias)?$"
+)
+
+
 def split_key(key: str) -> tuple[str, str] | None:
-    """(module, suffix) of a key; None if the key does not end in a suffix of `SUFFIXES`."""
-    for suffix in SUFFIXES:
-        if key.endswith(f".{suffix}"):
-            return key.removesuffix(f".{suffix}"), suffix
-    return None
+    """(module, suffix) of a key, the suffix without PEFT's adapter name.
+
+    None if the suffix is not one of `SUFFIXES` or `VECTOR_SUFFIXES`.
+    """
+    named = _ADAPTER_NAME.search(key)
+    if named is not None:
+        ending = "" if named[1] == "lora_magnitude_vector" else named[2] or ""
+        key = key[: named.start()] + named[1] + ending
+    found = _SUFFIX.search(key)
+    return None if found is None else (key[: found.start()], found[1])
+
+
+# What stands before the names of modules in files of other programs, in any combination.
+_DOTTED_PREFIX = re.compile(r"(?:(?:base_model\.model|model|diffusion_model|transformer|unet|dit|module|_orig_mod)\.)*")
+_FLAT_PREFIXES = [f"{first}_{second}" for first in ("lycoris", "lora") for second in ("", "unet_", "transformer_")]
+
+
+def _spellings(modules: Sequence[str], suffixes: set[str]) -> Iterator[Format]:
+    """Every way to read these names of modules that is not in the table of formats."""
+    dotted = {_DOTTED_PREFIX.match(module)[0] for module in modules if "." in module}
+    peft = any(suffix.startswith("lora_A") for suffix in suffixes)
+    for prefix in [*sorted(dotted), *_FLAT_PREFIXES]:
+        for naming in ("official", "diffusers", "ComfyUI"):
+            if any((f.prefix, f.naming) == (prefix, naming) for f in FORMATS.values()):
+                continue
+            shown = f"'{prefix}'" if prefix else "no prefix"
+            title = f"{'PEFT' if peft else 'LyCORIS' if prefix.startswith('lyco') else 'LoRA'}, {naming} names, {shown}"
+            yield Format("", title, prefix, naming, flat=prefix.endswith("_"), peft=peft, alpha="alpha" in suffixes)
 
 
 def detect_format(keys: Sequence[str]) -> Format | None:
     """The format that fits most of the keys, or None if no key belongs to a HunyuanVideo LoRA.
 
-    Some formats differ only in whether they store alpha; there the presence of alpha in `keys` decides.
+    Some formats differ only in whether they store alpha; there the presence of alpha in `keys` decides. Other spellings
+    than those of the table get a format without a name, which is only read.
     """
     split = [pair for pair in map(split_key, keys) if pair is not None]
     has_alpha = any(suffix == "alpha" for _, suffix in split)
+    spellings = _spellings([module for module, _ in split], {suffix for _, suffix in split})
     best, best_score = None, (0, False)
-    for format_ in FORMATS.values():
+    for format_ in [*FORMATS.values(), *spellings]:
         fitting = sum(official_part(module, format_) is not None for module, _ in split)
         score = (fitting, format_.alpha == has_alpha)
         if fitting and score > best_score:

@@ -3,14 +3,16 @@
 The JSON has `r`, `lora_alpha`, `rank_pattern`, `alpha_pattern`, ...; each name has the prefix `transformer.`.
 """
 
+import dataclasses
 import json
+import math
 import re
 from collections import Counter
 from collections.abc import Mapping
 
 from torch import Tensor
 
-from networks.factors import SUFFIXES
+from networks.factors import SUFFIXES, Factors, LokrFactors
 from networks.files.names import split_key
 from utils.errors import UserError, one_line
 
@@ -23,21 +25,37 @@ class PeftAlphas:
     def __init__(self, text: str | None, source: str):
         try:
             values = json.loads(text) if text else {}
-            patterns = values.get("transformer.alpha_pattern") or values.get("alpha_pattern") or {}
-            self._patterns = {re.compile(rf"(.*\.)?({name})"): float(alpha) for name, alpha in patterns.items()}
-        except (ValueError, TypeError, AttributeError, re.error) as error:
+            values = {name.removeprefix("transformer."): value for name, value in values.items()}
+            patterns = values.get("alpha_pattern") or {}
+            # LoHa and LoKr call it alpha.
+            alpha = values.get("lora_alpha", values.get("alpha"))
+            self._alpha = None if alpha is None else _finite(alpha)
+            self._rank = _finite(values.get("r") or 1)
+            self._root = bool(values.get("use_rslora"))
+            self._patterns = {re.compile(rf"(.*\.)?({name})"): _finite(alpha) for name, alpha in patterns.items()}
+        except (ValueError, RecursionError, TypeError, AttributeError, re.error) as error:
             raise UserError(f"{source}: {PEFT_KEY} cannot be read: {one_line(error)}") from None
-        self._values = {name.removeprefix("transformer."): value for name, value in values.items()}
 
     def __bool__(self) -> bool:
-        return bool(self._values)
+        return self._alpha is not None or bool(self._patterns)
 
-    def of_module(self, name: str, rank: int) -> float | None:
-        """The alpha of the module `name` (without prefix), or None if there is none."""
-        alpha = self._values.get("lora_alpha")
-        alpha = next((value for pattern, value in self._patterns.items() if pattern.fullmatch(name)), alpha)
+    def applied(self, factors: Factors, name: str) -> Factors:
+        """The factors of the module `name` (without prefix) with their alpha."""
+        alpha = next((value for pattern, value in self._patterns.items() if pattern.fullmatch(name)), self._alpha)
+        if alpha is None:
+            return factors
+        if isinstance(factors, LokrFactors) and factors.w1 is not None and factors.w2 is not None:
+            # Other programs do not scale a LoKr of two whole matrices, PEFT does.
+            return dataclasses.replace(factors, w1=factors.w1.float() * (alpha / self._rank))
         # Rank-stabilised LoRA scales by alpha / sqrt(rank).
-        return alpha if alpha is None else float(alpha) * (rank**0.5 if self._values.get("use_rslora") else 1)
+        alpha *= factors.rank**0.5 if self._root else 1
+        return factors if alpha == factors.rank else dataclasses.replace(factors, alpha=alpha)
+
+
+def _finite(number: float) -> float:
+    if not math.isfinite(float(number)):
+        raise ValueError(f"{number} is not finite")
+    return float(number)
 
 
 def peft_metadata(tensors: Mapping[str, Tensor], prefix: str) -> str:

@@ -11,7 +11,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from networks.factors import Factors, LoraFactors
+from networks.factors import DifferenceFactors, Factors, LoraFactors
+from networks.files.rounding import rounded
 
 
 def split_rows(factors: Factors, rows: Sequence[int]) -> list[Factors | None]:
@@ -33,6 +34,8 @@ def split_rows(factors: Factors, rows: Sequence[int]) -> list[Factors | None]:
         raise ValueError("is a LoKr, or a DoRA of columns, which cannot be split by rows")
     starts = [sum(rows[:index]) for index in range(len(rows))]
     whole = [factors.rows(start, start + count) for start, count in zip(starts, rows)]
+    if isinstance(factors, DifferenceFactors):
+        return whole
     parts = [_without_zero_ranks(part) for part in whole]
     if factors.dora_scale is not None or not any(parts):
         # These parts would share one `down` tensor; cloned, because a safetensors file cannot hold shared tensors.
@@ -64,11 +67,16 @@ def stack_rows(parts: Sequence[Factors | None], rows: Sequence[int]) -> Factors:
         ValueError: the parts are of different kinds or do not fit `rows`, or only some parts are DoRA.
     """
     given = [part for part in parts if part is not None]
-    if len({type(part) for part in given}) > 1 or not given[0].PAIRS:
+    difference = isinstance(given[0], DifferenceFactors)
+    if len({type(part) for part in given}) > 1 or not (given[0].PAIRS or difference):
         raise ValueError("has parts that are LoKr, or of different kinds")
     for part, count in zip(parts, rows, strict=True):
         if part is not None and part.out_features != count:
             raise ValueError(f"has a part of {part.out_features} rows, {count} are expected")
+    if difference:
+        like = given[0].diff
+        blocks = [like.new_zeros(n, *like.shape[1:]) if p is None else p.diff for p, n in zip(parts, rows)]
+        return DifferenceFactors(diff=torch.cat(blocks))
     stack = _stack_shared if _share_columns(given) else _stack_block_diagonal
     return dataclasses.replace(stack(parts, rows), dora_scale=_stack_dora(parts))
 
@@ -106,7 +114,7 @@ def _stack_block_diagonal(parts: Sequence[Factors | None], rows: Sequence[int]) 
     rank = sum(part.rank for part in given)
     one_scale = len({part.scale for part in given}) == 1
     if not one_scale:
-        parts = [part and fold_alpha(part) for part in parts]
+        parts = [part and _without_alpha(part) for part in parts]
         given = [part for part in parts if part is not None]
     alpha = given[0].alpha if given[0].alpha is None else given[0].alpha * rank / given[0].rank
     changed = {}
@@ -123,10 +131,9 @@ def _stack_block_diagonal(parts: Sequence[Factors | None], rows: Sequence[int]) 
     return dataclasses.replace(given[0], alpha=alpha, **changed)
 
 
-def fold_alpha(factors: Factors) -> Factors:
-    """The same update without alpha: one factor is multiplied by alpha / rank, rounded once to its dtype."""
-    if factors.scale == 1:
-        return dataclasses.replace(factors, alpha=None)
+def _without_alpha(factors: Factors) -> Factors:
+    if isinstance(factors, LoraFactors):
+        return rounded(factors, fold_alpha=True)
     side = factors.PAIRS[0][0]
     return dataclasses.replace(factors, alpha=None, **{side: getattr(factors, side) * factors.scale})
 
@@ -135,7 +142,8 @@ def swap_halves(factors: Factors) -> Factors:
     """Swaps the two halves of the rows: (shift, scale) <-> (scale, shift)."""
     if not factors.has_separable_rows:
         raise ValueError("is a LoKr, or a DoRA of columns, whose halves cannot be swapped")
-    names = [side for side, _ in factors.PAIRS] + ["dora_scale"] * (factors.dora_scale is not None)
+    sides = ["diff"] if isinstance(factors, DifferenceFactors) else [side for side, _ in factors.PAIRS]
+    names = sides + ["dora_scale"] * (factors.dora_scale is not None)
     return dataclasses.replace(factors, **{n: torch.cat(getattr(factors, n).chunk(2)[::-1]) for n in names})
 
 

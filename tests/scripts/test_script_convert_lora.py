@@ -122,7 +122,7 @@ def test_other_and_back_as_a_user_does_it(tmp_path, monkeypatch):
         other[f"diffusion_model.{key}.lora_A.weight"], original[f"lora_unet_{key.replace('.', '_')}.lora_down.weight"]
     )
     _, written = read_header(tmp_path / "c.safetensors")
-    assert written["ss_network_dim"] == "8"
+    assert written["ss_network_dim"] == "Dynamic", "the ranks differ"
     assert (
         written["sshs_model_hash"] == model_hashes(load_file(tmp_path / "c.safetensors"), metadata)["sshs_model_hash"]
     )
@@ -149,11 +149,11 @@ def test_prefix_dtype_and_partial(tmp_path, monkeypatch, capsys):
 def test_verify_finds_a_wrong_conversion(tmp_path, monkeypatch, capsys):
     """A wrong conversion: sqrt(alpha / rank) in one factor instead of in both."""
 
-    def wrong(factors):
+    def wrong(factors, dtype, fold_alpha):
         return dataclasses.replace(factors, alpha=None, up=factors.up * factors.scale**0.5)
 
     save_file(random_file("default", seed=1), tmp_path / "in.safetensors")
-    monkeypatch.setattr("networks.files.formats.fold_alpha", wrong)
+    monkeypatch.setattr("networks.files.formats.rounded", wrong)
     (tmp_path / "out.safetensors").write_bytes(b"of an earlier run")
     before = set(tmp_path.iterdir())
     words = ("--input", tmp_path / "in.safetensors", "--output", tmp_path / "out.safetensors", "--target", "other")

@@ -108,7 +108,7 @@ KOHYA, PEFT = ("lora_down", "lora_up"), ("lora_A", "lora_B")
 LAYOUTS = {
     "default": (lambda n: ["lora_unet_" + flat(n)], KOHYA, True),
     "onetrainer-kohya": (lambda n: ["lora_unet_" + flat(n)], KOHYA, True),
-    "hunyuan-i2v": (lambda n: ["Hunyuan_video_I2V_lora_" + flat(n)], KOHYA, True),
+    "hunyuan-i2v": (lambda n: ["Hunyuan_video_I2V_lora_" + flat(n)], KOHYA, False),
     "other": (lambda n: ["diffusion_model." + n], PEFT, False),
     "onetrainer-comfy": (lambda n: ["diffusion_model." + n], PEFT, True),
     "onetrainer-original": (lambda n: [n], PEFT, True),

@@ -6,10 +6,12 @@ import torch
 from networks.factors import LohaFactors, LokrFactors, LoraFactors
 from networks.files.format_table import FORMATS
 from networks.files.formats import LoraWeights, from_tensors, to_tensors
-from networks.files.split_fuse import fold_alpha, low_rank_approximation, split_rows, stack_rows, truncated_svd
+from networks.files.rounding import rounded
+from networks.files.split_fuse import low_rank_approximation, split_rows, stack_rows, truncated_svd
 from networks.lora_ops import reduce_rank
 from utils.errors import UserError
 
+KINDS = {"loha": "LoHa", "lokr": "LoKr"}
 QKV, PROJ, LINEAR1 = "double_blocks.0.img_attn_qkv", "double_blocks.0.img_attn_proj", "single_blocks.2.linear1"
 ROWS = {QKV: 144, PROJ: 48, LINEAR1: 336}
 
@@ -39,7 +41,7 @@ def lora_of(kind: str) -> LoraWeights:
 @pytest.mark.parametrize("target", FORMATS)
 def test_there_and_back_or_refused(kind, target):
     lora, format_ = lora_of(kind), FORMATS[target]
-    known = format_.dora is not None if kind.startswith("dora") else format_.other_kinds
+    known = format_.dora is not None if kind.startswith("dora") else KINDS[kind[:4]] in format_.kinds
     splittable = not format_.splits or kind in ("loha", "dora")
     if not (known and splittable):
         with pytest.raises(UserError):
@@ -123,7 +125,7 @@ def test_svd_is_the_best_of_its_rank():
 def test_folding_rounds_once():
     torch.manual_seed(0)
     up = draw(48, 4).bfloat16()
-    folded = fold_alpha(LoraFactors(up=up, down=draw(4, 48).bfloat16(), alpha=0.3))
+    folded = rounded(LoraFactors(up=up, down=draw(4, 48).bfloat16(), alpha=0.3), fold_alpha=True)
     assert torch.equal(folded.up, (up.double() * (0.3 / 4)).bfloat16())
     assert folded.scale == 1.0
 
