@@ -16,7 +16,6 @@ import torch
 
 from utils.device_utils import dtype_word
 from utils.errors import UserError
-from utils.files import TEMPORARY_SUFFIX
 from utils.safetensors_utils import TensorInfo, load_file, read_header, save_file
 
 ARCHITECTURE = "hunyuan_video"
@@ -29,6 +28,9 @@ TEXT_SUFFIX = "_hv_te.safetensors"
 LATENT_CHANNELS = 16
 # Unscaled latents have a standard deviation of about 2.1, scaled ones (x 0.476986) of about 1.
 SCALED_STD_LIMIT = 1.45
+# Unscaled latents of real media stay below 40. Larger ones come from a damaged file or are no latents.
+LARGEST_LATENT = 1000.0
+FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 
 
 def latent_cache_path(directory: Path, name: str, size: tuple[int, int]) -> Path:
@@ -46,6 +48,20 @@ def require_finite(tensors: Mapping[str, torch.Tensor]) -> None:
     for name, tensor in tensors.items():
         if not torch.isfinite(tensor).all():
             raise ValueError(f"{name} holds values that are not finite")
+
+
+def require_usable(tensors: Mapping[str, torch.Tensor]) -> None:
+    """Raises ValueError, naming the tensor, if a cache file holds values that no training may see."""
+    for name, tensor in tensors.items():
+        if name.endswith("_mask"):
+            if not ((tensor == 0) | (tensor == 1)).all():
+                raise ValueError(f"{name} holds other values than 0 and 1")
+            continue
+        if tensor.dtype not in FLOATS:
+            raise ValueError(f"{name} holds {dtype_word(tensor.dtype)}, floating-point numbers are expected")
+        require_finite({name: tensor})
+        if name.startswith("latents_") and tensor.abs().max() > LARGEST_LATENT:
+            raise ValueError(f"{name} holds values beyond {LARGEST_LATENT:g}, so these are no latents")
 
 
 def write_latent_cache(
@@ -122,18 +138,42 @@ def _tensor_with_prefix(path: Path, tensors: Mapping[str, torch.Tensor], prefix:
     raise UserError(f"{path}: no tensor '{prefix}...' in this cache; run the caching script again")
 
 
+def _load_usable(path: Path) -> dict[str, torch.Tensor]:
+    tensors = load_file(path)
+    try:
+        require_usable(tensors)
+    except ValueError as error:
+        raise UserError(f"{path}: {error}; delete this cache and run the caching script again") from None
+    return tensors
+
+
 def read_latent_cache(path: Path) -> torch.Tensor:
-    """Unscaled latents (16, f, h, w) in float32."""
-    return _tensor_with_prefix(path, load_file(path), "latents_").float()
+    """Unscaled latents (16, f, h, w) in float32.
+
+    Raises:
+        UserError: the file holds no latents that can be used.
+    """
+    latents = _tensor_with_prefix(path, _load_usable(path), "latents_")
+    if latents.ndim != 4 or latents.shape[0] != LATENT_CHANNELS:
+        raise UserError(f"{path}: latents (16, f, h, w) are expected, found {tuple(latents.shape)}")
+    return latents.float()
 
 
 def read_text_cache(path: Path) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """LLM states (256, D) float32, their mask (256,) int64, pooled CLIP output (D2,) float32."""
-    tensors = load_file(path)
+    """LLM states (256, D) float32, their mask (256,) int64, pooled CLIP output (D2,) float32.
+
+    Raises:
+        UserError: the file holds no embeddings that can be used.
+    """
+    tensors = _load_usable(path)
     if "llm_mask" not in tensors:
         raise UserError(f"{path}: no tensor 'llm_mask' in this cache; run cache_text_encoder_outputs.py again")
     llm, clip = _tensor_with_prefix(path, tensors, "llm_"), _tensor_with_prefix(path, tensors, "clipL_")
-    return llm.float(), tensors["llm_mask"].long(), clip.float()
+    mask = tensors["llm_mask"]
+    if llm.ndim != 2 or mask.shape != llm.shape[:1] or clip.ndim != 1:
+        shapes = ", ".join(str(tuple(tensor.shape)) for tensor in (llm, mask, clip))
+        raise UserError(f"{path}: (256, D), (256,) and (D2,) are expected, found {shapes}")
+    return llm.float(), mask.long(), clip.float()
 
 
 @dataclass(frozen=True)
@@ -193,8 +233,11 @@ def check_latents(
     if isinstance(header, CacheStatus):
         return header
     infos, metadata = header
-    if not any(name.startswith("latents_") and info.shape == (LATENT_CHANNELS, *shape) for name, info in infos.items()):
+    latents = [info for name, info in infos.items() if name.startswith("latents_")]
+    if not any(info.shape == (LATENT_CHANNELS, *shape) for info in latents):
         return CacheStatus("changed", "bucket or frames")
+    if not all(info.dtype in FLOATS for info in latents):
+        return CacheStatus("changed", "the cache file holds no floating-point numbers")
     if PROVENANCE_KEY not in metadata:
         if metadata.get("format_version") == "1.0.0" and _is_scaled(path):
             return CacheStatus("changed", "scaled latents of musubi-tuner before 2025-01-08")
@@ -222,6 +265,8 @@ def check_text(path: Path, caption: str | None, provenance: Mapping[str, Any], t
     infos, metadata = header
     if not all(any(name.startswith(prefix) for name in infos) for prefix in ("llm_mask", "llm_", "clipL_")):
         return CacheStatus("changed", "the cache file is not complete")
+    if not _are_embeddings(infos):
+        return CacheStatus("changed", "the cache file has tensors of another type or shape")
     if trust_name:
         return CacheStatus("kept", by_musubi=PROVENANCE_KEY not in metadata)
     if caption is not None and metadata.get("caption1") != caption:
@@ -232,18 +277,20 @@ def check_text(path: Path, caption: str | None, provenance: Mapping[str, Any], t
     return CacheStatus("changed", changes) if changes else CacheStatus("kept")
 
 
+def _are_embeddings(infos: Mapping[str, TensorInfo]) -> bool:
+    """Whether type and number of axes of all tensors are those that `write_text_cache` writes."""
+    axes = {"llm_mask": 1, "clipL_mask": 1, "clipL_": 1, "llm_": 2}  # the first that fits counts
+    for name, info in infos.items():
+        prefix = next((prefix for prefix in axes if name.startswith(prefix)), None)
+        if prefix is None:
+            continue
+        is_right_type = prefix.endswith("_mask") or info.dtype in FLOATS
+        if not is_right_type or len(info.shape) != axes[prefix]:
+            return False
+    return True
+
+
 def orphans(directory: Path, suffix: str, wanted: Iterable[Path]) -> list[Path]:
     """Cache files with this suffix that belong to no item: not in `wanted`. They are deleted only with --prune."""
     names = {path.name for path in wanted}
     return sorted(path for path in directory.glob(f"*{suffix}") if path.name not in names)
-
-
-def remove_partial_files(directory: Path, targets: Iterable[Path]) -> None:
-    """Removes the temporary files that killed runs left when they wrote `targets`.
-
-    No other process may be writing these files at the same time.
-    """
-    names = {path.name.encode()[:200].decode(errors="ignore") for path in targets}
-    for path in directory.glob(f"*{TEMPORARY_SUFFIX}"):
-        if path.name.removesuffix(TEMPORARY_SUFFIX).rpartition(".")[0] in names:
-            path.unlink(missing_ok=True)

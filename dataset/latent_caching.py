@@ -21,7 +21,6 @@ from dataset.cache import (
     CacheStatus,
     check_latents,
     orphans,
-    remove_partial_files,
     write_latent_cache,
 )
 from dataset.config_utils import DatasetSettings
@@ -309,11 +308,8 @@ class _Encoding:
                 item.path.unlink(missing_ok=True)
 
 
-def prepare_cache_directory(dataset: ScannedDataset, members: Sequence[Member], rank: int) -> None:
-    """Creates the directory, removes this process's temporary files of killed runs; process 0 writes the manifest.
-
-    Args:
-        members: the items of this process.
+def prepare_cache_directory(dataset: ScannedDataset, rank: int) -> None:
+    """Creates the directory; process 0 writes the manifest.
 
     Raises:
         UserError: the cache directory cannot be written.
@@ -321,9 +317,7 @@ def prepare_cache_directory(dataset: ScannedDataset, members: Sequence[Member], 
     directory = dataset.settings.cache_directory
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        remove_partial_files(directory, [*(item.path for _, item in members), dataset.manifest.share(rank).path])
         if rank == 0:
-            remove_partial_files(directory, [dataset.manifest.path])
             dataset.manifest.save()
     except OSError as error:
         raise UserError(f"{directory}: the cache directory cannot be written: {error.strerror}") from None

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from dataset.cache import CACHE_VERSION, require_finite
+from dataset.cache import CACHE_VERSION, require_usable
 from utils.errors import UserError
 from utils.files import write_text
 from utils.safetensors_utils import load_file
@@ -109,7 +109,7 @@ class Manifest:
         return _manifests_by_rank(self.directory, f"{self.kind}-{INTACT_KEY}-")
 
     def is_intact(self, path: Path) -> bool:
-        """Whether a cache file is readable and all its values are finite.
+        """Whether a cache file is readable and all its values can be used.
 
         A file is read only if its size or modification time differs from the last time that it was found intact.
         """
@@ -118,7 +118,7 @@ class Manifest:
         if self.intact.get(path.name) == stamp:
             return True
         try:
-            require_finite(load_file(path))
+            require_usable(load_file(path))
         except (UserError, ValueError):
             return False
         self.intact[path.name] = stamp

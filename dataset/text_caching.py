@@ -13,7 +13,6 @@ from dataset.cache import (
     CacheStatus,
     check_text,
     orphans,
-    remove_partial_files,
     text_cache_path,
     write_text_cache,
 )
@@ -59,12 +58,6 @@ class CaptionDataset:
     def entries_of_process(self) -> list[CaptionEntry]:
         """Every `world_size`-th entry, cached or not, since which files exist changes while other processes run."""
         return self.entries[self.rank :: self.world_size]
-
-    def remove_partial_files(self) -> None:
-        """Removes the temporary files that killed runs left of this process's files; others may be writing theirs."""
-        manifests = [self.manifest.share(self.rank).path, *([self.manifest.path] if self.rank == 0 else [])]
-        caches = [entry.path for entry in self.entries_of_process]
-        remove_partial_files(self.settings.cache_directory, [*caches, *manifests])
 
     def batches(self, batch_size: int) -> Iterator[list[CaptionEntry]]:
         """The captions that this process must encode, at most `batch_size` at a time."""

@@ -103,7 +103,7 @@ class LatentCaching:
         with save_shares_on_error(shares, self.rank):
             for dataset in datasets:
                 members = members_of_process(dataset, self.rank, self.world_size)
-                prepare_cache_directory(dataset, members, self.rank)
+                prepare_cache_directory(dataset, self.rank)
                 shares.append((dataset.manifest, [item.path for _, item in members]))
                 statuses = check_caches(dataset, members, self.provenance, self.options.skip_existing)
                 outcomes[dataset.heading] = Outcome(statuses)

@@ -112,8 +112,6 @@ class TextCaching:
         )
 
     def _encode_pending(self, datasets: Sequence[CaptionDataset], provenance: Mapping[str, Any]) -> None:
-        for dataset in datasets:
-            dataset.remove_partial_files()
         batches = [batch for dataset in datasets for batch in dataset.batches(self._batch_size(dataset.settings))]
         if batches:
             self.encode(batches, provenance)

@@ -15,11 +15,12 @@ from dataset.cache import (
     orphans,
     read_latent_cache,
     read_text_cache,
-    remove_partial_files,
     text_cache_path,
     write_latent_cache,
     write_text_cache,
 )
+from dataset.manifest import Manifest
+from utils.errors import UserError
 
 PROVENANCE = {"source": [10, 20], "bucket": [960, 544], "vae": "x"}
 SHAPE = (7, 68, 120)
@@ -158,8 +159,50 @@ def test_orphans_are_caches_of_no_item(tmp_path: Path) -> None:
     assert orphans(tmp_path, "_hv.safetensors", wanted) == [tmp_path / "b_0064x0064_hv.safetensors"]
 
 
-def test_leftovers_of_own_files_go_and_others_stay(tmp_path: Path) -> None:
-    for name in ("a_hv.safetensors.123.partial", "b_hv.safetensors.123.partial", "a_hv.safetensors"):
-        (tmp_path / name).touch()
-    remove_partial_files(tmp_path, [tmp_path / "a_hv.safetensors"])
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["a_hv.safetensors", "b_hv.safetensors.123.partial"]
+@pytest.mark.parametrize("dtype", [torch.int16, torch.int32, torch.int64, torch.uint8])
+def test_latents_that_are_no_floats_are_made_again_and_never_read(tmp_path: Path, dtype: torch.dtype) -> None:
+    path = write(tmp_path / "a.safetensors")
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata()
+    save_file({"latents_7x68x120_float16": (1e3 * torch.randn(16, *SHAPE)).to(dtype)}, path, metadata)
+    for trust_name in (False, True):
+        status = check_latents(path, SHAPE, PROVENANCE, trust_name)
+        assert (status.state, status.reason) == ("changed", "the cache file holds no floating-point numbers")
+    with pytest.raises(UserError, match="floating-point numbers are expected"):
+        read_latent_cache(path)
+
+
+def test_values_beyond_any_latents_are_no_latents(tmp_path: Path) -> None:
+    path = tmp_path / "a.safetensors"
+    save_file({"latents_7x68x120_float32": 1e5 * torch.randn(16, *SHAPE)}, path)
+    with pytest.raises(UserError, match="beyond 1000"):
+        read_latent_cache(path)
+    assert not Manifest(tmp_path, "latents").is_intact(path)
+
+
+def test_embeddings_of_another_type_or_shape_are_made_again_and_never_read(tmp_path: Path) -> None:
+    path = tmp_path / "a.safetensors"
+    good = {"llm_float16": torch.ones(256, 8).half(), "llm_mask": torch.ones(256).long()}
+    good |= {"clipL_float16": torch.ones(8).half(), "clipL_mask": torch.ones(77).long()}
+    metadata = {
+        "architecture": "hunyuan_video",
+        "caption1": "a",
+        "format_version": "1.0.1",
+        "made_from": '{"version": 1}',
+    }
+    save_file(good, path, metadata)
+    assert check_text(path, "a", {}).kept and read_text_cache(path)[0].shape == (256, 8)
+    wrong = [
+        {"llm_float16": torch.ones(256, 8).int()},
+        {"llm_float16": torch.ones(256).half()},
+        {"clipL_float16": torch.ones(1, 8).half()},
+        {"clipL_float16": torch.ones(8).short()},
+    ]
+    for changed in wrong:
+        save_file(good | changed, path, metadata)
+        assert check_text(path, "a", {}).state == "changed"
+        with pytest.raises(UserError, match=r"a\.safetensors"):
+            read_text_cache(path)
+    save_file(good | {"llm_mask": torch.full((256,), 3)}, path, metadata)
+    with pytest.raises(UserError, match="other values than 0 and 1"):
+        read_text_cache(path)

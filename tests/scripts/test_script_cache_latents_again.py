@@ -196,6 +196,16 @@ def test_killed_at_any_moment_it_goes_on_to_the_same_caches(media: MediaWorld) -
     assert not list(media.folder.glob("c*/*.partial"))
 
 
+def test_a_second_run_leaves_what_the_first_one_is_writing(media: MediaWorld) -> None:
+    media.run()
+    busy = media.folder / "c1" / f"a_0100x0080_hv.safetensors.{os.getppid()}.partial"
+    busy.write_bytes(b"half of a file that another process is writing")
+    media.run("--skip_existing")
+    media.config.write_text(media.config.read_text().replace("[32, 32]", "[48, 48]"))
+    media.run()
+    assert busy.exists()
+
+
 def test_three_hundred_cached_clips_are_left_alone(media: MediaWorld, monkeypatch) -> None:
     for number in range(300):
         shutil.copy(media.videos / "w.webm", media.videos / f"copy{number:03d}.webm")

@@ -300,7 +300,7 @@ def test_a_process_reads_only_its_own_caches_but_process_0_reads_all(dataset, ru
 
 def test_what_a_killed_run_left_is_removed(dataset, run):
     run()
-    for name in ("cat_hv_te.safetensors.12345.partial", "other.partial"):
+    for name in ("cat_hv_te.safetensors.4194305.partial", "other.partial"):
         (dataset.parent / "cache" / name).write_text("half")
     run()
     assert {path.name for path in (dataset.parent / "cache").glob("*.partial")} == {"other.partial"}
@@ -416,7 +416,7 @@ def test_killed_runs_go_on_to_the_same_caches(dataset, run, tiny_models):
         process.kill()
         process.wait()
         assert enough <= len(caches(dataset))
-    (dataset.parent / "cache" / "cat_hv_te.safetensors.1.partial").write_bytes(b"half")
+    (dataset.parent / "cache" / "cat_hv_te.safetensors.4194305.partial").write_bytes(b"half")
     before = len(caches(dataset))
     assert counts(run()) == (43 - before, 0, before, 0)
     assert not list((dataset.parent / "cache").glob("*.partial"))
