@@ -7,7 +7,9 @@ that matches no listed source is an orphan.
 import hashlib
 import json
 import os
+import posixpath
 import re
+import unicodedata
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -115,7 +117,7 @@ def _name_forms(path: PurePath) -> tuple[str, str, str]:
 
 
 def cache_names(paths: Sequence[PurePath]) -> list[str]:
-    """Names for the caches of these media: the stem of the file, or more where several files have the same stem.
+    """Names for the caches of these media, without repeats: the stem of the file, or more if several share it.
 
     a.png and a.jpg become a-png and a-jpg; two a.png in different folders also get a hash of their paths. Names that
     differ only in case count as the same, as they do on Windows. A name depends on the set of listed files, not on
@@ -133,7 +135,7 @@ def cache_names(paths: Sequence[PurePath]) -> list[str]:
             if count[name.casefold()] == 1 and name.casefold() not in taken
         }
         remaining = [path for path in remaining if path not in names]
-    return [names[path] for path in paths]
+    return [names[path] for path in dict.fromkeys(paths)]
 
 
 def _stamp(path: Path) -> tuple[int, int]:
@@ -164,8 +166,17 @@ def natural_key(name: str) -> tuple[list[str | int], str]:
     return [int(word) if number % 2 else word for number, word in enumerate(words)], name
 
 
+def existing_spelling(path: Path) -> Path:
+    """The path, with its name spelled as it exists: accents may be composed (Linux, Windows) or not (old macOS)."""
+    spellings = [path.with_name(unicodedata.normalize(form, path.name)) for form in ("NFC", "NFD")]
+    return next((spelling for spelling in (path, *spellings) if os.path.lexists(spelling)), path)
+
+
 def _with_caption_file(source: Source, extension: str) -> Source:
-    path = source.path.with_suffix(extension) if source.path.is_file() else Path(f"{source.path}{extension}")
+    named = source.path.with_suffix(extension) if source.path.is_file() else Path(f"{source.path}{extension}")
+    path = existing_spelling(named)
+    if path.exists() and not path.is_file():  # a pipe would be waited for without end
+        return replace(source, problem=source.problem or f"{path}: a file with the caption is expected")
     try:
         return replace(source, caption=read_text(path, "caption").strip())
     except UserError as error:
@@ -193,7 +204,11 @@ def _source_at(path: Path, listed: str, is_video: bool, caption: str = "") -> So
 
 def _is_frame_folder(entry: os.DirEntry, caption_extension: str) -> bool:
     """Whether a folder is one video: it holds images, and a caption file lies beside it."""
-    return entry.is_dir() and Path(f"{entry.path}{caption_extension}").is_file() and bool(frame_files(Path(entry.path)))
+    return (
+        entry.is_dir()
+        and existing_spelling(Path(f"{entry.path}{caption_extension}")).is_file()
+        and bool(frame_files(Path(entry.path)))
+    )
 
 
 def _from_directory(settings: DatasetSettings) -> list[Source]:
@@ -225,14 +240,15 @@ def _from_jsonl(settings: DatasetSettings) -> Iterator[Source]:
         try:
             entry = json.loads(line)
         except json.JSONDecodeError as error:
-            yield replace(unusable, problem=f"{place}: not valid JSON: {error.msg}")
+            hint = "; write Windows paths with / or \\\\" if "\\" in line else ""
+            yield replace(unusable, problem=f"{place}: not valid JSON: {error.msg}{hint}")
             continue
         missing = [word for word in (key, "caption") if not isinstance(entry, dict) or not _is_text(entry.get(word))]
         if missing:
             yield replace(unusable, problem=f'{place}: "{missing[0]}" is missing or not a text')
             continue
-        path = user_path(entry[key])
-        beside = file.parent / path
+        path = existing_spelling(user_path(entry[key]))
+        beside = existing_spelling(file.parent / path)
         # A list that was written on Windows must give the same cache names on every system.
         listed = clean_path(entry[key]).replace("\\", "/")
         yield _source_at(
@@ -243,18 +259,25 @@ def _from_jsonl(settings: DatasetSettings) -> Iterator[Source]:
         )
 
 
-def _with_repeats_marked(found: Sequence[Source]) -> Iterator[Source]:
-    """The same sources; where a path is listed several times, all but the first get a problem."""
-    paths: set[Path] = set()
-    listed: set[PurePath] = set()
-    for number, source in enumerate(found, 1):
-        if source.path in paths or PurePosixPath(source.listed) in listed:
+def _with_repeats_marked(found: Sequence[Source]) -> list[Source]:
+    """The same sources with their names; where a file is listed several times, all but the first get a problem.
+
+    The names depend on what is listed alone, so a path that is written twice must not count twice there. Two spellings
+    of one file that only this machine's folders show to be the same, both keep a name.
+    """
+    listed = [PurePosixPath(posixpath.normpath(source.listed)) for source in found]
+    names = dict(zip(dict.fromkeys(listed), cache_names(listed), strict=True))
+    paths: set[str] = set()
+    named: list[Source] = []
+    for number, (source, path) in enumerate(zip(found, listed, strict=True), 1):
+        name, place = names.get(path, ""), os.path.normpath(source.path.absolute())
+        if place in paths or path not in names:
             source = replace(source, problem=f"{source.path}: listed twice")
-        if PurePosixPath(source.listed) in listed:
-            source = replace(source, listed=f"{source.listed}#{number}")
-        paths.add(source.path)
-        listed.add(PurePosixPath(source.listed))
-        yield source
+        # `pop`: what is written a second time cannot have the same name; it is not used.
+        names.pop(path, None)
+        paths.add(place)
+        named.append(replace(source, name=name or f"{path.name}#{number}"))
+    return named
 
 
 def list_sources(settings: DatasetSettings) -> list[Source]:
@@ -272,9 +295,7 @@ def list_sources(settings: DatasetSettings) -> list[Source]:
     if location.is_dir() != is_directory:
         expected = "a folder is expected" if is_directory else "a JSONL file is expected"
         raise UserError(f"{location}: {expected}")
-    found = list(_with_repeats_marked(_from_directory(settings) if is_directory else list(_from_jsonl(settings))))
-    names = cache_names([PurePosixPath(source.listed) for source in found])
-    return [replace(source, name=name) for source, name in zip(found, names, strict=True)]
+    return _with_repeats_marked(_from_directory(settings) if is_directory else list(_from_jsonl(settings)))
 
 
 def explain_empty(settings: DatasetSettings) -> str:

@@ -67,6 +67,21 @@ def write_video(
     return path
 
 
+def remux(source: Path, target: Path, later: float = 0, skipped_packets: int = 0) -> Path:
+    """Copies the packets of a video, all times `later` seconds later, without the first ones.
+
+    What comes to stand before 0 is hidden by an edit list in mp4 and mov.
+    """
+    with av.open(str(source)) as old, av.open(str(target), "w") as new:
+        stream = new.add_stream_from_template(old.streams.video[0])
+        packets = [packet for packet in old.demux(video=0) if packet.size]
+        for packet in packets[skipped_packets:]:
+            shift = round(later / packet.time_base)
+            packet.pts, packet.dts, packet.stream = packet.pts + shift, packet.dts + shift, stream
+            new.mux(packet)
+    return target
+
+
 def turn_video(path: Path, matrix: tuple[int, int, int, int]) -> None:
     """Sets (a, b, c, d) of the display matrix of an mp4 (ISO 14496-12, `tkhd`); (0, 1, -1, 0) is 90° clockwise."""
     data = bytearray(path.read_bytes())

@@ -185,16 +185,19 @@ def read_text(path: str | os.PathLike, what: str) -> str:
         what: the kind of file, for the message.
 
     Raises:
-        UserError: the file is missing, unreadable or not UTF-8.
+        UserError: the file is missing, unreadable, not UTF-8, or holds NUL characters, as UTF-16 does.
     """
     try:
-        return Path(path).read_text(encoding="utf-8-sig")
+        text = Path(path).read_text(encoding="utf-8-sig")
     except FileNotFoundError:
         raise UserError(f"{path}: {what} not found") from None
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: {what} is not UTF-8 (byte {error.start}); save it as UTF-8") from None
     except OSError as error:
         raise UserError(f"{path}: {what} cannot be read: {error.strerror}") from None
+    if "\0" in text:
+        raise UserError(f"{path}: {what} holds NUL characters, so it is probably UTF-16; save it as UTF-8")
+    return text
 
 
 def read_toml(path: str | os.PathLike, what: str) -> dict:

@@ -61,7 +61,7 @@ def write_frames(
     """
     rate = Fraction(fps).limit_denominator(1001)
     with atomic_path(path) as temporary:
-        container = av.open(str(temporary), "w", format="mp4", options={"movflags": "+faststart"})
+        container = av.open(str(temporary.absolute()), "w", format="mp4", options={"movflags": "+faststart"})
         with container:
             if metadata is not None:
                 container.metadata[METADATA_KEY] = json.dumps(dict(metadata), ensure_ascii=False)
@@ -93,12 +93,13 @@ def opened_video(path: str | Path, threads: int = DECODER_THREADS) -> Iterator[t
         threads: of the decoder; each holds a frame or more.
 
     Raises:
-        ValueError: the file has no video stream.
+        ValueError: the file has no video stream, or FFmpeg does not know its codec.
     """
-    with av.open(str(path)) as container:
+    with av.open(str(Path(path).absolute())) as container:  # FFmpeg takes the relative name 12:30.mp4 for a protocol
         streams = [s for s in container.streams.video if not s.disposition & Disposition.attached_pic]
+        streams = [s for s in streams if s.codec_context is not None]  # None: FFmpeg does not know the codec
         if not streams:
-            raise ValueError("no video stream")
+            raise ValueError("no video stream of a known codec")
         stream = max(streams, key=lambda s: s.codec_context.width * s.codec_context.height)
         stream.thread_type = "AUTO"
         stream.codec_context.thread_count = threads
@@ -250,7 +251,7 @@ def read_metadata(path: str | Path) -> dict[str, object] | None:
 
 def _video_comment(path: Path) -> str:
     try:
-        with av.open(str(path)) as container:
+        with av.open(str(Path(path).absolute())) as container:
             return container.metadata.get(METADATA_KEY, "")
     except (av.FFmpegError, OSError) as error:
         raise UserError(f"{path}: cannot be read as a video: {one_line(error)}") from None

@@ -5,6 +5,7 @@ Every error of a decoder becomes a `MediaError`, so that the caller can report t
 
 import contextlib
 import importlib
+import math
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -26,6 +27,7 @@ Image.MAX_IMAGE_PIXELS = None
 PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = 64 << 20
 # A picture that would become larger than this (48 MB) is cropped before it is enlarged. A few values then differ by 1.
 MOST_ENLARGED_PIXELS = 16_000_000
+LANCZOS_REACH = 3
 
 Picture = Callable[[], np.ndarray]  # gives (H, W, 3) uint8, or raises MediaError
 
@@ -126,9 +128,18 @@ def resize_to_bucket(pixels: np.ndarray, bucket: Size) -> np.ndarray:
 
 def _enlarged_crop(pixels: np.ndarray, crop: ResizeCrop, bucket: Size) -> np.ndarray:
     """What enlarging and then cropping would give, without the enlarged picture: 6000x20 becomes 163200x544."""
-    x, y = (size / resized for size, resized in zip(pixels.shape[1::-1], crop.resized, strict=True))
-    box = (crop.left * x, crop.top * y, (crop.left + bucket[0]) * x, (crop.top + bucket[1]) * y)
-    return np.array(Image.fromarray(pixels).resize(bucket, Image.Resampling.LANCZOS, box=box))
+    starts, stops, box = [], [], []
+    for size, resized, first, length in zip(
+        pixels.shape[1::-1], crop.resized, (crop.left, crop.top), bucket, strict=True
+    ):
+        start, stop = first * size / resized, (first + length) * size / resized
+        # Pillow keeps a box in float32, which is exact enough only in a small picture. Lanczos reaches 3 pixels far.
+        starts.append(max(int(start) - LANCZOS_REACH, 0))
+        stops.append(min(math.ceil(stop) + LANCZOS_REACH, size))
+        box.append((start - starts[-1], stop - starts[-1]))
+    part = Image.fromarray(np.ascontiguousarray(pixels[starts[1] : stops[1], starts[0] : stops[0]]))
+    (left, right), (top, bottom) = box
+    return np.array(part.resize(bucket, Image.Resampling.LANCZOS, box=(left, top, right, bottom)))
 
 
 def image_info(path: Path) -> MediaInfo:

@@ -48,6 +48,7 @@ class _PacketCount:
     """Counts the frames of a stream from its packets, in the order of the file.
 
     Attributes:
+        before_keys: frames before the first keyframe, which are counted apart: they cannot be decoded.
         leading: counted frames that are shown before the first keyframe that is shown itself.
         times_ascend: whether all packets have times, and the stream was not restarted.
     """
@@ -55,6 +56,7 @@ class _PacketCount:
     frames: int = 0
     first: int | None = None
     last: int | None = None
+    before_keys: int = 0
     leading: int = 0
     times_ascend: bool = True
     _first_key: int | None = None
@@ -67,6 +69,9 @@ class _PacketCount:
             self._keys += 1
             self._first_key = packet.pts if self._first_key is None else self._first_key
         if packet.is_discard or is_hidden:
+            return
+        if not self._keys:
+            self.before_keys += 1
             return
         if packet.pts is None or (None not in (packet.dts, self._dts) and packet.dts < self._dts):
             self.times_ascend = False
@@ -104,17 +109,17 @@ def read_video_info(path: Path) -> VideoInfo:
         rate, aspect = float(stream.average_rate or ASSUMED_FPS), stream.sample_aspect_ratio
         is_unordered = container.format.name in WITHOUT_SHOWN_TIMES and bool(context.has_b_frames)
         was_wrong = context.codec.name in FOUND_BY_PACKETS and (is_unordered or count.leading > 0)
-    frame = first_frame(path)
-    if frame is None or not count.frames:
+    frame, frames = first_frame(path), count.frames or count.before_keys
+    if frame is None or not frames:
         raise ValueError("no frame can be decoded")
     notes = (f"turned by {abs(frame.rotation)} degrees",) if frame.rotation and not is_mirrored(frame) else ()
     notes += ("mirrored",) if is_mirrored(frame) else ()
     notes += ("interlaced",) if frame.interlaced_frame else ()
     notes += (f"pixels of {aspect} are not stretched",) if aspect and aspect != 1 else ()
     times_known = count.times_ascend and count.first is not None
-    last_time = (count.last - count.first) * unit if times_known else (count.frames - 1) / rate
+    last_time = (count.last - count.first) * unit if times_known else (frames - 1) / rate
     decoder = 2 if was_wrong or is_mirrored(frame) else 1
-    return VideoInfo(upright_size(frame), count.frames, last_time, decoder, notes)
+    return VideoInfo(upright_size(frame), frames, last_time, decoder, notes)
 
 
 class VideoFrames:

@@ -269,3 +269,67 @@ def test_broken_images_are_media_errors(tmp_path: Path) -> None:
         path.write_bytes(data)
         with pytest.raises(MediaError, match=name):
             load_image(path)
+
+
+def test_extreme_pictures_are_cropped_before_they_are_enlarged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """6000x20 for a bucket of 320x272: enlarged as a whole it has 81,600 columns."""
+    pixels = np.random.default_rng(0).integers(0, 256, (20, 6000, 3), dtype=np.uint8)
+    expected = np.asarray(Image.fromarray(pixels).resize((81_600, 272), Image.Resampling.LANCZOS))[:, 40_640:40_960]
+    sizes, real = [], Image.Image.resize
+
+    def resize(image: Image.Image, size: tuple[int, int], *arguments, **keys) -> Image.Image:
+        sizes.append(size)
+        return real(image, size, *arguments, **keys)
+
+    monkeypatch.setattr(Image.Image, "resize", resize)
+    found = resize_to_bucket(pixels, (320, 272))
+    assert sizes == [(320, 272)] and found.flags.writeable
+    assert np.abs(found.astype(int) - expected).max() <= 1
+
+
+def test_valid_pictures_that_pillow_refuses_by_default_are_read(tmp_path: Path) -> None:
+    from PIL import PngImagePlugin
+
+    text = PngImagePlugin.PngInfo()
+    text.add_text("workflow", "x" * 3_000_000, zip=True)
+    Image.fromarray(numbered_frame(77)).save(tmp_path / "text.png", pnginfo=text, icc_profile=b"\0" * 3_000_000)
+    Image.fromarray(numbered_frame(77)).save(tmp_path / "exif.png", exif=b"MM\0*\0\0\0\x08\0\xffdamaged")
+    for name in ("text.png", "exif.png"):
+        assert read_media_info(source(tmp_path / name)).size == (128, 64)
+        assert number_of(load_image(tmp_path / name)) == 77
+
+
+def test_a_large_scan_is_measured_and_a_bomb_is_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "scan.png"
+    Image.new("1", (20_000, 10_000)).save(path)
+    assert read_media_info(source(path)).size == (20_000, 10_000)
+    monkeypatch.setattr("dataset.media.images.MOST_PIXELS", 100_000_000)
+    for look in (lambda path: read_media_info(source(path)), load_image):
+        with pytest.raises(MediaError, match="20000x10000 is more than 100 megapixels"):
+            look(path)
+
+
+def test_a_frame_of_another_size_is_named(tmp_path: Path) -> None:
+    folder = tmp_path / "scene"
+    folder.mkdir()
+    for number in range(5):
+        write_image(folder / f"{number}.png", (32, 32) if number != 3 else (32, 40))
+    with pytest.raises(MediaError, match=r"3\.png: this frame is 32x40, but 0\.png is 32x32"):
+        read_media_info(source(folder))
+
+
+def test_only_folders_that_were_sorted_as_text_are_read_by_another_decoder(tmp_path: Path) -> None:
+    for name, padding, decoder in (("padded", 2, 1), ("unpadded", 0, 2)):
+        folder = tmp_path / name
+        folder.mkdir()
+        for number in range(12):
+            Image.fromarray(numbered_frame(number)).save(folder / f"{number:0{padding}d}.png")
+        info = read_media_info(source(folder))
+        assert (info.frames, info.decoder) == (12, decoder)
+        assert numbers(clip(folder, 0, 12)) == list(range(12))
+
+
+def test_a_relative_name_with_a_colon_is_no_protocol(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_video(tmp_path / "a.mp4", 5).rename(tmp_path / "12:30.mp4")
+    monkeypatch.chdir(tmp_path)
+    assert read_media_info(source(Path("12:30.mp4"))).frames == 5

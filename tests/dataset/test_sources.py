@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from dataset.config_utils import DatasetSettings
-from dataset.sources import LONGEST_NAME, cache_names, explain_empty, file_identity, list_sources
+from dataset.sources import LONGEST_NAME, cache_names, explain_empty, file_identity, frame_files, list_sources
 from tests.media_samples import write_caption, write_image
 from tests.platforms import needs_posix
 
@@ -184,3 +184,76 @@ def test_identity_is_of_the_content(tmp_path: Path) -> None:
     before = file_identity(folder)
     (folder / "y.png").write_bytes(b"2")
     assert file_identity(folder) != before
+
+
+def test_frames_are_in_natural_order_and_hidden_files_are_no_frames(tmp_path: Path) -> None:
+    names = ["f1.png", "f2.png", "f9.png", "f10.png", "f010.png", "f11.jpg", "f100.png"]
+    for name in [*reversed(names), "._f3.png", ".DS_Store", "Thumbs.db", "notes.txt"]:
+        (tmp_path / name).write_bytes(b"x")
+    natural = ["f1.png", "f2.png", "f9.png", "f010.png", "f10.png", "f11.jpg", "f100.png"]
+    assert [path.name for path in frame_files(tmp_path)] == natural
+
+
+def test_exchanged_frames_are_another_source(tmp_path: Path) -> None:
+    folder = tmp_path / "scene"
+    folder.mkdir()
+    (tmp_path / "scene.txt").write_text("a caption")
+    for number in range(4):
+        write_image(folder / f"{number}.bmp", (32, 32), (60 * number, 0, 0))
+        os.utime(folder / f"{number}.bmp", ns=(10**18, 10**18 + number))
+    video = settings(tmp_path, image_directory=None, video_directory=str(tmp_path))
+
+    (before,) = list_sources(video)
+    entry = {"stamp": before.stamp, "probe": {"digest": before.identity}}
+    (folder / ".DS_Store").write_bytes(b"a file manager was here")
+    (again,) = list_sources(video)
+    assert again.is_described_by(entry) and again.identity == before.identity
+    (folder / "1.bmp").rename(folder / "x")
+    (folder / "2.bmp").rename(folder / "1.bmp")
+    (folder / "x").rename(folder / "2.bmp")
+    (after,) = list_sources(video)
+    assert after.size == before.size and not after.is_described_by(entry)
+
+
+def test_captions_in_utf16_or_behind_a_pipe_are_problems(tmp_path: Path) -> None:
+    for name in ("with", "without", "pipe"):
+        write_image(tmp_path / f"{name}.png")
+    (tmp_path / "with.txt").write_text("a cat", encoding="utf-16")
+    (tmp_path / "without.txt").write_bytes("a cat".encode("utf-16-le"))
+    os.mkfifo(tmp_path / "pipe.txt")
+    found = {source.name: source.problem for source in list_sources(settings(tmp_path))}
+    assert "without.txt: caption holds NUL characters, so it is probably UTF-16" in found["without"]
+    assert "with.txt: caption is not UTF-8" in found["with"]
+    assert "pipe.txt: a file with the caption is expected" in found["pipe"]
+
+
+def test_composed_and_decomposed_names_find_each_other(tmp_path: Path) -> None:
+    composed, decomposed = "caf\u00e9", "cafe\u0301"
+    write_image(tmp_path / f"{decomposed}.png")
+    (tmp_path / f"{composed}.txt").write_text("a cat", encoding="utf-8")
+    (source,) = list_sources(settings(tmp_path))
+    assert (source.problem, source.caption) == (None, "a cat")
+    (tmp_path / "list.jsonl").write_text(json.dumps({"image_path": f"{composed}.png", "caption": "a dog"}))
+    keys = {"image_directory": None, "image_jsonl_file": str(tmp_path / "list.jsonl")}
+    (source,) = list_sources(settings(tmp_path, **keys))
+    assert source.problem is None and source.path.name == f"{decomposed}.png"
+
+
+def test_a_repeat_in_a_jsonl_file_renames_nothing_and_counts_once(tmp_path: Path) -> None:
+    (tmp_path / "x").mkdir()
+    write_image(tmp_path / "a.png")
+    for spellings in (["a.png", "a.png"], ["a.png", "./a.png", "x/../a.png", str(tmp_path / "a.png")]):
+        lines = [json.dumps({"image_path": path, "caption": "c"}) for path in spellings]
+        (tmp_path / "list.jsonl").write_text("\n".join(lines))
+        keys = {"image_directory": None, "image_jsonl_file": str(tmp_path / "list.jsonl")}
+        sources = list_sources(settings(tmp_path, **keys))
+        assert [source.problem is None for source in sources] == [True] + [False] * (len(spellings) - 1)
+        assert len({source.name for source in sources}) == len(spellings)
+    assert names_in_jsonl(tmp_path, ["a.png", "a.png"])["a.png"] == "a.png#2"
+    assert list_sources(settings(tmp_path, **keys))[0].name == "a"
+
+
+def test_a_windows_path_in_a_jsonl_file_gets_a_hint(tmp_path: Path) -> None:
+    (tmp_path / "list.jsonl").write_text(r'{"image_path": "C:\Users\a.png", "caption": ""}')
+    (source,) = list_sources(settings(tmp_path, image_directory=None, image_jsonl_file=str(tmp_path / "list.jsonl")))
+    assert "write Windows paths with / or \\\\" in source.problem
