@@ -250,4 +250,11 @@ def test_every_container_with_every_codec(tmp_path: Path, capsys: pytest.Capture
             print("".join(f"{word:>11}" for word in (heading, *words)))
     results = [word for words in table.values() for word in words]
     assert results.count("1") >= 70 and results.count("2") == 0
-    assert results.count("named") <= 12
+    # FFmpeg writes codecs that these containers have no number for as data that nothing can read.
+    misfits = {
+        container
+        for words in table.values()
+        for container, word in zip(CONTAINERS, words, strict=True)
+        if word == "named"
+    }
+    assert misfits <= {"ts", "m2ts", "mpg", "mpeg"}

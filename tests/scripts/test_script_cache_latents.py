@@ -3,19 +3,21 @@
 import os
 import re
 import subprocess
+from collections.abc import Iterator
 
 import pytest
 import torch
 
 from dataset.config_utils import load_dataset_config
 from dataset.image_video_dataset import TrainingDataset
-from dataset.latent_caching import posterior_noise
+from dataset.latent_caching import LatentWriter, posterior_noise
 from dataset.media import load_image, resize_to_bucket
 from hunyuan_model.vae import AutoencoderKLCausal3D
 from modules.memory.meter import MemoryMeter, nbytes
 from tests.media_samples import write_caption, write_image
 from tests.media_world import ROOT, VIDEO_ITEMS, MediaWorld, counts, write_text_caches
 from utils.safetensors_utils import load_file, read_header
+from utils.video_io import decoded_frames
 
 
 def test_what_is_written_is_what_the_formats_say(media: MediaWorld) -> None:
@@ -131,6 +133,37 @@ def test_processes_share_the_items(media: MediaWorld, monkeypatch) -> None:
     assert abs(len(written[0]) - len(written[1])) <= 2
     for name, path in media.caches().items():
         assert all(torch.equal(tensor, alone[name][key]) for key, tensor in load_file(path).items())
+
+
+def test_each_video_is_decoded_once_for_all_datasets(media: MediaWorld, monkeypatch) -> None:
+    text = media.config.read_text()
+    second = text[text.rindex("[[datasets]]") :].replace("/c2", "/c3").replace("chunk", "uniform")
+    media.config.write_text(f"{text}{second}resolution = [48, 48]\nframe_sample = 3\n")
+    decoded = []
+
+    def counted(*stream: object) -> Iterator[object]:
+        for frame in decoded_frames(*stream):
+            decoded.append(frame)
+            yield frame
+
+    monkeypatch.setattr("dataset.media.video.decoded_frames", counted)
+    assert counts(media.run()) == [[3, 0, 0, 0, 0], [VIDEO_ITEMS, 0, 0, 0, 0], [12, 0, 0, 0, 0]]
+    assert len(decoded) == 14 + 9
+
+
+def test_clips_of_many_lengths_wait_in_bounded_memory_for_their_batches(media: MediaWorld, monkeypatch) -> None:
+    """Batches stay incomplete where full ones would need more memory; all clips are encoded all the same."""
+    media.config.write_text(media.config.read_text().replace("enable", "batch_size = 100\nenable"))
+    held, encode = [], LatentWriter.encode_batch
+
+    def watched(writer: LatentWriter, batch: list, pixels: list) -> Iterator[object]:
+        held.append(sum(clip.nbytes for clip in pixels))
+        yield from encode(writer, batch, pixels)
+
+    monkeypatch.setattr("dataset.latent_caching.MAX_UNBATCHED_BYTES", 40_000)
+    monkeypatch.setattr(LatentWriter, "encode_batch", watched)
+    assert counts(media.run())[1] == [VIDEO_ITEMS, 0, 0, 0, 0]
+    assert max(held) <= 40_000 + 5 * 32 * 64 * 3 and len(held) > 4
 
 
 def test_the_trainer_reads_what_was_cached(media: MediaWorld) -> None:

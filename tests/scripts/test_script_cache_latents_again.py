@@ -103,6 +103,44 @@ def test_another_vae_encodes_everything_again_and_a_copy_of_it_nothing(media: Me
     assert counts(media.run("--skip_existing"))[0] == [0, 0, 3, 0, 0]
 
 
+def test_only_caches_that_an_older_decoder_read_wrongly_are_made_again(media: MediaWorld) -> None:
+    """AVI files with B-frames; the caches and the manifest are changed to what the first version wrote."""
+    options = {"x264-params": "b-adapt=0:bframes=3"}
+    write_caption(write_video(media.videos / "x.avi", frames=10, size=(64, 32), options=options))
+    media.run()
+    for name, path in media.caches().items():
+        if name.startswith("x_"):
+            (tensors, (_, metadata)) = load_file(path), read_header(path)
+            made_from = json.loads(metadata["made_from"])
+            assert made_from.pop("decoder") == 2
+            save_file(tensors, path, metadata | {"made_from": json.dumps(made_from)})
+    for manifest in media.folder.glob("c*/hv_latents.manifest.json"):
+        values = json.loads(manifest.read_text())
+        for entry in values["sources"].values():
+            del entry["probe"]["decoder"], entry["probe"]["probe_version"]
+        manifest.write_text(json.dumps(values))
+    write_text_caches(media)
+    assert TrainingDataset(load_dataset_config(media.config), seed=0).num_items == 3 + VIDEO_ITEMS + 12
+    output = media.run()
+    assert counts(output) == [[0, 0, 3, 0, 0], [0, 12, VIDEO_ITEMS, 0, 0]] and "12 made again: decoder" in output
+    assert counts(media.run())[1] == [0, 0, VIDEO_ITEMS + 12, 0, 0]
+
+
+def test_a_folder_whose_frames_were_exchanged_is_encoded_again(media: MediaWorld) -> None:
+    folder = media.videos / "scene"
+    folder.mkdir()
+    (media.videos / "scene.txt").write_text("a caption")
+    for number in range(5):
+        write_image(folder / f"{number}.bmp", (32, 32), (50 * number, 0, 0))
+    media.run()
+    before = media.stamps()
+    (folder / "1.bmp").rename(folder / "x")
+    (folder / "2.bmp").rename(folder / "1.bmp")
+    (folder / "x").rename(folder / "2.bmp")
+    assert counts(media.run())[1] == [0, 6, VIDEO_ITEMS, 0, 0]
+    assert changed_files(media, before) == {name for name in before if name.startswith("scene_")}
+
+
 def test_damaged_caches_are_made_again_and_others_stay(media: MediaWorld) -> None:
     media.run()
     whole = {name: load_file(path) for name, path in media.caches().items()}

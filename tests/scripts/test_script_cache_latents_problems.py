@@ -4,6 +4,7 @@ import itertools
 import os
 import random
 import re
+import shutil
 import subprocess
 import sys
 
@@ -73,6 +74,25 @@ def test_a_video_with_fewer_frames_than_its_packets_promise_is_planned_again(
 
     monkeypatch.setattr("av.open", lambda *a, **k: pytest.fail("a video was opened"))
     assert counts(media.run())[1] == [0, 0, kept + others, 0, 0]
+
+
+def test_a_video_is_planned_again_by_the_process_that_finds_it_out(media: MediaWorld, monkeypatch) -> None:
+    monkeypatch.setattr(
+        "dataset.media.video.decoded_frames", lambda *stream: itertools.islice(decoded_frames(*stream), 9)
+    )
+    media.run()
+    alone = set(media.caches())
+    shutil.rmtree(media.folder / "c2")
+    for rank in "0120":
+        monkeypatch.setenv("WORLD_SIZE", "3")
+        monkeypatch.setenv("RANK", rank)
+        media.run()
+    assert set(media.caches()) == alone
+    write_text_caches(media)
+    assert TrainingDataset(load_dataset_config(media.config), seed=0).num_items == len(alone)
+    monkeypatch.setattr("av.open", lambda *a, **k: pytest.fail("a video was opened"))
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    assert counts(media.run()) == [[0, 0, 3, 0, 0], [0, 0, len(alone) - 3, 0, 0]]
 
 
 def test_damage_in_the_middle_costs_only_the_clips_that_show_it(media: MediaWorld) -> None:
