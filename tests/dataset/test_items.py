@@ -22,8 +22,8 @@ def provenance(**keys) -> dict:
     ("keys", "fps"),
     [
         ({}, "as is"),
-        ({"source_fps": 30.0}, "30 to 24 fps"),
-        ({"source_fps": 30.0, "target_fps": 12.5}, "30 to 12.5 fps"),
+        ({"source_fps": 30.0}, "30 to 24 fps counted"),
+        ({"source_fps": 30.0, "target_fps": 12.5}, "30 to 12.5 fps counted"),
         ({"source_fps": "auto"}, "auto to 24 fps"),
     ],
 )
