@@ -88,13 +88,14 @@ def interact(pipeline: "Pipeline", jobs: Iterable["Job"]) -> None:
 def compare(pipeline: "Pipeline", comparison: "Comparison") -> None:
     """Puts all videos on one page. Their latents are kept until it is saved."""
     pipeline.sample(comparison.jobs)
-    frames = pipeline.decode_to_frames(comparison.jobs)
-    if not frames:
-        raise UserError(f"no video could be made: {next(iter(pipeline.failures.values()))}")
-    paths = comparison.save(frames)
-    for job in comparison.jobs:
-        if job.stem in frames:
-            pipeline.outputs.remove_unwanted_latents(job)
+    with comparison.kept_frames() as frames:
+        pipeline.decode(comparison.jobs, save=frames.keep)
+        if not frames:
+            raise UserError(f"no video could be made: {next(iter(pipeline.failures.values()))}")
+        paths = comparison.save(frames)
+        for job in comparison.jobs:
+            if job.stem in frames:
+                pipeline.remove_unwanted_latents(job)
     print_table("compared", [[path] for path in paths])
     raise_if_failed(pipeline, len(comparison.jobs))
 

@@ -85,6 +85,23 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
         shutil.rmtree(replaced, ignore_errors=True)
 
 
+@contextlib.contextmanager
+def temporary_folder(beside: Path) -> Iterator[Path]:
+    """Yields an empty folder beside the path `beside`, named like it, and removes it at the end.
+
+    What a killed process left is removed by the next process that writes there, see `atomic_path`.
+    """
+    beside.parent.mkdir(parents=True, exist_ok=True)
+    _remove_leftovers_once(beside.parent.absolute())
+    folder = beside.with_name(f"{beside.name}.{os.getpid()}{TEMPORARY_SUFFIX}")
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
 def is_leftover(path: Path) -> bool:
     """Whether this is a temporary file or folder of a process that no longer runs.
 

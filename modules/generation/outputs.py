@@ -51,6 +51,10 @@ class OutputFolder:
     def decodes(self) -> bool:
         return self.output_type != "latent"
 
+    @property
+    def keeps_latents(self) -> bool:
+        return self.output_type in ("latent", "both")
+
     def latent_path(self, job: Job) -> Path:
         return self.folder / (job.stem + LATENT_SUFFIX)
 
@@ -65,17 +69,11 @@ class OutputFolder:
         save_file({"latent": latents[0].cpu()}, self.latent_path(job), _latent_metadata(job))
 
     def save_pixels(self, job: Job, pixels: Tensor) -> None:
-        """Writes (3, F, H, W) in 0..1 as a video or as images, then deletes latents that were not asked for."""
+        """Writes (3, F, H, W) in 0..1 as a video or as images."""
         if self.output_type == "images":
             save_images(pixels, self.result_path(job), job.settings)
         else:
             save_video(pixels, self.result_path(job), job.request.fps, job.settings)
-        self.remove_unwanted_latents(job)
-
-    def remove_unwanted_latents(self, job: Job) -> None:
-        """Deletes a job's latents unless --output_type asks for them."""
-        if self.output_type not in ("latent", "both"):
-            self.latent_path(job).unlink(missing_ok=True)
 
     def by_key(self) -> defaultdict[str, list[Path]]:
         """The files and folders that exist for each line of a prompt file, by the key of the line.

@@ -8,7 +8,7 @@ import functools
 import sys
 import time
 import traceback
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Literal
 
 import torch
@@ -30,7 +30,6 @@ from modules.memory.plan import explain_out_of_memory
 from networks.hooks import LoraHooks
 from utils.device_utils import is_out_of_memory, own_device, release_memory
 from utils.errors import UserError, one_line
-from utils.video_io import to_uint8
 
 # What a user can do when memory runs out.
 ENCODING_ADVICE = "use --vae_chunk_size, --vae_tiling or a smaller size"
@@ -64,6 +63,7 @@ class Pipeline:
         self.decoder = Decoder(self.vae, self.device, vae.vae_chunk_size, vae.tile_size)
         self.failures: dict[str, str] = {}
         self.seconds: dict[str, float] = {}
+        self._sampled: set[str] = set()  # stems of the jobs whose latents this run has saved
 
     def sample(self, jobs: Sequence[Job]) -> None:
         """Samples and saves the latents of every job that has none yet."""
@@ -94,31 +94,37 @@ class Pipeline:
                 if self.step_cache is not None:
                     self.step_cache.forget()
                 self.outputs.save_latents(job, latents)
+                self._sampled.add(job.stem)
         self.dit.release()
 
-    def decode(self, jobs: Sequence[Job]) -> None:
-        """Writes the video or the images of every job, unless only latents are asked for."""
+    def decode(self, jobs: Sequence[Job], save: Callable[[Job, Tensor], None] | None = None) -> None:
+        """Writes the video or the images of every job, unless only latents are asked for.
+
+        Args:
+            save: called with (job, pixels (3, F, H, W) in 0..1) instead; then the latents are kept.
+        """
         if not self.outputs.decodes:
             return
-        for job in self._decoding(jobs):
+        for job in tqdm(self._unfailed(jobs), desc="decoding", unit="video", disable=len(jobs) < 2):
             with self._noting_failure(job):
-                self.outputs.save_pixels(job, self._pixels(job))
+                pixels = self._pixels(job)
+                if save is not None:
+                    save(job, pixels)
+                else:
+                    self.outputs.save_pixels(job, pixels)
+                    self.remove_unwanted_latents(job)
         self.vae.release()
 
-    def decode_to_frames(self, jobs: Sequence[Job]) -> dict[str, Tensor]:
-        """The frames of every job that does not fail, (F, H, W, 3) uint8 by stem; nothing is written."""
-        frames = {}
-        for job in self._decoding(jobs):
-            with self._noting_failure(job):
-                frames[job.stem] = to_uint8(self._pixels(job))
-        self.vae.release()
-        return frames
+    def remove_unwanted_latents(self, job: Job) -> None:
+        """Deletes the latents of a job if this run has sampled them and --output_type does not ask for them.
+
+        Latents of an earlier run stay: it may have been asked for them.
+        """
+        if job.stem in self._sampled and not self.outputs.keeps_latents:
+            self.outputs.latent_path(job).unlink(missing_ok=True)
 
     def _unfailed(self, jobs: Iterable[Job]) -> list[Job]:
         return [job for job in jobs if job.stem not in self.failures]
-
-    def _decoding(self, jobs: Sequence[Job]) -> Iterable[Job]:
-        return tqdm(self._unfailed(jobs), desc="decoding", unit="video", disable=len(jobs) < 2)
 
     @contextlib.contextmanager
     def _noting_failure(self, job: Job) -> Iterator[None]:

@@ -147,6 +147,18 @@ def test_what_fails_does_not_stop_the_rest_and_is_made_by_the_next_run(generate,
     assert {path.name for path in (tmp_path / "out").iterdir()} == names
 
 
+def test_latents_of_an_earlier_run_are_never_deleted(generate, tmp_path):
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("cat --d 1\n")
+    out = generate("--from_file", prompts, "--output_type=latent")
+    latents = only(out, "*")
+    generate("--from_file", prompts, "--output_type=video")
+    assert sorted(path.suffix for path in out.iterdir()) == [".mp4", ".safetensors"]
+    assert latents.exists()
+    generate("--latent_path", latents)
+    assert latents.exists()
+
+
 def test_a_changed_line_or_model_setting_is_made_again(generate, tmp_path):
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("cat --d 1\ndog --d 1\n")

@@ -5,7 +5,7 @@ import re
 import pytest
 import torch
 
-from tests.saved_files import frames, only, saved_latents
+from tests.saved_files import saved_latents
 
 
 @pytest.fixture
@@ -164,37 +164,3 @@ def test_merged_model_is_a_model_that_samples_like_the_lora(generate, loras, tmp
     assert torch.equal(saved_latents(with_lora), saved_latents(merged))
     plain = generate("--prompt=cat", "--seed=3", "--output_type=latent", folder="plain")
     assert not torch.equal(saved_latents(with_lora), saved_latents(plain))
-
-
-def test_compare_keeps_the_latents_if_the_page_cannot_be_saved(generate, loras, tmp_path, monkeypatch):
-    from modules.generation.compare import Page
-
-    def interrupted(*arguments):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(Page, "save_video", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        generate("--prompt=cat", "--compare", "--lora_weight", loras[0], "--seed=5", folder="page")
-    assert len(list((tmp_path / "page").glob("*_latent.safetensors"))) == 2
-
-
-def test_compare_writes_one_labelled_page(generate, loras, tmp_path):
-    from PIL import Image
-
-    prompts = tmp_path / "prompts.txt"
-    prompts.write_text("cat\na dog with a hat --f 9\n")
-    words = ["--from_file", prompts, "--compare", "--lora_weight", *loras, "--lora_multiplier", 0.5, 1, "--seed", 5]
-    out = generate(*words)
-    video, sheet = only(out, "*_5_compare.mp4"), only(out, "*_5_compare.png")
-    assert len(list(out.iterdir())) == 2
-    size = (8 + 3 * (48 + 8), 28 + 4 * (28 + 32 + 8))
-    pixels = frames(video)
-    assert pixels.shape == (3, 9, size[1], size[0])
-    image = Image.open(sheet).convert("RGB")
-    assert image.size == size
-    cells = [image.crop((left, top, left + 48, top + 32)) for top in (56, 124) for left in (8, 64, 120)]
-    assert cells[0].tobytes() == cells[3].tobytes()  # without LoRA, both rows of the first prompt
-    assert len({cell.tobytes() for cell in cells}) == 5
-    alone = generate("--prompt=cat", "--seed=5", "--output_type=images", folder="alone")
-    middle = Image.open(only(alone, "*") / "00004.png").convert("RGB")
-    assert middle.tobytes() == cells[0].tobytes()

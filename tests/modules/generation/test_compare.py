@@ -9,7 +9,19 @@ import torch
 from PIL import Image, ImageDraw
 
 from modules.generation import compare
-from modules.generation.compare import LABEL_HEIGHT, LARGEST_PAGE, MISSING, Page, Row, _font, _shortened
+from modules.generation.compare import (
+    LABEL_HEIGHT,
+    LARGEST_PAGE,
+    MISSING,
+    KeptFrames,
+    Page,
+    Row,
+    _font,
+    _names,
+    _shortened,
+)
+from modules.generation.outputs import Job
+from modules.generation.requests import Request
 
 
 def plain(colour: tuple[int, int, int], frames: int = 3, height: int = 32, width: int = 48) -> torch.Tensor:
@@ -43,6 +55,17 @@ def test_every_label_is_written_above_its_cell():
         assert written[: LABEL_HEIGHT - 4, left : left + 48].any()
     assert written[LABEL_HEIGHT:top, :].any()
     assert not written[top:].any()
+
+
+def test_column_labels_are_whole_above_small_videos():
+    """A column of 48 pixels is widened to its label. A label of 'multiplier 0.25' takes more than 60."""
+    page = Page(["without LoRA", "multiplier 0.25"], [Row("", [plain((0, 0, 0))] * 2)])
+    assert page.column_width > 60
+    draw = ImageDraw.Draw(Image.new("RGB", (10, 10)))
+    for label in page.columns:
+        assert _shortened(draw, label, page.column_width, page.font) == label
+    assert page.place(0, 1)[0] - page.place(0, 0)[0] == page.column_width + 8
+    assert page.cell_size() == (32, 48)
 
 
 def test_a_large_page_is_shrunk_to_what_players_decode():
@@ -80,3 +103,16 @@ def test_a_page_warns_once_of_characters_that_no_font_has(one_system_font, capsy
     assert capsys.readouterr().err.splitlines() == [
         "warning: no font was found for these characters of the labels: こね犬猫"
     ]
+
+
+def test_loras_of_one_name_are_told_apart_on_the_page(tmp_path):
+    assert _names([tmp_path / "a/x.safetensors", tmp_path / "a/y.safetensors"]) == ["x", "y"]
+    paths = [tmp_path / folder / "lora.safetensors" for folder in "ab"]
+    assert _names(paths) == [str(tmp_path / "a/lora"), str(tmp_path / "b/lora")]
+
+
+def test_frames_for_the_page_are_kept_in_files(tmp_path):
+    kept, pixels = KeptFrames(tmp_path), torch.rand(3, 3, 4, 6)
+    kept.keep(Job(Request(), "t_0"), pixels)
+    assert isinstance(kept["t_0"], np.memmap)
+    assert np.array_equal(kept["t_0"], (pixels * 255).round().byte().permute(1, 2, 3, 0).numpy())
