@@ -145,16 +145,16 @@ class TrainingFiles:
         folders = self.folder.iterdir() if self.folder.is_dir() else []
         return [path for path in folders if pattern.fullmatch(path.name) and (path / PROGRESS_FILE).is_file()]
 
-    def remove_checkpoints(self, kind: str, oldest_kept: int) -> None:
-        """Removes checkpoints and their companions with a number below `oldest_kept`; kind: "epoch" or "step"."""
+    def remove_checkpoints(self, kind: str, numbers: range) -> None:
+        """Removes checkpoints and their companions; kind: "epoch" or "step"."""
         for path, number in self._numbered(kind, COMPANIONS):
-            if number < oldest_kept:
+            if number in numbers:
                 path.unlink(missing_ok=True)
 
-    def remove_states(self, kind: str, oldest_kept: int) -> None:
-        """Removes states with a number below `oldest_kept`; kind: "epoch" or "step"."""
+    def remove_states(self, kind: str, numbers: range) -> None:
+        """Removes states; kind: "epoch" or "step"."""
         for path, number in self._numbered(kind, STATE_SUFFIX):
-            if number < oldest_kept:
+            if number in numbers:
                 shutil.rmtree(path, ignore_errors=True)
 
     def remove_best(self, step: int) -> None:
@@ -184,10 +184,11 @@ def read_progress(state: Path) -> dict:
         raise UserError(f"--resume {state}: is a file, a state folder is expected ({hint})")
     if not (state / PROGRESS_FILE).is_file():
         raise UserError(f"--resume {state}: no {PROGRESS_FILE} in it; it is not a state that this trainer saved")
+    text = read_text(state / PROGRESS_FILE, "training state")
     try:
-        progress = json.loads(read_text(state / PROGRESS_FILE, "training state"))
+        progress = json.loads(text)
         version = progress["version"]
-    except (json.JSONDecodeError, KeyError, TypeError):
+    except (ValueError, RecursionError, KeyError, TypeError):
         raise damaged(state / PROGRESS_FILE) from None
     if version != STATE_VERSION:
         raise UserError(f"{state}: state version {version}, this trainer reads version {STATE_VERSION}")
@@ -199,7 +200,8 @@ def read_progress(state: Path) -> dict:
 def _saved_at(state: Path) -> tuple[float, int]:
     """When a state was saved; of older versions, which did not note it, the time of its file."""
     progress = read_progress(state)
-    return progress.get("saved_at", (state / PROGRESS_FILE).stat().st_mtime), progress["step"]
+    noted = progress.get("saved_at")
+    return noted if isinstance(noted, float) else (state / PROGRESS_FILE).stat().st_mtime, progress["step"]
 
 
 def damaged(file: Path) -> UserError:

@@ -146,16 +146,15 @@ class CheckpointSaver:
         self.accelerator.wait_for_everyone()
 
     def save_epoch(self, epoch: int) -> None:
-        """Saves after an epoch (from 1), then removes what --save_last_n_epochs does not keep."""
+        """Saves after an epoch (from 1), then removes what --save_last_n_epochs has just ceased to keep."""
         options = self.options.save
         self.save(self.files.of_epoch(epoch), options.save_state)
-        kept = options.save_last_n_epochs
+        every, kept = options.save_every_n_epochs, options.save_last_n_epochs
         kept_states = options.save_last_n_epochs_state or kept
-        every = options.save_every_n_epochs
-        self._remove_old("epoch", kept and epoch - every * kept + 1, kept_states and epoch - every * kept_states + 1)
+        self._remove_old("epoch", every, kept and epoch - every * kept, kept_states and epoch - every * kept_states)
 
     def save_step(self, with_state: bool = False) -> None:
-        """Saves after a step, then removes what --save_last_n_steps does not keep.
+        """Saves after a step, then removes what --save_last_n_steps has just ceased to keep.
 
         Args:
             with_state: save the state also without --save_state.
@@ -164,7 +163,8 @@ class CheckpointSaver:
         self.save(self.files.of_step(step), with_state or options.save_state)
         kept = options.save_last_n_steps
         kept_states = options.save_last_n_steps_state or kept
-        self._remove_old("step", kept and step - kept, kept_states and step - kept_states)
+        every = options.save_every_n_steps
+        self._remove_old("step", every, kept and step - kept - 1, kept_states and step - kept_states - 1)
 
     def save_best(self) -> None:
         """Saves after a validation if its loss is among the --keep_best lowest, and removes what no longer is."""
@@ -176,13 +176,17 @@ class CheckpointSaver:
         for _, step in dropped if self.accelerator.is_main_process else []:
             self.files.remove_best(step)
 
-    def _remove_old(self, kind: str, oldest_kept: int | None, oldest_state_kept: int | None) -> None:
+    def _remove_old(self, kind: str, every: int, newest: int | None, newest_state: int | None) -> None:
+        """Removes what has become too old since the save before: the last `every` numbers up to `newest`.
+
+        Older files stay. They are those of a run without the limit, and nobody asked for their removal.
+        """
         if not self.accelerator.is_main_process:
             return
-        if oldest_kept is not None:
-            self.files.remove_checkpoints(kind, oldest_kept)
-        if oldest_state_kept is not None:
-            self.files.remove_states(kind, oldest_state_kept)
+        if newest is not None:
+            self.files.remove_checkpoints(kind, range(newest - every + 1, newest + 1))
+        if newest_state is not None:
+            self.files.remove_states(kind, range(newest_state - every + 1, newest_state + 1))
 
     def _save_checkpoint(self, stem: str) -> None:
         for name, tensor in self.trained.tensors.items():

@@ -5,6 +5,8 @@ count optimizer steps: call `step()` once after each, whatever the number of pro
 """
 
 import functools
+import math
+import warnings
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -177,6 +179,46 @@ def create_scheduler(options: SchedulerOptions, optimizer: "Optimizer", total_st
         raise UserError(
             f"--lr_scheduler_args {' '.join(options.lr_scheduler_args)}: {name}: {one_line(error)}"
         ) from error
+
+
+def try_schedule(options: SchedulerOptions, optimizer: "Optimizer", total_steps: int) -> None:
+    """Goes once through the rates of a run, so that a schedule that ends too early shows before the first step.
+
+    Raises:
+        UserError: a rate cannot be computed or is not finite, or what `create_scheduler` raises.
+    """
+    step = 0
+    try:
+        scheduler = create_scheduler(options, optimizer, total_steps)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step")
+            for step in range(1, total_steps + 1):  # noqa: B007 - for the message
+                scheduler.step()
+                if not all(map(math.isfinite, scheduler.get_last_lr())):
+                    raise ValueError(f"the rate is {scheduler.get_last_lr()[0]}")
+    except UserError:
+        raise
+    except Exception as error:  # a class of the user's choice may raise anything
+        arguments = f" with {' '.join(options.lr_scheduler_args)}" if options.lr_scheduler_args else ""
+        raise UserError(
+            f"--lr_scheduler {options.description}{arguments}: has no rate after step {step} of {total_steps}: "
+            f"{one_line(error)}; make it as long as the run"
+        ) from None
+
+
+def follow_schedule(scheduler: "LRScheduler") -> None:
+    """Sets the rates of the current step, after the optimizer of a state brought those of the saved schedule.
+
+    The schedule of a resumed run may be longer. Custom schedules keep their arguments, and so their rates.
+    """
+    from torch.optim.lr_scheduler import LambdaLR
+
+    if isinstance(scheduler, LambdaLR):
+        step, factors = scheduler.last_epoch, scheduler.lr_lambdas
+        rates = [base * factor(step) for base, factor in zip(scheduler.base_lrs, factors, strict=True)]
+        for group, rate in zip(scheduler.optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate
+        scheduler._last_lr = rates
 
 
 def scheduler_class(options: SchedulerOptions) -> type | None:

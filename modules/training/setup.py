@@ -32,7 +32,7 @@ from modules.training.optimizers import create_optimizer, optimizer_class
 from modules.training.options import LogOptions, TrainerOptions
 from modules.training.previews import Previewer, create_previewer
 from modules.training.saver import CheckpointSaver, Uploader
-from modules.training.schedulers import create_scheduler, scheduler_class
+from modules.training.schedulers import create_scheduler, follow_schedule, scheduler_class, try_schedule
 from modules.training.state import Progress, load_state, resumed_options
 from modules.training.step_plan import StepPlan, batch_loader
 from modules.training.stop_requests import StopRequests
@@ -121,6 +121,7 @@ class TrainingSetup(Generic[Options]):
             accelerator.scaler.scale(torch.zeros((), device=accelerator.device))
         if self.state is not None:
             load_state(self.state, trained.tensors, stateful)
+            follow_schedule(scheduler)
         workers = loader_workers(options.dataset.max_data_loader_n_workers)
         guidance, split_batches = options.training.guidance_scale, options.attention.split_attn
         return Trainer(
@@ -177,7 +178,12 @@ def set_up(options: Options, state: Path | None) -> TrainingSetup[Options]:
     )
     # What optimizer and schedule refuse shows here, before a model is loaded.
     optimizer = create_optimizer(options.optimizer, [{"params": [nn.Parameter(torch.zeros(2, 2))]}])
-    create_scheduler(options.scheduler, optimizer, plan.total_steps)
+    try_schedule(options.scheduler, optimizer, plan.total_steps)
+    if progress.step > plan.total_steps:
+        raise UserError(
+            f"--max_train_steps or --max_train_epochs: {plan.total_steps} steps, and {state} is already at step "
+            f"{progress.step}; give more, or leave --resume out to start a new run"
+        )
     return TrainingSetup(options, accelerator, progress, plan, state, train_set, validation_set, notes)
 
 

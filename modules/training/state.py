@@ -6,15 +6,15 @@ Noise, timesteps, dropout and data order are functions of (seed, step), so no ra
 import dataclasses
 import errno
 import json
-import pickle
 import time
 import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import torch
+from pydantic import ConfigDict, Field, NonNegativeInt, TypeAdapter, ValidationError
 from torch import Tensor
 
 from modules.training.files import PROGRESS_FILE, SETTINGS_FILE, STATE_VERSION, damaged, read_progress
@@ -32,6 +32,9 @@ Options = TypeVar("Options", bound=TrainerOptions)
 _GROUPS = ("optimizer", "scheduler", "timesteps", "network", "tuning", "dit")
 _FURTHER = ("guidance_scale", "max_grad_norm", "mixed_precision")
 _COMPARED_AS_CLASSES = ("optimizer_type", "lr_scheduler", "lr_scheduler_type")
+# What is read of the settings of a state, and its types.
+_READ = {"learning_rate": (int, float), "optimizer_args": list, "lr_scheduler_args": list}
+_READ |= dict.fromkeys(_COMPARED_AS_CLASSES, str)
 _KEPT = "the saved value stays"
 _TAKES_EFFECT = "takes effect from here on"
 
@@ -40,19 +43,21 @@ _TAKES_EFFECT = "takes effect from here on"
 class Progress:
     """The counters of a run: everything that changes from step to step and is not a tensor."""
 
-    seed: int
-    step: int = 0
-    samples: int = 0
-    nonfinite_in_a_row: int = 0
+    __pydantic_config__ = ConfigDict(allow_inf_nan=False)
+
+    seed: Annotated[int, Field(ge=0, lt=2**63)]
+    step: NonNegativeInt = 0
+    samples: NonNegativeInt = 0
+    nonfinite_in_a_row: NonNegativeInt = 0
     smoothed_loss: float | None = None
     first_losses: list[float] = field(default_factory=list)
     recent_losses: list[float] = field(default_factory=list)
     loss_by_band: dict[str, float] = field(default_factory=dict)
     base_validation_loss: float | None = None
     validation_loss: float | None = None
-    validation_step: int | None = None
+    validation_step: NonNegativeInt | None = None
     best: list[tuple[float, int]] = field(default_factory=list)  # (validation loss, step), best first
-    session_id: int = 0
+    session_id: NonNegativeInt = 0
     started_at: float = 0.0
     arithmetic: dict[str, Any] = field(default_factory=dict)  # batches per step, batches per epoch, items
 
@@ -60,13 +65,10 @@ class Progress:
     def load(cls, folder: Path) -> "Progress":
         """Reads the counters of a state folder; raises what `modules.training.files.read_progress` raises."""
         values = read_progress(folder)
-        names = {known.name for known in dataclasses.fields(cls)}
-        progress = cls(**{name: value for name, value in values.items() if name in names})
         try:
-            progress.best = [(loss, step) for loss, step in progress.best]
-        except (TypeError, ValueError):
+            return TypeAdapter(cls).validate_python(values)
+        except ValidationError:
             raise damaged(folder / PROGRESS_FILE) from None
-        return progress
 
     def validation_facts(self) -> dict[str, float]:
         """The results of validation so far, for the metadata."""
@@ -139,18 +141,20 @@ def load_state(folder: Path, trained: Mapping[str, Tensor], stateful: Mapping[st
     check_tensors(folder, {name: tensor.shape for name, tensor in trained.items()})
     with torch.no_grad():
         for name, saved in iterate_tensors(folder / TRAINED_FILE):
+            if not torch.isfinite(saved).all():
+                raise damaged(folder / TRAINED_FILE)
             trained[name].copy_(saved)
     try:
         # Memory-mapped: every process reads it, and in full fine-tuning it is twice as large as the model.
         states = torch.load(folder / OPTIMIZER_FILE, map_location="cpu", weights_only=True, mmap=True)
-    except (RuntimeError, OSError, EOFError, ValueError, pickle.UnpicklingError):
+    except Exception:  # what the unpickler raises depends on where the file is damaged
         raise damaged(folder / OPTIMIZER_FILE) from None
     try:
         for name, part in stateful.items():
             _keep_kernels(part, states[name])
             part.load_state_dict(states[name])
             _leave_file(part)
-    except (KeyError, ValueError, RuntimeError, TypeError) as error:
+    except Exception as error:  # so does what optimizers raise, of any library
         raise UserError(
             f"{folder}: its optimizer state does not fit: {one_line(error)}; use --optimizer_type and the --network_* "
             "or --trainable_modules of the saved run"
@@ -181,10 +185,12 @@ def resumed_options(options: Options, state: Path | None) -> tuple[Options, list
     if state is None:
         return options, []
     saved, now = _flat(read_toml(state / SETTINGS_FILE, "settings of the state")), _settings(options)
-    _check_classes(options, saved, state)
     kept = {"optimizer": ["learning_rate", "optimizer_args"]}
     if options.scheduler.lr_scheduler_type:
         kept["scheduler"] = ["lr_scheduler_args"]
+    if any(name in saved and not isinstance(saved[name], kind) for name, kind in _READ.items()):
+        raise damaged(state / SETTINGS_FILE)
+    _check_classes(options, saved, state)
     effects = {name: _KEPT for names in (*kept.values(), ["network_weights", "dim_from_weights"]) for name in names}
     effects["network_args"] = f"{_TAKES_EFFECT}, except learning rates"
     notes = [

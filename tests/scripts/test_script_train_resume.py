@@ -12,6 +12,7 @@ import torch
 from tests.conftest import ROOT
 from tests.platforms import needs_posix
 from tests.training_world import assert_same, assert_same_course, command, log_of, train, write_world
+from utils.errors import UserError
 from utils.safetensors_utils import load_file, read_header
 
 WORDS = [
@@ -136,3 +137,37 @@ def test_a_resumed_run_keeps_the_rate_of_its_optimizer_and_says_so(world, tiny_m
     ]
     assert log_of(tmp_path)[-1]["lr"] == 0.01
     assert read_header(tmp_path / "lora.safetensors")[1]["ss_learning_rate"] == "0.01"
+
+
+def test_a_resumed_run_takes_the_rates_of_its_longer_schedule(world, dit, tmp_path):
+    words = ["--lr_scheduler", "linear"]
+    train(world, dit, tmp_path, *words, "--max_train_steps", 2, "--save_state_on_train_end")
+    train(world, dit, tmp_path, *words, "--max_train_steps", 4, "--resume", "auto")
+    rates = [line["lr"] for line in log_of(tmp_path)]
+    assert rates == pytest.approx([0.01, 0.005, 0.005, 0.0025])  # 1, 1/2 of two steps; 2/4, 1/4 of four
+
+
+def test_a_state_beyond_the_end_of_the_run_is_one_line(world, dit, tmp_path):
+    train(world, dit, tmp_path, "--max_train_steps", 3, "--save_state_on_train_end")
+    with pytest.raises(UserError, match=r"^--max_train_steps or --max_train_epochs: 2 steps, and .* at step 3; give"):
+        train(world, dit, tmp_path, "--max_train_steps", 2, "--resume", "auto")
+
+
+def test_a_limit_of_checkpoints_that_a_resumed_run_is_given_removes_one_per_save(world, dit, tmp_path):
+    """As in the reference tool. Nobody asked for the removal of the older ones."""
+    words = ["--save_every_n_steps", 1]
+    train(world, dit, tmp_path, *words, "--max_train_steps", 4, "--save_state")
+    train(world, dit, tmp_path, *words, "--max_train_steps", 6, "--resume", "auto", "--save_last_n_steps", 1)
+    assert sorted(path.stem for path in tmp_path.glob("lora-step*.safetensors")) == [
+        f"lora-step{step:08d}" for step in (1, 2, 5, 6)
+    ]
+    assert sorted(path.name for path in tmp_path.glob("lora-step*-state")) == [
+        f"lora-step{step:08d}-state" for step in (1, 2)
+    ]
+
+
+def test_a_schedule_that_is_too_short_is_found_before_the_first_step(world, dit, tmp_path):
+    words = ["--lr_scheduler_type", "OneCycleLR", "--lr_scheduler_args", "max_lr=0.1"]
+    with pytest.raises(UserError, match=r"OneCycleLR with max_lr=0.1 total_steps=2: has no rate after step 3 of 4"):
+        train(world, dit, tmp_path, *words, "total_steps=2")
+    assert train(world, dit, tmp_path, *words, "total_steps=4")

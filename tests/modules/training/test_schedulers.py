@@ -14,6 +14,7 @@ from modules.training.schedulers import (
     create_scheduler,
     parse_step_rules,
     scheduler_class,
+    try_schedule,
 )
 from utils.errors import UserError
 
@@ -258,3 +259,24 @@ def test_mistakes_in_a_custom_scheduler(settings: dict, words: str) -> None:
 def test_mistakes_found_when_the_steps_are_known(settings: dict, words: str) -> None:
     with pytest.raises(UserError, match=words):
         create_scheduler(SchedulerOptions(**settings), sgd(), TOTAL)
+
+
+@pytest.mark.parametrize(
+    ("options", "problem"),
+    [
+        (
+            {"lr_scheduler_type": "OneCycleLR", "lr_scheduler_args": ["max_lr=0.1", "total_steps=2"]},
+            "after step 3 of 4: Tried",
+        ),
+        ({"lr_scheduler": "rex", "lr_scheduler_args": ["rex_alpha=0", "rex_beta=0"]}, "division by zero"),
+        ({"lr_scheduler": "rex", "lr_scheduler_args": ["rex_alpha=1e-320", "rex_beta=0"]}, "the rate is inf"),
+    ],
+)
+def test_a_schedule_without_a_rate_for_every_step_is_one_line_before_the_first(options, problem):
+    with pytest.raises(UserError, match=problem):
+        try_schedule(SchedulerOptions(**options), sgd(), 4)
+
+
+def test_a_schedule_as_long_as_the_run_is_long_enough():
+    options = {"lr_scheduler_type": "OneCycleLR", "lr_scheduler_args": ["max_lr=0.1", "total_steps=4"]}
+    try_schedule(SchedulerOptions(**options), sgd(), 4)

@@ -1,11 +1,14 @@
 """States: which one is continued, and what a damaged or foreign one says."""
 
+import json
 import os
 
+import pytest
 import torch
 
 from modules.training.files import TrainingFiles, find_state
-from modules.training.state import Progress, save_state
+from modules.training.state import Progress, load_state, save_state
+from utils.errors import UserError
 
 WEIGHT = {"weight": torch.zeros(2)}
 
@@ -30,3 +33,43 @@ def test_of_states_that_do_not_say_when_they_were_saved_auto_takes_the_newest_fi
         file.write_text("\n".join(line for line in lines if "saved_at" not in line), encoding="utf-8")
         os.utime(file, (time, time))
     assert find_state("auto", TrainingFiles(tmp_path, "lora")) == tmp_path / "lora-step00000020-state"
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"step": -1}, {"step": 1.5}, {"seed": -3}, {"seed": 2**64}, {"samples": "many"},
+        {"smoothed_loss": "low"}, {"first_losses": 3}, {"loss_by_band": []}, {"best": [1]}, {"arithmetic": None},
+        {"recent_losses": [float("nan")]}, {"started_at": {}},
+    ],
+)  # fmt: skip
+def test_a_counter_of_the_wrong_kind_is_one_line(tmp_path, change):
+    file = save(tmp_path, "lora-state", 3) / "train_state.json"
+    file.write_text(json.dumps(json.loads(file.read_text(encoding="utf-8")) | change), encoding="utf-8")
+    with pytest.raises(UserError, match=r"train_state.json: is damaged; resume from another state$"):
+        Progress.load(file.parent)
+
+
+def test_flipped_bytes_in_an_optimizer_state_are_one_line(tmp_path):
+    """The unpickler raises KeyError, IndexError, AttributeError and others, depending on the place."""
+    parameter = torch.nn.Parameter(torch.ones(4))
+    parameter.grad = torch.ones(4)
+    optimizer = torch.optim.AdamW([parameter])
+    optimizer.step()
+    save_state(tmp_path / "state", Progress(seed=1), WEIGHT, {"optimizer": optimizer}, "")
+    file, said = tmp_path / "state" / "optimizer.pt", []
+    good = file.read_bytes()
+    start = good.index(b"data.pkl") + 60
+    for place in range(start, start + 120, 3):
+        file.write_bytes(good[:place] + b"\xff" + good[place + 1 :])
+        try:
+            load_state(tmp_path / "state", WEIGHT, {"optimizer": optimizer})
+        except UserError as error:
+            said.append(str(error))
+    assert len(said) > 20 and all("\n" not in line for line in said)
+
+
+def test_infinite_weights_in_a_state_are_one_line(tmp_path):
+    save_state(tmp_path / "state", Progress(seed=1), {"weight": torch.full((2,), float("inf"))}, {}, "")
+    with pytest.raises(UserError, match=r"trained.safetensors: is damaged"):
+        load_state(tmp_path / "state", WEIGHT, {})
