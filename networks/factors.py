@@ -193,12 +193,12 @@ class LokrFactors(Factors):
     @property
     def in_features(self) -> int:
         first = self.w1_b if self.w1 is None else self.w1
-        second = self.w2_b if self.w2 is None else self.w2
+        second = self.w2_b if self.w2 is None else self.w2.flatten(1)  # the kernel of a convolution may follow
         return first.shape[1] * second.shape[1]
 
     def delta_weight(self) -> Tensor:
         w1 = self.w1.float() if self.w1 is not None else self.w1_a.float() @ self.w1_b.float()
-        w2 = self.w2.float() if self.w2 is not None else self.w2_a.float() @ self.w2_b.float()
+        w2 = self.w2.flatten(1).float() if self.w2 is not None else self.w2_a.float() @ self.w2_b.float()
         return torch.kron(w1 * self.scale, w2)
 
 
