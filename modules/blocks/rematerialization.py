@@ -2,6 +2,9 @@
 
 Inside a wrapped block, autograd saves no tensor that pointwise operations can compute from tensors that are saved
 anyway. It saves a record of the operation instead. The gradients are those of plain autograd, bit for bit.
+
+Autograd refuses to use a saved tensor that was changed in place since. Saved-tensor hooks switch that check off, so it
+is made here: tensors count their changes.
 """
 
 from collections.abc import Callable, Iterable
@@ -52,11 +55,28 @@ def _run_and_record(forward: Callable, *inputs: Any) -> Any:
 
 
 @dataclass(frozen=True)
+class _Kept:
+    """A tensor that is kept as it is, and how often it had been changed in place when it was kept."""
+
+    tensor: Tensor
+    version: int
+
+    def compute(self) -> Tensor:
+        if self.tensor._version != self.version:
+            raise RuntimeError(
+                "one of the variables needed for gradient computation has been modified by an inplace operation: "
+                f"a {self.tensor.dtype} tensor of shape {tuple(self.tensor.shape)} is at version "
+                f"{self.tensor._version}, expected version {self.version}; use the operation that makes a new tensor"
+            )
+        return self.tensor
+
+
+@dataclass(frozen=True)
 class _Operation:
     """A pointwise operation and its arguments.
 
     Attributes:
-        args: tensors, views of other operations' results, plain values, and lists of these.
+        args: kept tensors, views of other operations' results, plain values, and lists of these.
         kwargs: plain values only.
         output: which result is meant, for operations with several.
     """
@@ -85,7 +105,7 @@ class _View:
 
 
 def _unpack(value: Any) -> Any:
-    return value.compute() if isinstance(value, _View) else value
+    return value.compute() if isinstance(value, (_Kept, _View)) else value
 
 
 def _each(change: Callable[[Any], Any], args: tuple) -> tuple:
@@ -98,8 +118,9 @@ class _Recorder(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        # The weak reference keeps the key from being used again for another storage.
-        self.operations: dict[int, tuple[StorageWeakRef, _Operation]] = {}
+        # By storage: the operation, and the version of its result. The weak reference keeps the key from being used
+        # again for another storage.
+        self.operations: dict[int, tuple[StorageWeakRef, _Operation, int]] = {}
 
     def __torch_dispatch__(self, op: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
@@ -110,7 +131,7 @@ class _Recorder(TorchDispatchMode):
             for index, result in outputs:
                 storage = result.untyped_storage()
                 operation = _Operation(op, args, kwargs, index)
-                self.operations[storage._cdata] = (StorageWeakRef(storage), operation)
+                self.operations[storage._cdata] = (StorageWeakRef(storage), operation, result._version)
         return results
 
     def _adds_recorded(self, args: tuple) -> bool:
@@ -118,10 +139,13 @@ class _Recorder(TorchDispatchMode):
         return all(isinstance(self.pack(value), _View) for value in args if isinstance(value, Tensor))
 
     def pack(self, value: Any) -> Any:
-        """For a tensor whose operation is recorded, a view of its result; every other value unchanged."""
+        """A view of the result of the recorded operation of a tensor, or the tensor itself; plain values unchanged.
+
+        A result that was changed in place is no longer what its operation computes, so it is kept.
+        """
         if not isinstance(value, Tensor):
             return value
         found = self.operations.get(value.untyped_storage()._cdata)
-        if found is None:
-            return value
+        if found is None or value._version != found[2]:
+            return _Kept(value, value._version)
         return _View(found[1], value.size(), value.stride(), value.storage_offset())
