@@ -14,7 +14,7 @@ from networks.files.format_table import FORMATS, Format
 from utils.cli import option, parse_options, print_table, run_script
 from utils.dtype_names import DTYPE_NAMES
 from utils.errors import UserError
-from utils.files import refuse_overwriting, require_suffix
+from utils.files import require_output, require_suffix
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,7 +35,7 @@ class ConvertOptions:
     allow_partial: bool = option(False, help="leave out keys that belong to no module of the DiT, instead of stopping")
 
     def __post_init__(self) -> None:
-        refuse_overwriting("--output", self.output, [self.input])
+        require_output("--output", self.output, [self.input])
         require_suffix("--output", self.output, ".safetensors")
         if self.diffusers_prefix is not None and self.format.flat:
             raise UserError(f"--diffusers_prefix: --target {self.target} has no prefix to choose; --target other has")

@@ -33,12 +33,14 @@ def main() -> None:
     from modules.generation import jobs, models
     from modules.generation.compare import Comparison
     from modules.generation.pipeline import Pipeline
+    from modules.generation.source_pixels import check_sources
     from modules.memory.generation import plan_memory, plan_memory_of_decoding
 
     if options.lora.save_merged_model is not None:
         models.save_merged_model(options)
         return
-    models.check_model_files(options)
+    check_sources(requests)
+    models.check_models(options)
     saved = jobs.saved_latent_jobs(options) if options.output.latent_path else []
     planned = options
     if options.speed.plans:

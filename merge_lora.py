@@ -11,7 +11,7 @@ from pathlib import Path
 from utils.cli import one_value_each, option, parse_options, print_table, run_script
 from utils.dtype_names import DTYPE_NAMES
 from utils.errors import UserError
-from utils.files import refuse_overwriting, require_suffix
+from utils.files import require_output, require_suffix
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,7 +31,7 @@ class MergeOptions:
     def __post_init__(self) -> None:
         self.loras()  # checks the number of multipliers
         require_suffix("--save_merged_model", self.save_merged_model, ".safetensors")
-        refuse_overwriting("--save_merged_model", self.save_merged_model, [self.dit, *self.lora_weight])
+        require_output("--save_merged_model", self.save_merged_model, [self.dit, *self.lora_weight])
 
     def loras(self) -> list[tuple[Path, float]]:
         """The LoRA files with their multipliers.

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from utils.cli import option
 from utils.errors import UserError
+from utils.files import require_output
 
 DEFAULT_TEXT_WORKERS = 8
 
@@ -74,3 +75,7 @@ class PreviewOptions:
     console_num_images: int | None = option(
         None, help="show this many items of each dataset, without waiting for keys", minimum=1
     )
+
+    def __post_init__(self) -> None:
+        if self.debug_mode == "html":
+            require_output("--debug_output", self.debug_output, [])

@@ -161,14 +161,19 @@ def quantize_linears(model: nn.Module, wanted: Callable[[str], bool]) -> int:
     return len(names)
 
 
+def require_fp8_matmul(device: torch.device | str) -> None:
+    """Raises a UserError if the device cannot multiply float8 matrices, which --fp8_fast needs."""
+    if not has_fp8_matmul(device):
+        raise UserError(f"--fp8_fast: {device} has no float8 matrix multiplication (it needs Ada, Hopper or newer)")
+
+
 def use_fp8_matmul(model: nn.Module, device: torch.device | str) -> None:
     """Makes every quantised layer multiply in float8 arithmetic (--fp8_fast).
 
     Raises:
         UserError: the device cannot multiply float8 matrices.
     """
-    if not has_fp8_matmul(device):
-        raise UserError(f"--fp8_fast: {device} has no float8 matrix multiplication (it needs Ada, Hopper or newer)")
+    require_fp8_matmul(device)
     for module in model.modules():
         if isinstance(module, Fp8Linear):
             module.fast = True

@@ -7,7 +7,7 @@ from networks.files.format_table import FORMATS
 from utils.cli import one_value_each, option
 from utils.dtype_names import DTYPE_NAMES
 from utils.errors import UserError
-from utils.files import refuse_overwriting, require_suffix
+from utils.files import require_output, require_suffix
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,7 +33,7 @@ class _OutputOptions:
 
     def require_output(self, inputs: list[Path]) -> None:
         require_suffix("--output_file", self.output_file, ".safetensors")
-        refuse_overwriting("--output_file", self.output_file, inputs)
+        require_output("--output_file", self.output_file, inputs)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,7 +45,7 @@ class InfoOptions(_InputOptions):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.png is not None:
-            refuse_overwriting("--png", self.png, self.path)
+            require_output("--png", self.png, self.path)
         self.require_one()
 
 

@@ -151,31 +151,39 @@ def write_text(path: str | os.PathLike, text: str) -> None:
         temporary.write_text(text, encoding="utf-8", newline="\n")
 
 
-def require_writable(folder: Path, option: str) -> None:
-    """Creates the folder if it does not exist, and checks that files can be written to it.
+def require_writable(folder: Path, option: str, create: bool = True) -> None:
+    """Checks that files can be written to the folder; with `create` it exists afterwards.
 
     Raises:
         UserError: they cannot. The message begins with `option`, the option that gave the folder.
     """
-    trial = folder / f".{os.getpid()}{TEMPORARY_SUFFIX}"
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        if create:
+            folder.mkdir(parents=True, exist_ok=True)
+        existing = next(each for each in (folder, *folder.absolute().parents) if each.exists())
+        if not existing.is_dir():
+            raise UserError(f"{option} {folder}: {existing} is a file, a folder is expected")
+        trial = existing / f".{os.getpid()}{TEMPORARY_SUFFIX}"
         trial.touch()
         trial.unlink()
     except OSError as error:
         raise UserError(f"{option} {folder}: cannot be written to: {error.strerror}") from None
 
 
-def refuse_overwriting(option: str, output: Path, inputs: Iterable[Path]) -> None:
-    """Raises a UserError if the output is one of the inputs or lies in an input folder.
+def require_output(option: str, output: Path, inputs: Iterable[Path]) -> None:
+    """Checks that a file can be written, without changing anything.
 
     Args:
         option: the option that gave `output`, for the message.
+
+    Raises:
+        UserError: it is a folder, one of the inputs, in an input folder, or in a folder that cannot be written to.
     """
-    if not output.exists():
-        return
-    if any(output.samefile(path) or path.resolve() in output.resolve().parents for path in inputs):
+    if output.is_dir():
+        raise UserError(f"{option} {output}: is a folder, a file name is expected")
+    if output.exists() and any(output.samefile(path) or path.resolve() in output.resolve().parents for path in inputs):
         raise UserError(f"{option} {output}: is one of the inputs; give another name")
+    require_writable(output.parent, option, create=False)
 
 
 def require_suffix(option: str, path: Path, suffix: str) -> None:

@@ -15,8 +15,9 @@ from pathlib import Path
 from hunyuan_model.checkpoints import read_vae_config
 from modules.generation.options import GenerationOptions
 from modules.generation.outputs import Job, OutputFolder, load_latents, sampled_stem
-from modules.generation.requests import Request, parse_line
+from modules.generation.requests import LINE_HELP, Request, parse_line
 from modules.generation.settings import video_settings
+from modules.generation.source_pixels import check_sources
 from modules.generation.variants import request_for_dit
 from utils.errors import UserError
 from utils.processes import process_share
@@ -61,22 +62,34 @@ def unfinished_jobs(options: GenerationOptions, requests: Sequence[Request], typ
 
 
 def interactive_jobs(options: GenerationOptions) -> Iterator[Job]:
-    """Reads a prompt from the terminal whenever the next job is asked for; an empty line or the end of input ends."""
-    print("prompt with options (A cat --w 960 --h 544 --d 42), an empty line ends")
-    for index, line in enumerate(iter(_next_line, "")):
+    """Reads a prompt from the terminal whenever the next job is asked for, until `exit` or the end of input.
+
+    An empty line asks again, and `help` lists the options of a line.
+    """
+    print("a prompt with options (A cat --w 960 --h 544 --d 42); help lists the options, exit ends")
+    index = 0
+    for line in iter(_next_line, None):
+        if line in ("", "help"):
+            print(LINE_HELP if line else "type a prompt, help or exit")
+            continue
         try:
-            job = new_job(options, options.prompt.valid(parse_line(line, options.prompt.request())), index)
+            request = options.prompt.valid(parse_line(line, options.prompt.request()))
+            check_sources([request])
+            job = new_job(options, request, index)
         except UserError as error:
             print(f"error: {error}", file=sys.stderr)
             continue
+        index += 1
         yield job
 
 
-def _next_line() -> str:
+def _next_line() -> str | None:
+    """What was typed; None at the end: `exit`, `quit` or the end of input."""
     try:
-        return input("> ").strip()
+        line = input("> ").strip()
     except EOFError:
-        return ""
+        return None
+    return None if line in ("exit", "quit") else line
 
 
 def saved_latent_jobs(options: GenerationOptions) -> list[Job]:

@@ -9,8 +9,8 @@ from hunyuan_model import attention, checkpoints
 from hunyuan_model.block_swap import enable_block_swap, offload_embedders
 from hunyuan_model.checkpoints.identification import CLIP, DIT, LLM, VAE, identify
 from hunyuan_model.models import HYVideoDiffusionTransformer
-from hunyuan_model.quantization import use_fp8_matmul
-from modules.blocks.compilation import compile_blocks
+from hunyuan_model.quantization import require_fp8_matmul, use_fp8_matmul
+from modules.blocks.compilation import compile_blocks, require_backend
 from modules.blocks.step_cache import StepCache, apply_step_cache
 from modules.generation.lazy_model import LazyModel
 from modules.generation.options import GenerationOptions
@@ -20,12 +20,17 @@ from networks.merging import match_loras, weight_changes
 from utils.device_utils import DTYPES, default_dtype, own_device
 
 
-def check_model_files(options: GenerationOptions) -> None:
-    """Reads the header of every model file and every LoRA, so that a wrong file is found before a model is loaded.
+def check_models(options: GenerationOptions) -> None:
+    """Finds before a model is loaded what would fail later: it reads the header of every model file and LoRA.
 
     Raises:
-        UserError: a file is not what its option expects, or a LoRA does not fit the DiT.
+        UserError: a file is not what its option expects, a LoRA does not fit the DiT, PyTorch does not have the
+            --compile_backend, or the device cannot do --fp8_fast.
     """
+    if options.samples and options.compile.compile:
+        require_backend(options.compilation().compile_backend)
+    if options.samples and options.speed.fp8_fast:
+        require_fp8_matmul(own_device(options.device.device))
     text = options.text
     for path, part in (
         (options.dit.dit, DIT),

@@ -19,7 +19,7 @@ from modules.options import (
 )
 from utils.cli import one_value_each, option
 from utils.errors import UserError
-from utils.files import refuse_overwriting, require_suffix
+from utils.files import require_output, require_suffix, require_writable
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,8 +52,11 @@ class PromptOptions:
     )
     flow_shift: float = option(7.0, help="flow shift; 7 is good for 50 steps, 17 for fewer than 20", minimum=1e-6)
     video_path: Path | None = option(None, help="video to start from (video to video)", path="file")
-    strength: float = option(
-        0.8, help="share of the denoising steps that are run on that video, above 0 and up to 1", minimum=0, maximum=1
+    strength: float | None = option(
+        None,
+        help="share of the denoising steps that are run on that video, above 0 and up to 1; unset: 0.8",
+        minimum=0,
+        maximum=1,
     )
     image_path: Path | None = option(None, help="first frame, for SkyReels-V1-I2V (32 input channels)", path="file")
     strict: bool = option(
@@ -66,6 +69,8 @@ class PromptOptions:
             raise UserError(f"{' and '.join(sources)} exclude each other; give one")
         if self.strength == 0:
             raise UserError("--strength 0 would not change the video; give a number above 0")
+        if self.strength is not None and self.prompt and not self.video_path:
+            raise UserError("--strength needs a video to start from; give --video_path")
         if self.seed is not None and self.seed >= 2**63:
             raise UserError(f"--seed {self.seed}: seeds are below 2^63")
 
@@ -84,13 +89,15 @@ class PromptOptions:
             flow_shift=self.flow_shift,
             fps=self.fps or Request.fps,
             video_path=None if self.video_path is None else str(self.video_path),
-            strength=self.strength,
+            strength=Request.strength if self.strength is None else self.strength,
             image_path=None if self.image_path is None else str(self.image_path),
         )
 
     def requests(self) -> list[Request]:
         """The videos to make, with valid sizes; prints a warning for each value that was rounded."""
         requests = [self.request()] if self.from_file is None else read_prompt_file(self.from_file, self.request())
+        if self.strength is not None and not any(request.video_path for request in requests):
+            raise UserError(f"--strength needs a video to start from; no line of {self.from_file} has a video_path")
         return [self.valid(request, f"video {index}: ") for index, request in enumerate(requests, start=1)]
 
     def valid(self, request: Request, place: str = "") -> Request:
@@ -226,8 +233,7 @@ class GenerationOptions:
             self._check_merging()
             return
         require(self.output, "save_path")
-        if self.output.save_path.exists() and not self.output.save_path.is_dir():
-            raise UserError(f"--save_path {self.output.save_path}: is a file, a folder is expected")
+        require_writable(self.output.save_path, "--save_path", create=False)
         if self.output.latent_path:
             require(self.vae, "vae")
             if self.output.output_type == "latent":
@@ -247,7 +253,7 @@ class GenerationOptions:
     def _check_merging(self) -> None:
         require(self.dit, "dit")
         output, speed = self.lora.save_merged_model, self.speed
-        refuse_overwriting("--save_merged_model", output, [self.dit.dit, *self.lora.lora_weight])
+        require_output("--save_merged_model", output, [self.dit.dit, *self.lora.lora_weight])
         others = {"compare": self.lora.compare, "dry_run": speed.dry_run, "vram_gb": speed.vram_gb is not None}
         for name in (name for name, given in others.items() if given):
             raise UserError(f"--save_merged_model writes a model and stops; leave --{name} out")

@@ -4,7 +4,9 @@ Latents are saved before the VAE is loaded. A job that fails does not stop the o
 """
 
 import contextlib
+import errno
 import functools
+import os
 import sys
 import time
 import traceback
@@ -34,6 +36,7 @@ from utils.errors import UserError, one_line
 # What a user can do when memory runs out.
 ENCODING_ADVICE = "use --vae_chunk_size, --vae_tiling or a smaller size"
 SAMPLING_ADVICE = "use --blocks_to_swap, --fp8, --split_uncond, a smaller size or fewer frames"
+FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 
 
 class Pipeline:
@@ -128,7 +131,11 @@ class Pipeline:
 
     @contextlib.contextmanager
     def _noting_failure(self, job: Job) -> Iterator[None]:
-        """For one phase of one job: measures its time, and turns an exception into a note in `failures`."""
+        """For one phase of one job: measures its time, and turns an exception into a note in `failures`.
+
+        Raises:
+            UserError: the disk is full or read-only, so that no other job could be saved either.
+        """
         start = time.monotonic()
         try:
             yield
@@ -140,6 +147,12 @@ class Pipeline:
             self.failures[job.stem] = one_line(error)
             print(f"failed: {job.stem}: {self.failures[job.stem]}", file=sys.stderr)
             release_memory(self.device)
+            if getattr(error, "errno", None) in FULL_DISK:
+                folder = self.outputs.folder
+                raise UserError(
+                    f"{folder}: {os.strerror(error.errno)}; stopped, because no other file could be saved; make room "
+                    "and run the same command again"
+                ) from error
         self.seconds[job.stem] = self.seconds.get(job.stem, 0.0) + time.monotonic() - start
 
     def _encode_prompts(self, jobs: Iterable[Job]) -> dict[str, Conditioning]:

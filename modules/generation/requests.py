@@ -89,6 +89,11 @@ KEYS = {
     "i": "image_path",
     "image_path": "image_path",
 }
+LINE_HELP = """A prompt, then any of these options; what is not given is taken from the command line:
+  --w, --h pixels, multiples of 16     --f frames, 4n + 1             --fps frames per second
+  --d seed                             --s denoising steps            --fs flow shift
+  --g embedded guidance                --l classifier-free guidance   --n negative prompt
+  --i first frame (image)              --video_path, --strength       a video to start from"""
 OTHER_MODELS = {"ei": "end image", "cn": "control video", "ci": "control image", "of": "one-frame options"}
 _TYPES = {field.name: field.type for field in dataclasses.fields(Request)}
 _MINIMUM = {"width": 1, "height": 1, "frames": 1, "seed": 0, "guidance": 0, "cfg_scale": 0, "fps": 1, "strength": 0}
@@ -117,6 +122,8 @@ def request_from(values: Mapping[str, object], defaults: Request, dashes: str = 
     request = dataclasses.replace(defaults, **fields)
     if not request.prompt:
         raise UserError("there is no prompt")
+    if "strength" in fields and request.video_path is None:
+        raise UserError(f"{dashes}strength needs a video to start from; give {dashes}video_path")
     return request
 
 

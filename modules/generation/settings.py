@@ -44,8 +44,10 @@ def video_settings(options: GenerationOptions, request: Request) -> dict[str, ob
         "strength": request.strength,
         "image_path": request.image_path,
     }
-    unused = {"strength"} if request.video_path is None else set()
-    return settings | {name: value for name, value in own.items() if value not in (None, "") and name not in unused}
+    settings |= {name: value for name, value in own.items() if value not in (None, "")}
+    if request.video_path is None:
+        settings.pop("strength")
+    return settings
 
 
 def parse_generation_options(description: str, argv: Sequence[str] | None = None) -> GenerationOptions:

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 from itertools import islice
+from operator import attrgetter
 from pathlib import Path
 
 import numpy as np
@@ -30,15 +31,41 @@ def source_pixels(request: Request) -> tuple[Tensor | None, Tensor | None]:
     if request.video_path is not None:
         # Each frame is resized before the next is decoded: at full size, 129 frames of 4K are 3 GB.
         video = fitted(frame for frame, _ in islice(iterate_frames(request.video_path), request.frames))
-        found = video.shape[1]
-        if found < request.frames:
-            raise UserError(
-                f"{request.video_path}: {found} frames, --video_length {request.frames} needs more; "
-                f"the longest is {(found - 1) // 4 * 4 + 1}"
-            )
+        _require_frames(request, video.shape[1])
     if request.image_path is not None:
-        try:
-            image = fitted([load_image(Path(request.image_path))])
-        except MediaError as error:
-            raise UserError(f"{request.image_path}: {error}") from None
+        image = fitted([_image(request.image_path)])
     return video, image
+
+
+def check_sources(requests: Iterable[Request]) -> None:
+    """Decodes the video and the image of every request, so that a wrong file is found before a model is loaded.
+
+    Raises:
+        UserError: a file cannot be decoded, or a video is too short.
+    """
+    images, longest = set(), {}
+    for request in requests:
+        images.add(request.image_path)
+        if request.video_path is not None:
+            longest[request.video_path] = max(
+                request, longest.get(request.video_path, request), key=attrgetter("frames")
+            )
+    for path in images - {None}:
+        _image(path)
+    for path, request in longest.items():
+        _require_frames(request, sum(1 for _ in islice(iterate_frames(path), request.frames)))
+
+
+def _require_frames(request: Request, found: int) -> None:
+    if found < request.frames:
+        raise UserError(
+            f"{request.video_path}: {found} frames, --video_length {request.frames} needs more; "
+            f"the longest is {(found - 1) // 4 * 4 + 1}"
+        )
+
+
+def _image(path: str) -> np.ndarray:
+    try:
+        return load_image(Path(path))
+    except MediaError as error:
+        raise UserError(f"{path}: {error}") from None

@@ -1,5 +1,6 @@
 """hv_generate_video.py at its limits: wrong invocations, and processes that are killed in the middle."""
 
+import importlib
 import json
 import random
 import subprocess
@@ -33,9 +34,12 @@ def invocations(tmp_path: Path, models: dict[str, str]) -> list[tuple[list[str],
     """Wrong command lines and what the answer must contain."""
     (tmp_path / "file").write_text("")
     (tmp_path / "bad.txt").write_text("A cat --size 5\n")
+    (tmp_path / "cat.txt").write_text("A cat\n")
     (tmp_path / "size.txt").write_text("A cat --w 50\n")
     (tmp_path / "lora.safetensors").write_bytes(b"x")
     (tmp_path / "bad.toml").write_text('promt = "A cat"\n')
+    folder = tmp_path / "folder"
+    folder.with_suffix(".safetensors").mkdir()
     file, lora = str(tmp_path / "file"), str(tmp_path / "lora.safetensors")
     paths = [word for name, path in models.items() for word in (f"--{name}", str(path))]
     base = [*paths, "--save_path", str(tmp_path / "out")]
@@ -55,6 +59,8 @@ def invocations(tmp_path: Path, models: dict[str, str]) -> list[tuple[list[str],
         ([*cat, "--flow_shift", "0"], "--flow_shift"),
         ([*cat, "--strength", "0"], "--strength 0"),
         ([*cat, "--strength", "1.5"], "--strength: 1.5 is too large"),
+        ([*cat, "--strength", "0.5"], "--strength needs a video to start from; give --video_path"),
+        ([*base, "--from_file", str(tmp_path / "cat.txt"), "--strength", "0.5"], "no line of"),
         ([*cat, "--dit", "nowhere.pt"], "--dit: nowhere.pt: no such file"),
         ([*cat, "--video_path", "nowhere.mp4"], "nowhere.mp4: no such file"),
         ([*cat, "--lora_weight", "nowhere.safetensors"], "nowhere.safetensors: no such file"),
@@ -74,6 +80,10 @@ def invocations(tmp_path: Path, models: dict[str, str]) -> list[tuple[list[str],
         ),
         ([*cat, "--promt", "cat"], "unknown option --promt (did you mean '--prompt'?)"),
         ([*cat, "--save_path", file], "is a file, a folder is expected"),
+        ([*cat, "--save_path", "/proc/out"], "--save_path /proc/out: cannot be written to"),
+        ([*cat, "--save_path", f"{file}/out"], "is a file, a folder is expected"),
+        (["--dit", lora, "--save_merged_model", "/proc/x.safetensors"], "/proc: cannot be written to"),
+        (["--dit", lora, "--save_merged_model", f"{folder}.safetensors"], "is a folder, a file name is expected"),
         ([*cat, "--config_file", str(tmp_path / "bad.toml")], "unknown option 'promt' (did you mean 'prompt'?)"),
         ([*base, "--from_file", str(tmp_path / "bad.txt")], "bad.txt: line 1: unknown option --size"),
         ([*base, "--from_file", str(tmp_path / "size.txt"), "--strict"], "width 50 is not a multiple of 16"),
@@ -107,6 +117,63 @@ def test_wrong_invocations_are_one_line_before_anything_is_loaded(tiny_models, t
         assert stderr.count("\n") == 1, stderr
         assert complaint in stderr, (argv, stderr)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("script", "words", "option"),
+    [
+        ("convert_lora", ["--input={lora}", "--target=other"], "--output"),
+        ("merge_lora", ["--dit={lora}", "--lora_weight={lora}"], "--save_merged_model"),
+        ("lora_tool", ["merge", "{lora}", "{lora}"], "--output_file"),
+        ("lora_tool", ["resize", "{lora}", "--rank=2"], "--output_file"),
+        ("lora_tool", ["ema", "{lora}", "{lora}"], "--output_file"),
+        ("lora_tool", ["extract", "--base={lora}", "--tuned={lora}", "--rank=2"], "--output_file"),
+        ("lora_tool", ["info", "{lora}"], "--png"),
+        ("cache_latents", ["--dataset_config={lora}", "--vae={lora}", "--debug_mode=html"], "--debug_output"),
+    ],
+)
+def test_an_output_that_cannot_be_written_is_found_before_an_input_is_read(
+    tmp_path, monkeypatch, script, words, option
+):
+    """The input is no LoRA and no model, which would be the next complaint."""
+    from utils.errors import UserError
+
+    (tmp_path / "file").write_text("")
+    (tmp_path / "x.safetensors").write_bytes(b"x")
+    words = [word.format(lora=tmp_path / "x.safetensors") for word in words]
+    for output, complaint in (
+        ("/proc/out.safetensors", "/proc: cannot be written to"),
+        (tmp_path / "file" / "below.safetensors", "is a file, a folder is expected"),
+        (tmp_path, "a folder|ends in .safetensors"),
+    ):
+        monkeypatch.setattr(sys, "argv", [f"{script}.py", *words, f"{option}={output}"])
+        with pytest.raises(UserError, match=f"^{option} .*{complaint}"):
+            importlib.import_module(script).main()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "x.safetensors"]
+
+
+def test_a_full_disk_stops_the_batch(generate, tmp_path, monkeypatch, capfd):
+    """The second of three lines cannot be saved. The third is not sampled, and the next run makes both."""
+    from modules.generation.outputs import OutputFolder
+    from utils.errors import UserError
+
+    prompts, save, saved = tmp_path / "prompts.txt", OutputFolder.save_latents, []
+    prompts.write_text("cat --d 1\ncat --d 2\ncat --d 3\n")
+
+    def filling(self, job, latents):
+        saved.append(job.request.seed)
+        if job.request.seed == 2:
+            raise OSError(28, "No space left on device", "x.safetensors")
+        save(self, job, latents)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(OutputFolder, "save_latents", filling)
+        with pytest.raises(UserError, match=r"out: No space left on device; stopped, .* run the same command again"):
+            generate("--from_file", prompts, "--output_type=latent")
+    assert saved == [1, 2]
+    out = generate("--from_file", prompts, "--output_type=latent")
+    assert sorted(path.name.split("_")[2] for path in out.iterdir()) == ["1", "2", "3"]
+    assert "1 of 3 prompts are finished" in capfd.readouterr().out
 
 
 def test_the_settings_of_a_strangers_file_say_what_to_make_and_nothing_else(tiny_models, tmp_path):
@@ -163,6 +230,53 @@ def test_a_file_of_the_wrong_kind_is_found_before_a_model_is_loaded(tiny_models,
     monkeypatch.setattr(sys, "argv", ["hv_generate_video.py", *words])
     with pytest.raises(UserError, match=r"wan\.safetensors: .* HunyuanVideo"):
         hv_generate_video.main()
+
+
+def write_sources(folder: Path) -> None:
+    import torch
+
+    from utils.video_io import save_video
+
+    (folder / "no.mp4").write_bytes(b"no video")
+    (folder / "no.png").write_bytes(b"no picture")
+    save_video(torch.rand(3, 4, 32, 48), folder / "short.mp4", 24)
+    (folder / "lines.txt").write_text(f"cat\ncat --video_path {folder / 'no.mp4'}\n")
+
+
+@pytest.mark.parametrize(
+    ("words", "complaint"),
+    [
+        (["--prompt=cat", "--video_path={}/no.mp4"], r"no\.mp4: cannot be read as a video"),
+        (["--prompt=cat", "--video_path={}/short.mp4"], r"short\.mp4: 4 frames, .* the longest is 1"),
+        (["--prompt=cat", "--image_path={}/no.png"], r"no\.png: "),
+        (["--from_file={}/lines.txt"], r"no\.mp4: cannot be read as a video"),
+        (["--prompt=cat", "--compile", "--compile_backend=inducktor"], "backend inducktor: unknown .*'inductor'"),
+        (
+            ["--prompt=cat", "--compile", "--compile_args", "inducktor", "default", "auto", "false"],
+            "inducktor: unknown",
+        ),
+        (["--prompt=cat", "--fp8", "--fp8_fast"], "--fp8_fast: cpu has no float8"),
+    ],
+)
+def test_what_would_fail_later_is_found_before_a_model_is_loaded(generate, tmp_path, monkeypatch, words, complaint):
+    import hunyuan_model.checkpoints
+    from utils.errors import UserError
+
+    write_sources(tmp_path)
+    monkeypatch.setattr("hunyuan_model.quantization.has_fp8_matmul", lambda device: False)
+    for loader in ("load_dit", "load_vae", "load_text_encoder_1", "load_text_encoder_2"):
+        monkeypatch.setattr(hunyuan_model.checkpoints, loader, lambda *_: pytest.fail("a model was loaded"))
+    with pytest.raises(UserError, match=complaint):
+        generate(*(word.format(tmp_path) for word in words))
+
+
+def test_interactive_asks_again_when_the_video_is_none(generate, tmp_path, monkeypatch, capfd):
+    write_sources(tmp_path)
+    lines = iter([f"cat --video_path {tmp_path / 'no.mp4'}", "exit"])
+    monkeypatch.setattr("builtins.input", lambda prompt: next(lines))
+    generate("--interactive")
+    assert "no.mp4: cannot be read as a video" in capfd.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.slow

@@ -48,6 +48,7 @@ def test_a_line_of_options_takes_the_prompt_of_the_defaults():
         ("cat --d 9223372036854775808", "2.63"),
         ("cat --d 1 --seed 2", "--seed is given twice"),
         ("cat --strength 1.5", "up to 1"),
+        ("cat --strength 0.5", "--strength needs a video to start from; give --video_path"),
         ("cat --video_path nowhere.mp4", "no such file"),
         ("cat --ei end.png", "another model"),
         ("--w 32", "no prompt"),
