@@ -1,11 +1,12 @@
 """Writes weights in every layout in which the models are published, independently of the code that reads them.
 
-The DiT's names in diffusers and ComfyUI come from hunyuan_model/checkpoints/names.py. test_names.py checks
-them against diffusers' own class.
+ComfyUI's names of the DiT are written here a second time. Those of diffusers come from
+hunyuan_model/checkpoints/names.py, because test_names.py checks them against diffusers' own class.
 """
 
 import json
 import math
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +14,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from hunyuan_model.checkpoints.names import dit_from_official, dit_parts
+from hunyuan_model.checkpoints.names import dit_from_official
 
 Weights = dict[str, torch.Tensor]
 FP8 = torch.float8_e4m3fn
@@ -53,14 +54,45 @@ def write_shards(folder: Path, weights: Weights, stem: str, config: dict | None 
     return folder
 
 
+# What ComfyUI calls the parts of a name, from its model; the first that fits is replaced.
+_TO_COMFYUI = [
+    (r"(time_in|guidance_in|txt_in\.t_embedder)\.mlp\.0\.", r"\1.in_layer."),
+    (r"(time_in|guidance_in|txt_in\.t_embedder)\.mlp\.2\.", r"\1.out_layer."),
+    (r"txt_in\.c_embedder\.linear_1\.", "txt_in.c_embedder.in_layer."),
+    (r"txt_in\.c_embedder\.linear_2\.", "txt_in.c_embedder.out_layer."),
+    (r"\.self_attn_(qkv|proj)\.", r".self_attn.\1."),
+    (r"\.(img|txt)_attn_(qkv|proj)\.", r".\1_attn.\2."),
+    (r"\.(img|txt)_attn_q_norm\.weight", r".\1_attn.norm.query_norm.scale"),
+    (r"\.(img|txt)_attn_k_norm\.weight", r".\1_attn.norm.key_norm.scale"),
+    (r"^(single_blocks\.\d+)\.q_norm\.weight", r"\1.norm.query_norm.scale"),
+    (r"^(single_blocks\.\d+)\.k_norm\.weight", r"\1.norm.key_norm.scale"),
+    (r"\.(img_mod|txt_mod|modulation)\.linear\.", r".\1.lin."),
+    (r"\.(img_mlp|txt_mlp|mlp)\.fc1\.", r".\1.0."),
+    (r"\.(img_mlp|txt_mlp|mlp)\.fc2\.", r".\1.2."),
+]
+
+
+def comfyui_name(name: str) -> str:
+    """`double_blocks.0.img_attn_qkv.bias` -> `double_blocks.0.img_attn.qkv.bias`"""
+    for pattern, replacement in _TO_COMFYUI:
+        name, count = re.subn(pattern, replacement, name)
+        if count:
+            break
+    return name
+
+
+def comfyui_names(weights: Weights) -> Weights:
+    return {comfyui_name(name): tensor for name, tensor in weights.items()}
+
+
 DIT_LAYOUTS: dict[str, Callable[[Path, Weights], Path]] = {
     "official .pt, module": lambda folder, w: _pt(folder / "mp_rank_00_model_states.pt", {"module": w, "epoch": 3}),
     "bare .pt": lambda folder, w: _pt(folder / "dit.pt", w),
     ".pt, ema": lambda folder, w: _pt(folder / "dit.pt", {"ema": w}),
     "safetensors": lambda folder, w: _safetensors(folder / "dit.safetensors", w, {"format": "pt"}),
-    "ComfyUI": lambda folder, w: _safetensors(folder / "c.safetensors", dit_from_official(w, "ComfyUI")),
+    "ComfyUI": lambda folder, w: _safetensors(folder / "c.safetensors", comfyui_names(w)),
     "ComfyUI, model.model.": lambda folder, w: _safetensors(
-        folder / "hunyuan_video_t2v_720p_bf16.safetensors", prefixed(dit_from_official(w, "ComfyUI"), "model.model.")
+        folder / "hunyuan_video_t2v_720p_bf16.safetensors", prefixed(comfyui_names(w), "model.model.")
     ),
     "official, model.diffusion_model.": lambda folder, w: _safetensors(
         folder / "c.safetensors", prefixed(w, "model.diffusion_model.")
@@ -95,9 +127,9 @@ def _official_fp8(folder: Path, stored: Weights, scales: dict[str, float]) -> Pa
 
 
 def _comfyui_fp8(folder: Path, stored: Weights, scales: dict[str, float]) -> Path:
-    weights = dit_from_official(stored, "ComfyUI")
+    weights = comfyui_names(stored)
     for name, scale in scales.items():
-        (renamed,) = dit_parts(name, "ComfyUI")
+        renamed = comfyui_name(name)
         weights[f"{renamed.removesuffix('.weight')}.scale_weight"] = torch.tensor(scale)
         weights[f"{renamed.removesuffix('.weight')}.scale_input"] = torch.tensor(1.0)
     weights["scaled_fp8"] = torch.empty(2, dtype=FP8)

@@ -16,6 +16,7 @@ from hunyuan_model.checkpoints.names import (
 )
 from hunyuan_model.models import HunyuanVideoConfig, HYVideoDiffusionTransformer
 from tests.conftest import ROOT
+from tests.hunyuan_model.model_layouts import comfyui_name
 
 Weights = dict[str, torch.Tensor]
 
@@ -101,6 +102,11 @@ COMFYUI_DIT = {
     "single_blocks.39.modulation.linear.bias": "single_blocks.39.modulation.lin.bias",
     "final_layer.adaLN_modulation.1.weight": "final_layer.adaLN_modulation.1.weight",
 }
+
+
+def test_every_comfyui_name_is_that_of_a_second_table() -> None:
+    names = list(dit_shapes(depth_double=2, depth_single=2))
+    assert {name: dit_parts(name, "ComfyUI") for name in names} == {name: (comfyui_name(name),) for name in names}
 
 
 @pytest.mark.parametrize(("official", "theirs"), COMFYUI_DIT.items())
