@@ -91,7 +91,7 @@ class Machine:
 
 
 def cases() -> list[Case]:
-    """Every shape without memory savings, and with those that its users need."""
+    """Every shape without memory savings, and with the savings that users of this shape need."""
     stills = [Case("image 960x544", fp8, kind, 0) for fp8 in (False, True) for kind in KINDS]
     swaps = [Case(shape, fp8, "full", swap) for shape in SHAPES for fp8 in (False, True) for swap in (0, 20, 36)]
     return list(dict.fromkeys(stills + swaps))

@@ -5,8 +5,8 @@
 A LoRA on a DiT of 2 double and 4 single blocks of hidden size 2048 takes two steps with AdamW. The result is VmHWM, the
 peak of the resident memory, minus VmRSS before the model is made. Linux only.
 
-malloc is set to return memory to the system as soon as a tensor is freed. By default it keeps up to half as much again
-as the prediction. The planner does not know the workspace of matrix products. With fp8 weights, everything else is
+malloc is set to return memory to the system as soon as a tensor is freed. By default it keeps freed memory, up to half
+of the prediction. The planner does not know the workspace of matrix products. With fp8 weights, everything else is
 float32, because torch makes hidden copies on a CPU, but not on a GPU, when it multiplies bfloat16 by float32.
 """
 

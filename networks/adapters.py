@@ -149,7 +149,7 @@ class AdapterNetwork(nn.Module):
             try:
                 adapters[name] = module_type.from_tensors(target, own, multiplier)
             except KeyError:
-                raise UserError(f"{module}: has {', '.join(own)}: give the --network_module of its kind") from None
+                raise UserError(f"{module}: has {', '.join(own)}: give the --network_module that made it") from None
         network = cls(adapters)
         network.load_native(tensors, "weights")
         return network

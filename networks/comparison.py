@@ -58,7 +58,7 @@ def worst_difference(first: LoraWeights, second: LoraWeights, source: str) -> tu
     unmatched = {name for name in unmatched if (first.modules | second.modules)[name].delta_weight().any()}
     if unmatched:
         raise UserError(
-            f"{source}: differs in {len(unmatched)} modules from what was to be written, such as {min(unmatched)}"
+            f"{source}: {len(unmatched)} modules are missing in it or in the original, such as {min(unmatched)}"
         )
     both = first.modules.keys() & second.modules.keys()
     differences = [(relative_difference(first.modules[name], second.modules[name]), name) for name in both]

@@ -234,9 +234,11 @@ def _shards(index: Path) -> list[Path]:
         names = sorted(set(json.loads(read_text(index, "index of shards"))["weight_map"].values()))
     except (ValueError, KeyError, AttributeError, TypeError):
         raise UserError(f"{index}: not an index of shards") from None
+    if not names:
+        raise UserError(f"{index}: lists no shards")
     missing = [name for name in names if not (index.parent / name).is_file()]
-    if missing or not names:
-        raise UserError(f"{index}: {len(missing)} of {len(names)} shards are missing, the first is {missing[:1]}")
+    if missing:
+        raise UserError(f"{index}: {len(missing)} of {len(names)} shards are missing, the first is {missing[0]}")
     return [index.parent / name for name in names]
 
 

@@ -156,7 +156,7 @@ def read_settings(path: Path) -> dict[str, object]:
     else:
         settings = read_metadata(path)
     if settings is None:
-        raise UserError(f"{path}: carries no settings of hv_generate_video.py (was it made with --no_metadata?)")
+        raise UserError(f"{path}: holds no settings of hv_generate_video.py (was it made with --no_metadata?)")
     return settings
 
 

@@ -220,4 +220,4 @@ class Pipeline:
         except Exception as error:
             reason = "out of memory" if is_out_of_memory(error) else one_line(error)
             command = decode_command(self.options, path)
-            raise UserError(f"decoding: {reason}; the latents are safe, decode later: {command}") from error
+            raise UserError(f"decoding: {reason}; the latents are saved, decode them later: {command}") from error

@@ -9,11 +9,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from hunyuan_model.vae_tiling import SPACE_COMPRESSION
 from modules.flow_matching import euler_step, initial_noise, interpolate, sigmas_for_steps
 from modules.generation.requests import Request
 from utils.errors import UserError
 
-SPATIAL_COMPRESSION = 8
 TIMESTEP_SCALE = GUIDANCE_SCALE = 1000.0  # models take sigma and embedded guidance times 1000
 
 Velocity = Callable[[Tensor, Tensor], Tensor]
@@ -96,7 +96,7 @@ def guided_in_one_batch(model: Velocity, scale: float) -> Velocity:
 
 def latent_shape(request: Request, channels: int) -> tuple[int, int, int, int, int]:
     """(1, C, f, h, w) of a request's latents."""
-    height, width = request.height // SPATIAL_COMPRESSION, request.width // SPATIAL_COMPRESSION
+    height, width = request.height // SPACE_COMPRESSION, request.width // SPACE_COMPRESSION
     return 1, channels, request.latent_frames, height, width
 
 

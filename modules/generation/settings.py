@@ -93,7 +93,7 @@ def _words(path: Path, settings: Mapping[str, object], argv: Sequence[str]) -> l
             words.append(f"--{name}")
         elif isinstance(value, list):
             if any(isinstance(item, str) and item.startswith("-") for item in value):
-                raise UserError(f"{path}: its setting {name} = {value} is not what hv_generate_video.py writes")
+                raise UserError(f"{path}: hv_generate_video.py did not write its setting {name} = {value}")
             words += [f"--{name}", *map(str, value)]
         else:
             words.append(f"--{name}={value}")

@@ -21,7 +21,7 @@ def request_for_dit(request: Request, dit: DitOptions) -> Request:
     """
     channels = dit_input_channels(dit.dit)
     if dit.dit_in_channels not in (None, channels):
-        raise UserError(f"--dit_in_channels {dit.dit_in_channels}: {dit.dit} has {channels}")
+        raise UserError(f"--dit_in_channels {dit.dit_in_channels}: {dit.dit} has {channels} input channels")
     if channels == SKYREELS_I2V_CHANNELS:
         if request.image_path is None:
             raise UserError(f"{dit.dit}: SkyReels-V1-I2V makes videos from an image; give --image_path")

@@ -146,7 +146,7 @@ def check_trained(run: TrainingSetup[FullTrainerOptions], shapes: Mapping[str, t
         check_tensors(run.state, {name: shapes[name] for name in names})
         if run.validation_set is not None and run.progress.base_validation_loss is None:
             raise UserError(
-                f"--resume: {run.state} knows no validation loss from before training, and those weights are gone; "
+                f"--resume: {run.state} has no validation loss from before training, and it cannot be measured now; "
                 "resume without validation, or start a new run"
             )
 
@@ -169,7 +169,7 @@ def check_dtypes(options: FullTrainerOptions, autocast: str, has_frozen: bool) -
     if has_frozen and autocast == "no" and DTYPES[options.saved_dtype] != DTYPES[trained]:
         raise UserError(
             f"--dit_dtype {options.dit.dit_dtype}: the trained weights are {trained}; give --mixed_precision bf16, "
-            "with which both compute together"
+            "so that both can be in one model"
         )
 
 

@@ -244,7 +244,7 @@ class Trainer:
         if progress.nonfinite_in_a_row >= self.options.training.max_nonfinite_steps:
             raise UserError(
                 f"{progress.nonfinite_in_a_row} steps in a row were not finite (--max_nonfinite_steps), the last with "
-                f"{names}; check --dit and these caches, or lower --learning_rate; saved checkpoints are good"
+                f"{names}; check --dit and these caches, or lower --learning_rate; saved checkpoints are intact"
             )
 
     def begin(self) -> None:

@@ -317,7 +317,7 @@ def read_dit_config(options: TrainerOptions, train_set: TrainingDataset) -> Huny
     config = checkpoints.read_dit_config(path)
     channels = options.dit.dit_in_channels
     if channels is not None and channels != config.in_channels:
-        raise UserError(f"--dit_in_channels {channels}: {path} has {config.in_channels}")
+        raise UserError(f"--dit_in_channels {channels}: {path} has {config.in_channels} input channels")
     latent_channels = batch.latents.shape[1]
     if config.in_channels not in (latent_channels, 2 * latent_channels):
         raise UserError(

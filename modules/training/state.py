@@ -210,14 +210,14 @@ def _check_classes(options: TrainerOptions, saved: Mapping[str, Any], state: Pat
     kind = OptimizerOptions(optimizer_type=saved.get("optimizer_type", "")).path
     if options.optimizer.path != kind:
         raise UserError(
-            f"--optimizer_type {options.optimizer.path}: the state {state} is of {kind}; give that, or start a new run "
-            "from its checkpoint"
+            f"--optimizer_type {options.optimizer.path}: the state {state} was saved with {kind}; give that, or start "
+            "a new run from its checkpoint"
         )
     schedule = saved.get("lr_scheduler_type") or saved.get("lr_scheduler")
     if options.scheduler.description != schedule:
         raise UserError(
-            f"--lr_scheduler {options.scheduler.description}: the state {state} is of {schedule}; give that, or start "
-            "a new run from its checkpoint"
+            f"--lr_scheduler {options.scheduler.description}: the state {state} was saved with {schedule}; give that, "
+            "or start a new run from its checkpoint"
         )
 
 

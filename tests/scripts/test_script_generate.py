@@ -223,12 +223,12 @@ def test_a_failed_decode_keeps_the_latents_and_tells_the_command(generate, monke
     with monkeypatch.context() as patch:
         patch.setattr(AutoencoderKLCausal3D, "decode", always)
         with pytest.raises(
-            UserError, match="out of memory; the latents are safe, decode later: python hv_gen"
+            UserError, match="out of memory; the latents are saved, decode them later: python hv_gen"
         ) as error:
             generate("--prompt=cat", "--seed=1", "--vae_chunk_size=8", "--vae_tiling", "--vae_dtype=float32")
     latents = only(tmp_path / "out", "*")
     assert str(error.value).count(str(latents)) == 1
-    command = str(error.value).split("decode later: python hv_generate_video.py ")[1].split()
+    command = str(error.value).split("decode them later: python hv_generate_video.py ")[1].split()
     assert {"--vae_chunk_size", "8", "--vae_dtype", "--vae_spatial_tile_sample_min_size", "--device"} <= set(command)
     monkeypatch.setattr(sys, "argv", ["hv_generate_video.py", *command])
     import hv_generate_video

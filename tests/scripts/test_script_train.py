@@ -229,8 +229,8 @@ def state(world, dit, tmp_path_factory):
     [
         (["--network_dim", 8], r"saved from another network: .*lora_down.weight is \(4, 64\) in the state"),
         (["--network_module", "networks.loha"], "saved from another network: .* is absent"),
-        (["--optimizer_type", "SGD"], r"--optimizer_type .*: the state .* is of torch\.optim\.AdamW"),
-        (["--optimizer_type", "AdamW8bit"], r"--optimizer_type .*: the state .* is of torch\.optim\.AdamW"),
+        (["--optimizer_type", "SGD"], r"--optimizer_type .*: the state .* was saved with torch\.optim\.AdamW"),
+        (["--optimizer_type", "AdamW8bit"], r"--optimizer_type .*: the state .* was saved with torch\.optim\.AdamW"),
     ],
 )
 def test_a_state_of_another_run_is_refused(world, dit, state, tmp_path, words, message):

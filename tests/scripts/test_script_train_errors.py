@@ -91,8 +91,8 @@ WRONG = {
     "an empty state": (["--resume", "{}/empty"], "empty: no train_state.json in it"),
     "an old state": (["--resume", "{}/old-state"], "old-state: state version 0"),
     "another seed": (["--resume", "{}/good/lora-state", "--seed", "8"], "--seed 8: the run in .* has seed 7"),
-    "another optimizer": (["--resume", "{}/good/lora-state", "--optimizer_type", "sgd"], "is of torch.optim.AdamW"),
-    "another schedule": (["--resume", "{}/good/lora-state", "--lr_scheduler", "cosine"], "is of constant; give that"),
+    "another optimizer": (["--resume", "{}/good/lora-state", "--optimizer_type", "sgd"], "with torch.optim.AdamW"),
+    "another schedule": (["--resume", "{}/good/lora-state", "--lr_scheduler", "cosine"], "with constant; give that"),
     "dim without weights": (["--dim_from_weights"], "--dim_from_weights needs --network_weights"),
     "dim from weights and arguments": (
         ["--dim_from_weights", "--network_weights", "{}/lora.safetensors", "--network_args", "rank_dropout=0.1"],

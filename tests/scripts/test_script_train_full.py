@@ -252,7 +252,7 @@ WRONG = {name: ([f"--{name}"], f"unknown option --{name}") for name in NOT_HERE}
         ["--resume", "{}/full-state", "--trainable_modules", "img_in"], "is \\(.*\\) in the state and absent here",
     ),
     "validation from a state without it": (
-        ["--resume", "{}/full-state", "--validation_split", "0.2"], "full-state knows no validation loss from before",
+        ["--resume", "{}/full-state", "--validation_split", "0.2"], "full-state has no validation loss from before",
     ),
 }  # fmt: skip
 
