@@ -28,7 +28,7 @@ def test_generation() -> None:
         "embedded_cfg_scale": 6.0,
         "guidance_scale": 1.0,
         "flow_shift": 7.0,
-        "strength": 0.8,
+        "strength": None,  # as in Request below
         "fps": None,
         "output_type": "video",
         "attn_mode": "torch",

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.platforms import needs_posix
+
 ROOT = Path(__file__).resolve().parents[2]
 
 # Runs main for each argv of stdin in one process: [exit code, stderr, whether torch was imported].
@@ -80,9 +82,7 @@ def invocations(tmp_path: Path, models: dict[str, str]) -> list[tuple[list[str],
         ),
         ([*cat, "--promt", "cat"], "unknown option --promt (did you mean '--prompt'?)"),
         ([*cat, "--save_path", file], "is a file, a folder is expected"),
-        ([*cat, "--save_path", "/proc/out"], "--save_path /proc/out: cannot be written to"),
         ([*cat, "--save_path", f"{file}/out"], "is a file, a folder is expected"),
-        (["--dit", lora, "--save_merged_model", "/proc/x.safetensors"], "/proc: cannot be written to"),
         (["--dit", lora, "--save_merged_model", f"{folder}.safetensors"], "is a folder, a file name is expected"),
         ([*cat, "--config_file", str(tmp_path / "bad.toml")], "unknown option 'promt' (did you mean 'prompt'?)"),
         ([*base, "--from_file", str(tmp_path / "bad.txt")], "bad.txt: line 1: unknown option --size"),
@@ -122,6 +122,7 @@ def test_wrong_invocations_are_one_line_before_anything_is_loaded(tiny_models, t
 @pytest.mark.parametrize(
     ("script", "words", "option"),
     [
+        ("hv_generate_video", ["--dit={lora}"], "--save_merged_model"),
         ("convert_lora", ["--input={lora}", "--target=other"], "--output"),
         ("merge_lora", ["--dit={lora}", "--lora_weight={lora}"], "--save_merged_model"),
         ("lora_tool", ["merge", "{lora}", "{lora}"], "--output_file"),
@@ -132,6 +133,7 @@ def test_wrong_invocations_are_one_line_before_anything_is_loaded(tiny_models, t
         ("cache_latents", ["--dataset_config={lora}", "--vae={lora}", "--debug_mode=html"], "--debug_output"),
     ],
 )
+@needs_posix
 def test_an_output_that_cannot_be_written_is_found_before_an_input_is_read(
     tmp_path, monkeypatch, script, words, option
 ):
@@ -150,6 +152,14 @@ def test_an_output_that_cannot_be_written_is_found_before_an_input_is_read(
         with pytest.raises(UserError, match=f"^{option} .*{complaint}"):
             importlib.import_module(script).main()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "x.safetensors"]
+
+
+@needs_posix
+def test_a_folder_for_videos_that_cannot_be_made_is_found_first(generate):
+    from utils.errors import UserError
+
+    with pytest.raises(UserError, match=r"^--save_path /proc/out: cannot be written to"):
+        generate("--prompt=cat", "--save_path=/proc/out")
 
 
 def test_a_full_disk_stops_the_batch(generate, tmp_path, monkeypatch, capfd):
