@@ -1,10 +1,17 @@
 """The denoising loop against diffusers' HunyuanVideoPipeline, and its own algebra."""
 
 import dataclasses
+from types import SimpleNamespace
 
 import pytest
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler, HunyuanVideoPipeline, HunyuanVideoTransformer3DModel
+from diffusers import (
+    DiffusionPipeline,
+    FlowMatchEulerDiscreteScheduler,
+    HunyuanSkyreelsImageToVideoPipeline,
+    HunyuanVideoPipeline,
+    HunyuanVideoTransformer3DModel,
+)
 
 from hunyuan_model.checkpoints.names import dit_from_official
 from hunyuan_model.models import HunyuanVideoConfig, HYVideoDiffusionTransformer
@@ -52,8 +59,9 @@ def encoded(seed: int, tokens: int) -> Conditioning:
     return Conditioning(torch.randn(1, 16, 48, generator=generator), mask, torch.randn(1, 24, generator=generator))
 
 
-def diffusers_pipeline(model: HYVideoDiffusionTransformer, shift: float) -> HunyuanVideoPipeline:
+def diffusers_transformer(model: HYVideoDiffusionTransformer) -> HunyuanVideoTransformer3DModel:
     transformer = HunyuanVideoTransformer3DModel(
+        in_channels=model.config.in_channels,
         num_attention_heads=2,
         attention_head_dim=32,
         num_layers=2,
@@ -65,13 +73,22 @@ def diffusers_pipeline(model: HYVideoDiffusionTransformer, shift: float) -> Huny
         guidance_embeds=True,
     ).eval()
     transformer.load_state_dict(dit_from_official(model.state_dict(), "diffusers"))
-    pipeline = HunyuanVideoPipeline(
+    return transformer
+
+
+def diffusers_pipeline(
+    model: HYVideoDiffusionTransformer,
+    shift: float,
+    cls: type[DiffusionPipeline] = HunyuanVideoPipeline,
+    vae: torch.nn.Module | None = None,
+) -> DiffusionPipeline:
+    pipeline = cls(
         text_encoder=None,
         tokenizer=None,
         text_encoder_2=None,
         tokenizer_2=None,
-        vae=None,
-        transformer=transformer,
+        vae=vae,
+        transformer=diffusers_transformer(model),
         scheduler=FlowMatchEulerDiscreteScheduler(shift=shift),
     )
     pipeline.set_progress_bar_config(disable=True)
@@ -127,6 +144,43 @@ def test_video_to_video_equals_diffusers_pipeline_from_the_same_sigma(model):
     )[0]
     assert (ours - theirs).norm() <= 1e-4 * theirs.norm()
     assert (ours - sample_latents(model, request, positive, device=CPU)).norm() > 0.1 * theirs.norm()
+
+
+class FixedVae(torch.nn.Module):
+    """A VAE with the same latents (1, 16, 1, 6, 4) for every picture."""
+
+    config = SimpleNamespace(scaling_factor=0.476986)
+    temporal_compression_ratio, spatial_compression_ratio, dtype, device = 4, 8, torch.float32, CPU
+
+    def encode(self, pixels):
+        return SimpleNamespace(latents=torch.randn(1, 16, 1, 6, 4, generator=torch.Generator().manual_seed(9)))
+
+
+def test_image_to_video_equals_diffusers_pipeline():
+    torch.manual_seed(0)
+    model = HYVideoDiffusionTransformer(dataclasses.replace(CONFIG, in_channels=32)).eval().requires_grad_(False)
+    for parameter in model.parameters():
+        parameter += 0.1 * torch.randn(parameter.shape)
+    request, positive, vae = dataclasses.replace(REQUEST, flow_shift=3.0), encoded(1, 11), FixedVae()
+    first = vae.encode(None).latents * 0.476986
+    image = torch.cat((first, torch.zeros(1, 16, 2, 6, 4)), dim=2)
+    ours = sample_latents(model, request, positive, device=CPU, image=image)
+    theirs = diffusers_pipeline(model, 3.0, HunyuanSkyreelsImageToVideoPipeline, vae)(
+        image=torch.zeros(1, 3, request.height, request.width),
+        height=request.height,
+        width=request.width,
+        num_frames=request.frames,
+        num_inference_steps=request.steps,
+        guidance_scale=request.guidance,
+        true_cfg_scale=1.0,
+        latents=initial_noise(latent_shape(request, 16), request.seed),
+        prompt_embeds=positive.text_states,
+        prompt_attention_mask=positive.text_mask,
+        pooled_prompt_embeds=positive.text_states_2,
+        output_type="latent",
+        return_dict=False,
+    )[0]
+    assert (ours - theirs).norm() <= 1e-4 * theirs.norm()
 
 
 def test_the_noise_of_a_seed_is_frozen():
