@@ -41,7 +41,7 @@ CLIP_MARKERS = ("<|startoftext|>", "<|endoftext|>")
 # The first of these that a tokenizer has is its padding token. Padding is masked, so the choice does not matter.
 PADDING = ("<pad>", "<|finetune_right_pad_id|>", "<|end_of_text|>", "<|endoftext|>")
 # diffusers' folders hold CLIP's tokenizer in an older form: two files, vocab.json and merges.txt.
-VOCABULARY_FILE = "vocab.json"
+VOCABULARY_FILE, MERGES_FILE = "vocab.json", "merges.txt"
 # This sentence is encoded and decoded to test a tokenizer.
 ROUND_TRIP = "a cat walks on the grass"
 
@@ -156,6 +156,11 @@ def find_tokenizer(model: str | Path, given: str | Path | None, repository: str)
     return _from_hub(model, repository)
 
 
+def tokenizer_files(path: Path) -> list[Path]:
+    """Every file that the tokenizer `path` of `find_tokenizer` is read from."""
+    return [path, path.with_name(MERGES_FILE)] if path.name == VOCABULARY_FILE else [path]
+
+
 def _in_folder(folder: Path) -> Path | None:
     return next((path for name in ("tokenizer.json", VOCABULARY_FILE) if (path := folder / name).is_file()), None)
 
@@ -176,7 +181,7 @@ def _load(path: Path) -> Tokenizer:
     text = read_text(path, "tokenizer")
     try:
         if path.name == VOCABULARY_FILE:
-            return clip_bpe_tokenizer(json.loads(text), _merges(path.with_name("merges.txt")))
+            return clip_bpe_tokenizer(json.loads(text), _merges(path.with_name(MERGES_FILE)))
         return Tokenizer.from_str(text)
     except UserError:
         raise

@@ -1,7 +1,8 @@
 """From requests to jobs: seeds are drawn, files are named, and what an earlier run has finished is left out.
 
 The files of a video begin with `{time}_{i}_{seed}`. A line of a prompt file adds `_{key}`, a hash of everything that
-decides how the video looks. By its key a later run with the same prompt file finds what is finished.
+decides how the video looks: contents of files, not their paths and times. By its key a later run with the same prompt
+file finds what is finished.
 """
 
 import dataclasses
@@ -9,20 +10,24 @@ import hashlib
 import random
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-from hunyuan_model.checkpoints import read_vae_config
+from hunyuan_model.checkpoints import identify, read_vae_config
+from hunyuan_model.tokenizers import CLIP_REPOSITORY, LLM_REPOSITORY, find_tokenizer, tokenizer_files
 from modules.generation.options import GenerationOptions
 from modules.generation.outputs import Job, OutputFolder, load_latents, sampled_stem
 from modules.generation.requests import LINE_HELP, Request, parse_line
 from modules.generation.settings import video_settings
 from modules.generation.source_pixels import check_sources
 from modules.generation.variants import request_for_dit
+from utils.content_hashes import ContentHashes
 from utils.errors import UserError
 from utils.processes import process_share
 
 KEY_LENGTH = 10
+HASHES = ".hashes.json"  # in --save_path, the hashes of large model files
 
 
 def new_job(
@@ -53,7 +58,9 @@ def unfinished_jobs(options: GenerationOptions, requests: Sequence[Request], typ
     """
     outputs = OutputFolder(options.output.save_path, options.output.output_type)
     rank, world = process_share()
-    keyed = list(enumerate(zip(requests, run_keys(requests, video_identity(typed)), strict=True)))[rank::world]
+    hashes = ContentHashes(options.output.save_path / HASHES)
+    keys = run_keys(requests, video_identity(typed, hashes), hashes)
+    keyed = list(enumerate(zip(requests, keys, strict=True)))[rank::world]
     found = outputs.by_key()
     pending = [(index, request, key) for index, (request, key) in keyed if not outputs.is_finished(key, found[key])]
     if len(pending) < len(keyed):
@@ -142,7 +149,7 @@ def stem(stamp: str, index: int, seed: int | None, key: str | None = None) -> st
     return "_".join(str(part) for part in (stamp, index, seed, key) if part is not None)
 
 
-def run_keys(requests: Sequence[Request], identity: object) -> list[str]:
+def run_keys(requests: Sequence[Request], identity: object, hashes: ContentHashes) -> list[str]:
     """A key for each line of a prompt file, the same in every run.
 
     Equal lines get different keys by their order. A line keeps its key when other lines are added or removed.
@@ -150,21 +157,37 @@ def run_keys(requests: Sequence[Request], identity: object) -> list[str]:
     Args:
         identity: everything else that decides how the videos look, such as model files; any object with a stable repr.
     """
-    keys, seen = [], {}
+    keys, seen = [], Counter()
     for request in requests:
-        seen[request] = seen.get(request, 0) + 1
-        line = repr((request, seen[request], identity))
-        keys.append(hashlib.sha256(line.encode()).hexdigest()[:KEY_LENGTH])
+        own = repr(_request_identity(request, hashes))
+        seen[own] += 1
+        line = repr((own, seen[own], identity))
+        keys.append(hashlib.sha256(line.encode(errors="surrogatepass")).hexdigest()[:KEY_LENGTH])
     return keys
 
 
-def video_identity(options: GenerationOptions) -> list[object]:
-    """Everything that decides how a video looks, except its request: some options, and size and date of model files.
+def _request_identity(request: Request, hashes: ContentHashes) -> Request:
+    """The request with only what decides its pixels: contents instead of paths, and nothing that is not used."""
+    unused = {"fps": 0} | ({"negative_prompt": ""} if request.cfg_scale == 1.0 else {})
+    sources = {name: path for name in ("video_path", "image_path") if (path := getattr(request, name)) is not None}
+    contents = {name: hashes.of(Path(path)) for name, path in sources.items()}
+    return dataclasses.replace(request, **unused, **contents)
+
+
+def video_identity(options: GenerationOptions, hashes: ContentHashes) -> list[object]:
+    """Everything that decides how a video looks, except its request: some options, and contents of model files.
 
     Options that only trade memory for time are left out.
     """
     dit, text, vae, lora, speed = options.dit, options.text, options.vae, options.lora, options.speed
-    files = [dit.dit, vae.vae, text.text_encoder1, text.text_encoder2, *lora.lora_weight]
-    states = [(str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns) for path in files if path]
+    models = [dit.dit, vae.vae, text.text_encoder1, text.text_encoder2]
+    checkpoints = [identify(path).checkpoint for path in models if path is not None]
+    contents = [([hashes.of(path) for path in checkpoint.paths], checkpoint.config) for checkpoint in checkpoints]
+    for model, given, repository in (
+        (text.text_encoder1, text.tokenizer1, LLM_REPOSITORY),
+        (text.text_encoder2, text.tokenizer2, CLIP_REPOSITORY),
+    ):
+        contents.append([hashes.of(path) for path in tokenizer_files(find_tokenizer(model, given, repository))])
     dtypes = [dit.dit_dtype, vae.vae_dtype, text.text_encoder_dtype, text.fp8_llm, speed.fp8, speed.fp8_fast]
-    return [states, dtypes, lora.merged(), lora.exclude_single_blocks, speed.step_cache]
+    loras = [(hashes.of(path), multiplier) for path, multiplier in lora.merged()]
+    return [contents, dtypes, loras, lora.exclude_single_blocks, speed.step_cache]
