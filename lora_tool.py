@@ -26,9 +26,11 @@ def main() -> None:
         hint = did_you_mean(command, list(COMMANDS))
         raise UserError(f"unknown command {command}{hint}; the commands are {', '.join(COMMANDS)}")
     words = expand_patterns(words)
-    if words and not words[0].startswith("-"):
-        words = ["--path", *words]
-    (options,) = parse_options(__doc__, COMMANDS[command], argv=words)
+    positional = bool(words) and not words[0].startswith("-")
+    try:
+        (options,) = parse_options(__doc__, COMMANDS[command], argv=["--path"] * positional + words)
+    except UserError as error:
+        raise UserError(str(error).removeprefix("--path: " if positional else "")) from None
 
     from networks import lora_commands
 

@@ -8,6 +8,7 @@ Before: hv_train_network.py wrote a LoRA. After: the merged file is a DiT for hv
 from dataclasses import dataclass
 from pathlib import Path
 
+from networks.files.format_table import MAX_MULTIPLIER
 from utils.cli import one_value_each, option, parse_options, print_table, run_script
 from utils.dtype_names import DTYPE_NAMES
 from utils.errors import UserError
@@ -21,7 +22,12 @@ class MergeOptions:
     dit: Path = option(help="DiT checkpoint in any layout, also fp8", path="any")
     dit_in_channels: int | None = option(None, help="input channels of the DiT; must agree with the file", minimum=1)
     lora_weight: list[Path] = option([], help="LoRA, LoHa or LoKr files in any format", path="file")
-    lora_multiplier: list[float] = option([], help="one per --lora_weight, or one for all; 1.0 when omitted")
+    lora_multiplier: list[float] = option(
+        [],
+        help="one per --lora_weight, or one for all; 1.0 when omitted",
+        minimum=-MAX_MULTIPLIER,
+        maximum=MAX_MULTIPLIER,
+    )
     save_merged_model: Path = option(help="file to write (.safetensors)")
     exclude_single_blocks: bool = option(False, help="do not apply LoRAs to the single blocks")
     dtype: str | None = option(None, help="dtype of the output; unset: that of the checkpoint", choices=DTYPE_NAMES)

@@ -273,7 +273,10 @@ def build_network(
     alpha = 1.0 if network_alpha is None else network_alpha or rank
     targets = find_targets(unet, arguments.pop("exclude_patterns", None), arguments.pop("include_patterns", None))
     loraplus_lr_ratio, verbose = arguments.pop("loraplus_lr_ratio", None), arguments.pop("verbose", False)
-    arguments = {name: value for name, value in arguments.items() if not name.startswith("conv_")}
+    ignored = [name for name in arguments if name.startswith("conv_")]
+    if ignored:
+        print(f"warning: network_args: {' and '.join(ignored)} has no effect: no convolution of the DiT is adapted")
+    arguments = {name: value for name, value in arguments.items() if name not in ignored}
     settings = {"multiplier": multiplier, "dropout": neuron_dropout, **arguments}
     adapters = {name: module_type(target, rank, alpha, **settings) for name, target in targets.items()}
     network = AdapterNetwork(adapters, loraplus_lr_ratio)

@@ -60,6 +60,11 @@ def worst_difference(first: LoraWeights, second: LoraWeights, source: str) -> tu
         raise UserError(
             f"{source}: {len(unmatched)} modules are missing in it or in the original, such as {min(unmatched)}"
         )
-    both = first.modules.keys() & second.modules.keys()
-    differences = [(relative_difference(first.modules[name], second.modules[name]), name) for name in both]
-    return max(differences, default=(0.0, "no module"))
+    found = {change: name for name, change in differences(first, second).items()}
+    return max(found.items(), default=(0.0, "no module"))
+
+
+def differences(first: LoraWeights, second: LoraWeights) -> dict[str, float]:
+    """The relative difference of every module that both have."""
+    both = sorted(first.modules.keys() & second.modules.keys())
+    return {name: relative_difference(first.modules[name], second.modules[name]) for name in both}

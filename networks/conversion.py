@@ -1,11 +1,13 @@
 """Converts a LoRA file from any format to any other: the work of convert_lora.py."""
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
-from networks.comparison import worst_difference
-from networks.files.coverage import coverage
+from networks.comparison import differences, worst_difference
+from networks.files.coverage import coverage_rows
 from networks.files.format_table import Format
 from networks.files.formats import LoraWeights, from_tensors
 from networks.files.lora_files import read_lora, write_lora
@@ -13,6 +15,8 @@ from networks.lora_ops import reduce_rank
 from utils.errors import UserError
 from utils.files import atomic_path
 from utils.safetensors_utils import load_file, read_header
+
+FLOAT16_LOSS = 1e-3  # of the norm of dW; more is reported
 
 
 def convert_file(
@@ -55,10 +59,38 @@ def convert_file(
     ]
     if lora.leftover:
         rows.append(("left out", f"{len(lora.leftover)} keys, such as {lora.leftover[0]}"))
-    rows += verified
-    for program, (loaded, total) in coverage(tensors, target).items():
-        rows.append((program, f"{loaded} of {total} modules will load"))
-    return rows
+    return rows + notes(lora, tensors, target) + verified + coverage_rows(tensors, target)
+
+
+def notes(lora: LoraWeights, tensors: Mapping[str, Tensor], target: Format) -> list[tuple[str, str]]:
+    """Rows about what a file does not hold, or holds less exactly, of a LoRA.
+
+    Args:
+        lora: what was to be written.
+        tensors: the tensors of the file.
+        target: the format of the file.
+    """
+    rows = []
+    if lora.vectors and not target.differences:
+        count, name = len(lora.vectors), min(lora.vectors)
+        rows.append(("left out", f"{count} changes of biases and norms, such as {name}: not known in this format"))
+    if all(factors.is_zero() for factors in lora.modules.values()) and not any(map(torch.any, lora.vectors.values())):
+        rows.append(("effect", "none: alpha or the factors are 0 in every module"))
+    return rows + _rounding(lora, tensors, target)
+
+
+def _rounding(lora: LoraWeights, tensors: Mapping[str, Tensor], target: Format) -> list[tuple[str, str]]:
+    """A row about the modules that float16 cannot hold, if there are any."""
+    if not any(tensor.dtype == torch.float16 for tensor in tensors.values()):
+        return []
+    written = from_tensors(tensors, {}, "output", format_=target)
+    changes = differences(lora, written)
+    coarse = {name: change for name, change in changes.items() if change > FLOAT16_LOSS}
+    if not coarse:
+        return []
+    worst = max(coarse, key=coarse.get)
+    text = f"float16 changes dW of {len(coarse)} of {len(changes)} modules by more than {FLOAT16_LOSS:g} of its norm"
+    return [("rounding", f"{text}, at most {coarse[worst]:.1e} ({worst}); --dtype float32 keeps it")]
 
 
 def _verify(lora: LoraWeights, written: Path, output: str, target: Format) -> str:

@@ -12,6 +12,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from utils.safetensors_utils import is_finite
+
 
 @dataclass(frozen=True, kw_only=True)
 class Factors:
@@ -181,8 +183,12 @@ class LokrFactors(Factors):
 
     @property
     def scale(self) -> float:
-        whole = self.w1_b is None and self.w2_b is None
-        return 1.0 if whole or self.alpha is None else self.alpha / self.rank
+        return 1.0 if not self.has_rank or self.alpha is None else self.alpha / self.rank
+
+    @property
+    def has_rank(self) -> bool:
+        """Whether one of the matrices is stored as a product."""
+        return self.w1_b is not None or self.w2_b is not None
 
     @property
     def out_features(self) -> int:
@@ -301,8 +307,7 @@ def _check_shapes(factors: Factors) -> None:
     for name, tensor in factors.tensors().items():
         if tensor.dim() < 2 or not tensor.is_floating_point() or 0 in tensor.shape:
             raise ValueError(f"{name} is {tuple(tensor.shape)} of {tensor.dtype}, a matrix of numbers is expected")
-        # Minimum and maximum are NaN if any value is, and are faster to compute than isfinite of every value.
-        if not torch.stack(torch.aminmax(tensor if tensor.dtype.itemsize > 1 else tensor.float())).isfinite().all():
+        if not is_finite(tensor):
             raise ValueError(f"{name} has values that are not finite")
     for a, b in factors.PAIRS or LohaFactors.PAIRS:
         if (a in shapes) != (b in shapes):

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from networks.files.format_table import FORMATS
+from networks.files.format_table import FORMATS, MAX_MULTIPLIER
 from utils.cli import one_value_each, option
 from utils.dtype_names import DTYPE_NAMES
 from utils.errors import UserError
@@ -53,7 +53,9 @@ class InfoOptions(_InputOptions):
 class MergeOptions(_OutputOptions, _InputOptions):
     """merge: the weighted sum of several LoRAs as one LoRA"""
 
-    multiplier: list[float] = option([], help="one per file, or one for all; 1.0 when omitted")
+    multiplier: list[float] = option(
+        [], help="one per file, or one for all; 1.0 when omitted", minimum=-MAX_MULTIPLIER, maximum=MAX_MULTIPLIER
+    )
     rank: int | None = option(
         None, help="reduce the sum to this rank by SVD; if unset the sum is exact and ranks add up", minimum=1
     )

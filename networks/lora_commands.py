@@ -1,11 +1,13 @@
 """The commands of lora_tool.py: each reads LoRAs or DiTs, does its work and prints what it did."""
 
+import math
 import os
 import sys
 
 from networks.comparison import worst_difference
+from networks.conversion import notes
 from networks.extraction import extract_lora
-from networks.files.format_table import FORMATS
+from networks.files.format_table import FORMATS, NATIVE
 from networks.files.formats import LoraWeights
 from networks.files.lora_files import read_lora, write_lora
 from networks.inspection import block_table, draw_norms
@@ -19,6 +21,7 @@ from networks.lora_command_options import (
 from networks.lora_ops import concatenate, ema_decays, moving_average, reduce_rank
 from utils.cli import print_table
 from utils.device_utils import DTYPES
+from utils.errors import printable
 
 
 def info(options: InfoOptions) -> None:
@@ -27,10 +30,21 @@ def info(options: InfoOptions) -> None:
     lora = read_lora(path, allow_partial=True)
     if lora.leftover:
         print(
-            f"warning: {path}: {len(lora.leftover)} keys belong to no module of HunyuanVideo's DiT, such as "
-            f"{lora.leftover[0]}; they are left out here",
+            printable(
+                f"warning: {path}: {len(lora.leftover)} keys belong to no module of HunyuanVideo's DiT, such as "
+                f"{lora.leftover[0]}; they are left out here"
+            ),
             file=sys.stderr,
         )
+    infinite = [name for name, factors in lora.modules.items() if not math.isfinite(factors.norm())]
+    if infinite:
+        print(
+            f"warning: {printable(path)}: dW of {len(infinite)} modules is not finite, such as {infinite[0]}; "
+            "the file is damaged",
+            file=sys.stderr,
+        )
+    if lora.vectors:
+        print(f"{len(lora.vectors)} changes of biases and norms, such as {min(lora.vectors)}")
     if options.png is not None:
         draw_norms(lora, options.png)
     print_table(f"{path}: {lora.format.title}", sorted(lora.metadata.items()) or [("metadata", "none")])
@@ -80,9 +94,11 @@ def _write(
     rows: list[tuple[str, object]],
 ) -> None:
     """Writes the LoRA and prints the rows, with what was written below them."""
-    format_ = lora.format if options.target is None else FORMATS[options.target]
-    write_lora(lora, options.output_file, format_, None if options.dtype is None else DTYPES[options.dtype])
+    # A spelling of another program that is only read has no name.
+    format_ = FORMATS[options.target or lora.format.name or NATIVE.name]
+    dtype = None if options.dtype is None else DTYPES[options.dtype]
+    rows += notes(lora, write_lora(lora, options.output_file, format_, dtype), format_)
     ranks = sorted({factors.rank for factors in lora.modules.values()})
-    shown = f"{ranks[0]}" if len(ranks) == 1 else f"{ranks[0]} to {ranks[-1]}"
+    shown = f"{ranks[0]} to {ranks[-1]}" if len(ranks) > 1 else "".join(map(str, ranks)) or "none"
     rows += [("modules", len(lora.modules)), ("rank", shown), ("written", f"{options.output_file}: {format_.title}")]
     print_table(title, rows)

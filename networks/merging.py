@@ -14,6 +14,7 @@ from networks.factors import Factors
 from networks.files.formats import LoraWeights
 from networks.files.lora_files import read_lora
 from utils.errors import UserError, printable
+from utils.safetensors_utils import is_finite
 
 # For each official tensor name what is applied to it, as (factors, multiplier), in this order. A bias and the weight of
 # a norm have a vector (out,) instead of factors.
@@ -116,11 +117,6 @@ def merge_into_weight(name: str, weight: Tensor, loras: Changes) -> Tensor:
     if was_finite and not is_finite(weight):
         raise UserError(f"{name}: with the LoRA, values are not finite: it is damaged, or its multiplier is too large")
     return weight
-
-
-def is_finite(tensor: Tensor) -> bool:
-    # Minimum and maximum are NaN if any value is, and are faster to compute than isfinite of every value.
-    return tensor.numel() == 0 or bool(torch.stack(torch.aminmax(tensor)).isfinite().all())
 
 
 def _merge_factors(name: str, flat: Tensor, loras: Changes) -> None:

@@ -31,6 +31,7 @@ TORCH_DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
+BLOCK_SCALE = "F8_E8M0"  # dtype of the scales of mxfp8, each of which belongs to a few values of a weight
 # The reference implementation refuses longer headers.
 MAX_HEADER_BYTES = 100_000_000
 
@@ -74,6 +75,9 @@ def read_header(path: str | os.PathLike) -> tuple[dict[str, TensorInfo], dict[st
         raise UserError(f"{path}: cannot be read: {error.strerror}") from None
     except (ValueError, RecursionError):
         raise UserError(f"{path}: not a safetensors file (its header is not JSON)") from None
+    infos = header.values() if isinstance(header, dict) else []
+    if any(isinstance(info, dict) and info.get("dtype") == BLOCK_SCALE for info in infos):
+        raise UserError(f"{path}: is mxfp8, which is not supported; use the bf16, fp16 or fp8 file of this model")
     try:
         metadata = {key: str(value) for key, value in (header.pop("__metadata__", None) or {}).items()}
         infos = {
@@ -132,6 +136,15 @@ def save_file(
             write(name, tensor)
 
 
+def is_finite(tensor: torch.Tensor) -> bool:
+    """Whether no value is NaN or infinite."""
+    if not tensor.is_floating_point() or not tensor.numel():
+        return True
+    # Minimum and maximum are NaN if any value is, and are faster to compute than isfinite of every value.
+    wide = tensor.detach() if tensor.dtype.itemsize > 1 else tensor.detach().float()
+    return bool(torch.stack(torch.aminmax(wide)).isfinite().all())
+
+
 @contextlib.contextmanager
 def streamed_file(
     path: str | os.PathLike,
@@ -140,14 +153,17 @@ def streamed_file(
 ) -> Iterator[Callable[[str, torch.Tensor], None]]:
     """Writes a file tensor by tensor, so that it is never in memory as a whole. Yields `write(name, tensor)`.
 
-    The file gets its name when all tensors are written. Its bytes are those that the reference implementation writes.
-    The reference implementation is not used, because a killed process would leave a temporary file whose name cannot
-    be recognised.
+    No file ever holds a value that is not finite. The file gets its name when all tensors are written. Its bytes are
+    those that the reference implementation writes. That one is not used: if it is killed, it leaves a temporary file
+    whose name cannot be recognised.
 
     Args:
         path: the file.
         layout: dtype and shape of every tensor. Each tensor must be written once, in any order.
         metadata: texts for the header.
+
+    Raises:
+        UserError: a tensor has a value that is not finite. An older file of this name is unchanged.
     """
     names, order = {dtype: name for name, dtype in TORCH_DTYPES.items()}, list(TORCH_DTYPES.values())
     header: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
@@ -166,6 +182,8 @@ def streamed_file(
             dtype, shape = layout[name]
             if tensor.dtype != dtype or tuple(tensor.shape) != tuple(shape):
                 raise ValueError(f"{name}: {tensor.dtype} {tuple(tensor.shape)} does not fit {dtype} {tuple(shape)}")
+            if not is_finite(tensor):
+                raise UserError(f"{path}: not written: {name} would have values that are not finite")
             file.seek(8 + len(text) + offsets[name])
             file.write(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
             missing.discard(name)

@@ -17,6 +17,7 @@ from modules.options import (
     VaeOptions,
     require,
 )
+from networks.files.format_table import MAX_MULTIPLIER
 from utils.cli import one_value_each, option
 from utils.errors import UserError
 from utils.files import require_output, require_suffix, require_writable
@@ -113,7 +114,12 @@ class LoraOptions:
     """LoRA"""
 
     lora_weight: list[Path] = option([], help="LoRA, LoHa or LoKr files in any format", path="file")
-    lora_multiplier: list[float] = option([], help="one per --lora_weight, or one for all; 1.0 when omitted")
+    lora_multiplier: list[float] = option(
+        [],
+        help="one per --lora_weight, or one for all; 1.0 when omitted",
+        minimum=-MAX_MULTIPLIER,
+        maximum=MAX_MULTIPLIER,
+    )
     exclude_single_blocks: bool = option(False, help="do not apply LoRAs to the single blocks")
     lycoris: bool = option(False, help="has no effect: LoHa and LoKr are always merged, without the lycoris package")
     save_merged_model: Path | None = option(

@@ -26,6 +26,7 @@ from modules.training import setup
 from modules.training.options import LoraTrainerOptions, NetworkOptions
 from modules.training.setup import TrainingSetup
 from modules.training.state import check_tensors
+from networks.factors import LokrFactors
 from networks.files.format_table import FORMATS
 from networks.files.lora_files import load_native, read_lora, require_formats, write_formats
 from networks.merging import weight_changes
@@ -136,7 +137,7 @@ class TrainedNetwork:
     def after_update(self) -> None:
         """Scales every module's weight change down to the norm of --scale_weight_norms."""
         max_norm = self.options.network.scale_weight_norms
-        if max_norm is not None:
+        if max_norm:  # 0 is off, as in musubi-tuner
             self._call("apply_max_norm_regularization", max_norm, self.device)
 
     @contextlib.contextmanager
@@ -181,8 +182,10 @@ def check_choices(options: LoraTrainerOptions) -> None:
         read_lora(path)
     weights, wanted = options.network.network_weights, options.network.network_dim or 4
     if weights is not None:
-        ranks = {factors.rank for factors in read_lora(weights).modules.values()}
-        if not options.network.dim_from_weights and ranks != {wanted}:
+        modules = read_lora(weights).modules.values()
+        # A LoKr of two whole matrices has no rank.
+        ranks = {own.rank for own in modules if not isinstance(own, LokrFactors) or own.has_rank}
+        if not options.network.dim_from_weights and ranks - {wanted}:
             raise UserError(
                 f"--network_weights {weights}: has rank {', '.join(map(str, sorted(ranks)))}, --network_dim is "
                 f"{wanted}; give --dim_from_weights instead"

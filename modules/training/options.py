@@ -147,7 +147,7 @@ class NetworkOptions:
     network_args: list[str] = option([], help="key=value arguments of the network module")
     network_weights: Path | None = option(None, help="start from the weights of this LoRA file", path="file")
     dim_from_weights: bool = option(False, help="take rank and alpha from --network_weights")
-    scale_weight_norms: float | None = option(None, help="scale weight changes down to this norm", minimum=0)
+    scale_weight_norms: float | None = option(None, help="scale weight changes down to this norm; 0: off", minimum=0)
     base_weights: list[Path] = option([], help="LoRA files to merge into the model before training", path="file")
     base_weights_multiplier: list[float] = option([], help="multiplier of each --base_weights; unset: 1")
 

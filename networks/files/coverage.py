@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from hunyuan_model.checkpoints.names import DIT_TO_COMFYUI, DIT_TO_DIFFUSERS
 from hunyuan_model.models import HunyuanVideoConfig
 from networks.factors import SUFFIXES
-from networks.files.format_table import Format
+from networks.files.format_table import FORMATS, Format
 from networks.files.names import block_template, official_part, split_key
 
 # The suffixes that each program knows; a module with any other suffix counts as not loaded.
@@ -14,10 +14,14 @@ KOHYA = {"lora_down.weight", "lora_up.weight", "alpha"}
 PEFT = {"lora_A.weight", "lora_B.weight"}
 OTHER_KINDS = {suffix for suffix in SUFFIXES if suffix.startswith(("hada_", "lokr_"))}
 KNOWN_SUFFIXES = {
-    "ComfyUI": KOHYA | PEFT | OTHER_KINDS | {"dora_scale", "lora.down.weight", "lora.up.weight"},
+    "ComfyUI": KOHYA | PEFT | OTHER_KINDS | {"dora_scale", "lora.down.weight", "lora.up.weight", "diff", "diff_b"},
     "diffusers": PEFT | {"lora_magnitude_vector"},
-    "musubi": KOHYA | OTHER_KINDS,
+    "musubi": KOHYA,  # it generates and merges with its networks.lora only
+    "OneTrainer": KOHYA | PEFT | OTHER_KINDS | {"dora_scale", "lora_magnitude_vector"},
 }
+# The formats that OneTrainer recognises.
+ONETRAINER = {"default", "other", "diffusion-pipe", "diffusers", *(name for name in FORMATS if "onetrainer" in name)}
+COMFYUI_DORA = "DoRA acts differently there (divided by |W| instead of |W + dW|); merge_lora.py is exact"
 # The number of blocks of the published model, the only one that these programs load.
 DEPTHS = {
     "double_blocks.": HunyuanVideoConfig.depth_double,
@@ -67,7 +71,19 @@ def coverage(keys: Iterable[str], format_: Format) -> dict[str, tuple[int, int]]
         per_official.setdefault(official, {}).setdefault(module, set()).add(suffix)
     in_model = [parts for official, parts in per_official.items() if _in_model(official)]
     total = len(per_official)
-    return {program: (sum(_loads(program, parts) for parts in in_model), total) for program in KNOWN_SUFFIXES}
+    return {program: (sum(_loads(program, parts, format_) for parts in in_model), total) for program in KNOWN_SUFFIXES}
+
+
+def coverage_rows(keys: Iterable[str], format_: Format) -> list[tuple[str, str]]:
+    """`coverage` as rows of a table, with what acts differently in a program."""
+    keys = list(keys)
+    rows = []
+    for program, (loaded, total) in coverage(keys, format_).items():
+        text = f"{loaded} of {total} modules will load"
+        if program == "ComfyUI" and loaded and any(key.endswith(".dora_scale") for key in keys):
+            text += f", but {COMFYUI_DORA}"
+        rows.append((program, text))
+    return rows
 
 
 def _in_model(official: str) -> bool:
@@ -79,6 +95,12 @@ def _in_model(official: str) -> bool:
     )
 
 
-def _loads(program: str, parts: dict[str, set[str]]) -> bool:
-    accepted, suffixes = accepted_modules(program), KNOWN_SUFFIXES[program]
+def _loads(program: str, parts: dict[str, set[str]], format_: Format) -> bool:
+    suffixes = KNOWN_SUFFIXES[program]
+    if program == "OneTrainer":
+        known = FORMATS.get(format_.name) == format_ and format_.name in ONETRAINER
+        if format_.dora == "lora_magnitude_vector":  # it expects .weight behind it
+            suffixes = suffixes - {"lora_magnitude_vector"}
+        return known and all(found <= suffixes for found in parts.values())
+    accepted = accepted_modules(program)
     return all(block_template(module) in accepted and found <= suffixes for module, found in parts.items())

@@ -7,6 +7,7 @@ lora_up) or PEFT's (lora_A, lora_B). In a format without alpha, alpha is the ran
 
 from dataclasses import dataclass
 
+MAX_MULTIPLIER = 1e6  # of a LoRA; larger ones overflow
 LORA_ONLY = frozenset({"LoRA"})
 NO_DIFFERENCES = LORA_ONLY | {"LoHa", "LoKr"}
 DIFFERENCE = "whole difference"

@@ -266,7 +266,10 @@ def _split(
 ) -> list[Factors | None]:
     """The factors of the `count` modules that this module is in the format; `hidden`: the width of q, if known."""
     if factors.dora_scale is not None and format_.dora is None:
-        raise ValueError(f"is DoRA, which readers of '{format_.name}' do not know")
+        raise ValueError(
+            f"is DoRA, which readers of '{format_.name}' do not know. DoRA depends on the weights of the DiT: "
+            "merge_lora.py merges it, then lora_tool.py extract makes a LoRA of the difference"
+        )
     if factors.kind not in format_.kinds:
         raise ValueError(f"is a {factors.kind}, which readers of '{format_.name}' do not know; --rank converts it")
     if count == 1:

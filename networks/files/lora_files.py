@@ -69,8 +69,9 @@ NETWORK_MODULES = {LoraFactors: "networks.lora", LohaFactors: "networks.loha", L
 def network_facts(lora: LoraWeights) -> dict[str, str]:
     """What the metadata of a LoRA say about its kind, rank and alpha; Dynamic where modules differ."""
     factors = [own for own in lora.modules.values() if not isinstance(own, DifferenceFactors)]
-    ranks = {own.rank for own in factors}
-    alphas = {own.rank if own.alpha is None else own.alpha for own in factors}
+    ranked = [own for own in factors if not isinstance(own, LokrFactors) or own.has_rank]
+    ranks = {own.rank for own in ranked}
+    alphas = {own.rank if own.alpha is None else own.alpha for own in ranked}
     facts = {"ss_network_dim": ranks, "ss_network_alpha": alphas}
     words = {key: f"{min(values)}" if len(values) == 1 else "Dynamic" for key, values in facts.items() if values}
     modules = {NETWORK_MODULES[type(own)] for own in factors}

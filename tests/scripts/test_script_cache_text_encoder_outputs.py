@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 
 import cache_text_encoder_outputs as script
 from dataset.config_utils import load_dataset_config
@@ -19,7 +20,7 @@ from dataset.scan import scan_datasets
 from hunyuan_model import checkpoints
 from modules.caching import text
 from utils.errors import UserError
-from utils.safetensors_utils import load_file, read_header, save_file
+from utils.safetensors_utils import load_file, read_header
 
 ROOT = Path(__file__).parents[2]
 CAPTIONS = {

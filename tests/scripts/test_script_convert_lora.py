@@ -8,12 +8,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 import convert_lora
 from networks.files.lora_files import model_hashes
 from tests.networks.files.lora_reference import random_file, updates
 from utils.cli import run_script
-from utils.safetensors_utils import load_file, read_header, save_file
+from utils.safetensors_utils import load_file, read_header
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -49,18 +50,18 @@ def full_size_names(rank: int = 1) -> dict[str, torch.Tensor]:
     return tensors
 
 
-# Target -> modules of 240 that load in ComfyUI, diffusers and musubi: docs/formats.md 2.8.
+# Target -> modules of 240 that load in ComfyUI, diffusers, musubi and OneTrainer: docs/formats.md 2.8.
 @pytest.mark.parametrize(
     ("target", "expected"),
     [
-        ("default", (160, 0, 240)),
-        ("other", (240, 240, 0)),
-        ("diffusion-pipe", (240, 240, 0)),
-        ("diffusers", (0, 240, 0)),
-        ("onetrainer-comfy", (240, 0, 0)),
-        ("onetrainer-legacy", (0, 0, 0)),
-        ("comfyui-flat", (240, 0, 160)),
-        ("hunyuan-i2v", (0, 0, 0)),
+        ("default", (160, 0, 240, 240)),
+        ("other", (240, 240, 0, 240)),
+        ("diffusion-pipe", (240, 240, 0, 240)),
+        ("diffusers", (0, 240, 0, 240)),
+        ("onetrainer-comfy", (240, 0, 0, 240)),
+        ("onetrainer-legacy", (0, 0, 0, 240)),
+        ("comfyui-flat", (240, 0, 160, 0)),
+        ("hunyuan-i2v", (0, 0, 0, 0)),
     ],
 )
 def test_counts_what_each_program_loads(tmp_path, monkeypatch, capsys, target, expected):
@@ -69,8 +70,8 @@ def test_counts_what_each_program_loads(tmp_path, monkeypatch, capsys, target, e
     words = ("--input", tmp_path / "native.safetensors", "--output", output, "--target", target)
     assert run(monkeypatch, *words, "--verify") == 0
     printed = capsys.readouterr().out
-    for program, count in zip(("ComfyUI", "diffusers", "musubi"), expected):
-        assert f"{program:<9}  {count} of 240 modules will load" in printed
+    for program, count in zip(("ComfyUI", "diffusers", "musubi", "OneTrainer"), expected, strict=True):
+        assert f"{program:<10}  {count} of 240 modules will load" in printed
     assert "dW of all 240 modules is equal" in printed
 
 
@@ -86,7 +87,7 @@ def test_blocks_beyond_the_depth_of_the_model_are_converted_but_load_nowhere(tmp
     save_file(tensors, tmp_path / "in.safetensors")
     output = tmp_path / "out.safetensors"
     assert run(monkeypatch, "--input", tmp_path / "in.safetensors", "--output", output, "--target", "other") == 0
-    assert "ComfyUI    240 of 242 modules will load" in capsys.readouterr().out
+    assert "ComfyUI     240 of 242 modules will load" in capsys.readouterr().out
     assert "diffusion_model.double_blocks.20.img_mlp.fc1.lora_A.weight" in load_file(output)
 
 
@@ -98,7 +99,7 @@ def test_counts_modules_outside_the_blocks(tmp_path, monkeypatch, capsys):
         assert run(monkeypatch, *words) == 0
         printed = capsys.readouterr().out
         for program, count in zip(("ComfyUI", "diffusers", "musubi"), counts):
-            assert f"{program:<9}  {count} of 19 modules will load" in printed
+            assert f"{program:<10}  {count} of 19 modules will load" in printed
 
 
 def test_other_and_back_as_a_user_does_it(tmp_path, monkeypatch):

@@ -83,8 +83,10 @@ WRONG_LORAS = {
 
 @pytest.mark.parametrize("complaint", WRONG_LORAS)
 def test_a_wrong_lora_is_found_before_a_model_is_loaded(generate, loras, tmp_path, monkeypatch, complaint):
+    from safetensors.torch import save_file
+
     from utils.errors import UserError
-    from utils.safetensors_utils import load_file, save_file
+    from utils.safetensors_utils import load_file
 
     tensors, metadata = WRONG_LORAS[complaint](load_file(loras[0]))
     save_file(tensors, tmp_path / "wrong.safetensors", metadata)

@@ -239,3 +239,32 @@ def test_refused(tmp_path, monkeypatch, capsys, words, message):
     error = capsys.readouterr().err.splitlines()[-1]
     assert error.startswith("error: ") and message in error
     assert set(tmp_path.iterdir()) == before
+
+
+def test_info_of_a_damaged_file_and_of_a_strangers_texts(tmp_path, monkeypatch, capsys):
+    name = "lora_unet_double_blocks_7_img_attn_proj"
+    tensors = {f"{name}.lora_down.weight": torch.full((2, 8), 1e30), f"{name}.lora_up.weight": torch.full((8, 2), 1e30)}
+    save_file(tensors, tmp_path / "a.safetensors", {"ss_training_comment": "\x1b[2J\x1b]0;owned\x07"})
+    assert run(monkeypatch, "info", tmp_path / "a.safetensors") == 0
+    printed = capsys.readouterr()
+    assert "dW of 1 modules is not finite, such as double_blocks.7.img_attn_proj" in printed.err
+    assert "\x1b" not in printed.out and r"\x1b[2J\x1b]0;owned\x07" in printed.out
+
+
+def test_a_missing_file_is_named_without_an_option_that_nobody_gave(tmp_path, monkeypatch, capsys):
+    assert run(monkeypatch, "info", tmp_path / "none.safetensors") == 2
+    assert capsys.readouterr().err == f"error: {tmp_path / 'none.safetensors'}: no such file or folder\n"
+
+
+def test_a_resized_loha_is_a_lora_in_its_metadata(tmp_path, monkeypatch):
+    name = "lora_unet_double_blocks_7_img_attn_proj"
+    tensors = {
+        f"{name}.hada_w{i}_{side}": torch.randn((8, 2) if side == "a" else (2, 8)) for i in (1, 2) for side in "ab"
+    }
+    metadata = {"ss_network_module": "networks.loha", "ss_network_dim": "2", "ss_network_alpha": "1.0"}
+    save_file(tensors, tmp_path / "a.safetensors", metadata)
+    words = ("resize", tmp_path / "a.safetensors", "--rank", 3, "--output_file", tmp_path / "b.safetensors")
+    assert run(monkeypatch, *words) == 0
+    written = read_header(tmp_path / "b.safetensors")[1]
+    found = {key: written[key] for key in metadata}
+    assert found == {"ss_network_module": "networks.lora", "ss_network_dim": "3", "ss_network_alpha": "3"}

@@ -216,3 +216,68 @@ def test_refused(tmp_path, monkeypatch, capsys, weights, lora, words, message):
     error = capsys.readouterr().err.splitlines()[-1]
     assert error.startswith("error: ") and message in error
     assert set(tmp_path.iterdir()) == before
+
+
+def test_biases_norms_and_whole_differences_are_merged_and_counted(tmp_path, monkeypatch, capsys, weights):
+    """A full LoRA of ComfyUI's extraction (T18)."""
+    save_file(weights, tmp_path / "dit.safetensors")
+    generator = torch.Generator().manual_seed(0)
+    changes = {
+        "double_blocks.0.img_attn.proj.diff": "double_blocks.0.img_attn_proj.weight",
+        "double_blocks.0.img_attn.proj.diff_b": "double_blocks.0.img_attn_proj.bias",
+        "double_blocks.0.img_mod.lin.diff": "double_blocks.0.img_mod.linear.weight",
+        "double_blocks.0.img_mod.lin.diff_b": "double_blocks.0.img_mod.linear.bias",
+        "time_in.in_layer.diff": "time_in.mlp.0.weight",
+        "double_blocks.0.img_attn.norm.query_norm.diff": "double_blocks.0.img_attn_q_norm.weight",
+    }
+    tensors = {key: torch.randn(weights[name].shape, generator=generator) for key, name in changes.items()}
+    save_file({f"diffusion_model.{key}": tensor for key, tensor in tensors.items()}, tmp_path / "lora.safetensors")
+    merged = tmp_path / "merged.safetensors"
+    words = ("--dit", tmp_path / "dit.safetensors", "--lora_weight", tmp_path / "lora.safetensors")
+    assert run(monkeypatch, *words, "--lora_multiplier", 0.5, "--save_merged_model", merged) == 0
+    assert "3 of 3 modules merged, 3 of 3 biases and norms merged" in capsys.readouterr().out
+    written = load_file(merged)
+    for name, before in weights.items():
+        key = next((key for key, changed in changes.items() if changed == name), None)
+        expected = before if key is None else before + 0.5 * tensors[key]
+        assert torch.allclose(written[name], expected, atol=1e-6), name
+
+
+@pytest.mark.parametrize("change", ["alpha", "lora_up"])
+def test_a_lora_that_changes_nothing_says_so(tmp_path, monkeypatch, capsys, weights, lora, change):
+    save_file(weights, tmp_path / "dit.safetensors")
+    tensors = {name: tensor * (change not in name) for name, tensor in load_file(lora).items()}
+    save_file(tensors, lora)
+    words = ("--dit", tmp_path / "dit.safetensors", "--lora_weight", lora)
+    assert run(monkeypatch, *words, "--save_merged_model", tmp_path / "m.safetensors") == 0
+    assert "4 of 4 modules merged, it changes nothing: alpha, the factors or the multiplier" in capsys.readouterr().err
+
+
+def test_nothing_infinite_is_written(tmp_path, monkeypatch, capsys, weights, lora):
+    """Finite factors whose product overflows, as flipped bits make them (R2), and a multiplier without sense (R9)."""
+    save_file(weights, tmp_path / "dit.safetensors")
+    words = ("--dit", tmp_path / "dit.safetensors", "--lora_weight", lora)
+    output = ("--save_merged_model", tmp_path / "m.safetensors")
+    assert run(monkeypatch, *words, "--lora_multiplier", 1e300, *output) == 2
+    assert "1e+300 is too large: the maximum is 1000000.0" in capsys.readouterr().err
+    save_file(
+        {name: tensor * 1e30 if "alpha" not in name else tensor for name, tensor in load_file(lora).items()}, lora
+    )
+    assert run(monkeypatch, *words, *output) == 2
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert said.startswith("error: ") and "with the LoRA, values are not finite" in said
+    save_file({name: tensor * 1e-28 if "lora_up" in name else tensor for name, tensor in load_file(lora).items()}, lora)
+    assert run(monkeypatch, *words, *output, "--dtype", "fp16") == 2
+    assert "not written" in capsys.readouterr().err
+    assert not list(tmp_path.glob("m*"))
+
+
+def test_what_a_killed_run_left_is_removed(tmp_path, monkeypatch, weights, lora):
+    """24 GB for a real model (R1)."""
+    save_file(weights, tmp_path / "dit.safetensors")
+    leftover = tmp_path / "out" / "another name.safetensors.4194305.partial"
+    leftover.parent.mkdir()
+    leftover.write_bytes(b"half a model")
+    words = ("--dit", tmp_path / "dit.safetensors", "--lora_weight", lora)
+    assert run(monkeypatch, *words, "--save_merged_model", tmp_path / "out" / "m.safetensors") == 0
+    assert not leftover.exists()

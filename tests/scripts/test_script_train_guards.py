@@ -6,11 +6,12 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 
 from hunyuan_model.checkpoints import load_dit
 from tests.training_world import assert_same, log_of, train, write_world
 from utils.errors import UserError
-from utils.safetensors_utils import load_file, read_header, save_file
+from utils.safetensors_utils import load_file, read_header
 
 
 @pytest.fixture(scope="module")

@@ -157,3 +157,24 @@ def test_a_full_disk_leaves_the_old_file(tmp_path: Path) -> None:
     assert error.value.errno == errno.EFBIG and "too large" in error.value.strerror
     assert list(tmp_path.iterdir()) == [path]
     assert torch.equal(load_file(path)["x"], torch.zeros(4))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float8_e4m3fn])
+@pytest.mark.parametrize("value", ["nan", "inf"])
+def test_no_value_that_is_not_finite_is_ever_written(tmp_path, dtype, value):
+    if dtype == torch.float8_e4m3fn and value == "inf":
+        pytest.skip("this dtype has no infinity")
+    path = tmp_path / "a.safetensors"
+    path.write_bytes(b"old")
+    bad = torch.zeros(2, 3)
+    bad[1, 1] = float(value)
+    with pytest.raises(UserError, match=r"a.safetensors: not written: b would have values that are not finite"):
+        save_file({"a": torch.ones(2), "b": bad.to(dtype)}, path)
+    assert path.read_bytes() == b"old" and [p.name for p in tmp_path.iterdir()] == ["a.safetensors"]
+
+
+def test_mxfp8_is_named(tmp_path):
+    header = b'{"a.weight_scale":{"dtype":"F8_E8M0","shape":[4],"data_offsets":[0,4]}}'
+    (tmp_path / "a.safetensors").write_bytes(struct.pack("<Q", len(header)) + header + bytes(4))
+    with pytest.raises(UserError, match=r"is mxfp8, which is not supported; use the bf16, fp16 or fp8 file"):
+        read_header(tmp_path / "a.safetensors")

@@ -12,13 +12,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from examples.tiny_models import dit_shapes, random_weights, vae_shapes
 from hunyuan_model.checkpoints.__main__ import main
 from tests.conftest import ROOT
 from tests.hunyuan_model.model_layouts import Weights, quantized
 from utils.cli import run_script
-from utils.safetensors_utils import load_file, save_file
+from utils.safetensors_utils import load_file
 
 
 def _dit() -> Weights:

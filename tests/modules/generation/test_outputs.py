@@ -2,11 +2,11 @@
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from modules.generation.outputs import Job, OutputFolder, load_latents, sampled_stem
 from modules.generation.requests import Request
 from utils.errors import UserError
-from utils.safetensors_utils import save_file
 
 
 @pytest.mark.parametrize(

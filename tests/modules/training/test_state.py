@@ -5,6 +5,7 @@ import os
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from modules.training.files import TrainingFiles, find_state
 from modules.training.state import Progress, load_state, save_state
@@ -70,6 +71,11 @@ def test_flipped_bytes_in_an_optimizer_state_are_one_line(tmp_path):
 
 
 def test_infinite_weights_in_a_state_are_one_line(tmp_path):
-    save_state(tmp_path / "state", Progress(seed=1), {"weight": torch.full((2,), float("inf"))}, {}, "")
+    infinite = {"weight": torch.full((2,), float("inf"))}
+    with pytest.raises(UserError, match=r"not written: weight would have values that are not finite"):
+        save_state(tmp_path / "state", Progress(seed=1), infinite, {}, "")
+    assert not list(tmp_path.iterdir())
+    save_state(tmp_path / "state", Progress(seed=1), {"weight": torch.zeros(2)}, {}, "")
+    save_file(infinite, tmp_path / "state" / "trained.safetensors")
     with pytest.raises(UserError, match=r"trained.safetensors: is damaged"):
         load_state(tmp_path / "state", WEIGHT, {})
