@@ -6,6 +6,7 @@ Pixels are tensors (3, F, H, W), float32 in 0..1.
 import contextlib
 import json
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from fractions import Fraction
 from itertools import islice
 from pathlib import Path
@@ -130,38 +131,53 @@ def first_frame(path: str | Path) -> av.VideoFrame | None:
         return next(decoded_frames(container, stream), None)
 
 
-def _display_matrix(frame: av.VideoFrame) -> tuple[int, int, int, int]:
-    """(a, b, c, d) of the frame's display matrix: its pixel (x, y) is shown at (a x + c y, b x + d y)."""
-    matrix = frame.side_data.get(Type.DISPLAYMATRIX)
+@dataclass(frozen=True)
+class Orientation:
+    """How a stored picture is shown: first transposed, then its columns and rows reversed.
+
+    Attributes:
+        is_mirrored: no rotation gives the same.
+        degrees: of the rotation, where it is none with a mirror.
+    """
+
+    is_transposed: bool
+    reverses_columns: bool
+    reverses_rows: bool
+
+    @property
+    def is_mirrored(self) -> bool:
+        return self.is_transposed ^ self.reverses_columns ^ self.reverses_rows
+
+    @property
+    def degrees(self) -> int:
+        return 90 if self.is_transposed else 180 if self.reverses_columns else 0
+
+    def size(self, frame: av.VideoFrame) -> tuple[int, int]:
+        """(width, height) of the frame as it is shown."""
+        return (frame.height, frame.width) if self.is_transposed else (frame.width, frame.height)
+
+
+def orientation_of(frame: av.VideoFrame) -> Orientation:
+    """Reads the display matrix, which shows the stored pixel (x, y) at (a x + c y, b x + d y); all frames share it."""
+    # In PyAV a frame and its side data refer to each other, so they stay in memory until the garbage is collected.
+    # A frame of 4K is too large for that.
+    small = frame.reformat(width=16, height=16, format="gray", threads=1)
+    matrix = small.side_data.get(Type.DISPLAYMATRIX)
     if matrix is None:
-        return 1, 0, 0, 1
+        return Orientation(False, False, False)
     a, b, _, c, d, *_ = np.frombuffer(bytes(matrix), np.int32).tolist()
-    return a, b, c, d
+    if abs(b) + abs(c) > abs(a) + abs(d):
+        return Orientation(True, c < 0, b < 0)
+    return Orientation(False, a < 0, d < 0)
 
 
-def _is_transposed(frame: av.VideoFrame) -> bool:
-    a, b, c, d = _display_matrix(frame)
-    return abs(b) + abs(c) > abs(a) + abs(d)
-
-
-def is_mirrored(frame: av.VideoFrame) -> bool:
-    """Whether the file asks for a mirrored picture, which no rotation gives."""
-    a, b, c, d = _display_matrix(frame)
-    return a * d - b * c < 0
-
-
-def upright_size(frame: av.VideoFrame) -> tuple[int, int]:
-    """(width, height) of the frame as it is shown."""
-    return (frame.height, frame.width) if _is_transposed(frame) else (frame.width, frame.height)
-
-
-def upright_rgb(frame: av.VideoFrame) -> np.ndarray:
+def upright_rgb(frame: av.VideoFrame, orientation: Orientation) -> np.ndarray:
     """The frame as (H, W, 3) uint8 RGB: deinterlaced, and rotated or mirrored as the file asks for."""
-    pixels = (_progressive(frame) if frame.interlaced_frame else frame).to_ndarray(format="rgb24")
-    a, b, c, d = _display_matrix(frame)
-    if _is_transposed(frame):
-        pixels, a, d = pixels.swapaxes(0, 1), c, b
-    return pixels[:: -1 if d < 0 else 1, :: -1 if a < 0 else 1]
+    shown = _progressive(frame) if frame.interlaced_frame else frame
+    pixels = shown.to_ndarray(format="rgb24", threads=1)  # by default, each call starts one thread per processor
+    if orientation.is_transposed:
+        pixels = pixels.swapaxes(0, 1)
+    return pixels[:: -1 if orientation.reverses_rows else 1, :: -1 if orientation.reverses_columns else 1]
 
 
 def _progressive(frame: av.VideoFrame) -> av.VideoFrame:
@@ -203,10 +219,12 @@ def iterate_frames(path: str | Path) -> Iterator[tuple[np.ndarray, float]]:
     try:
         with opened_video(path) as (container, stream):
             rate = float(stream.average_rate or stream.guessed_rate or 0)
+            orientation = None
             for index, frame in enumerate(decoded_frames(container, stream)):
                 if frame is None:
                     raise ValueError(f"frame {index} is damaged")
-                yield upright_rgb(frame), rate
+                orientation = orientation or orientation_of(frame)
+                yield upright_rgb(frame, orientation), rate
     except (av.FFmpegError, OSError, ValueError) as error:
         raise UserError(f"{path}: cannot be read as a video: {one_line(error)}") from None
     if index < 0:

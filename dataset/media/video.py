@@ -10,7 +10,7 @@ import numpy as np
 from av.video.stream import VideoStream
 
 from dataset.media.images import MediaError, Picture
-from utils.video_io import decoded_frames, first_frame, is_mirrored, opened_video, upright_rgb, upright_size
+from utils.video_io import decoded_frames, first_frame, opened_video, orientation_of, upright_rgb
 
 # For files that state no frame rate.
 ASSUMED_FPS = 24
@@ -112,14 +112,15 @@ def read_video_info(path: Path) -> VideoInfo:
     frame, frames = first_frame(path), count.frames or count.before_keys
     if frame is None or not frames:
         raise ValueError("no frame can be decoded")
-    notes = (f"turned by {abs(frame.rotation)} degrees",) if frame.rotation and not is_mirrored(frame) else ()
-    notes += ("mirrored",) if is_mirrored(frame) else ()
+    orientation = orientation_of(frame)
+    turned = (f"turned by {orientation.degrees} degrees",) if orientation.degrees else ()
+    notes = ("mirrored",) if orientation.is_mirrored else turned
     notes += ("interlaced",) if frame.interlaced_frame else ()
     notes += (f"pixels of {aspect} are not stretched",) if aspect and aspect != 1 else ()
     times_known = count.times_ascend and count.first is not None
     last_time = (count.last - count.first) * unit if times_known else (frames - 1) / rate
-    decoder = 2 if was_wrong or is_mirrored(frame) else 1
-    return VideoInfo(upright_size(frame), frames, last_time, decoder, notes)
+    decoder = 2 if was_wrong or orientation.is_mirrored else 1
+    return VideoInfo(orientation.size(frame), frames, last_time, decoder, notes)
 
 
 class VideoFrames:
@@ -142,7 +143,8 @@ class VideoFrames:
 
     def __iter__(self) -> Iterator[tuple[float, Picture]]:
         with opened_video(self.path) as (container, stream):
-            rate, start = float(stream.average_rate or ASSUMED_FPS), None
+            rate = float(stream.average_rate or ASSUMED_FPS)
+            start = orientation = None
             for frame in decoded_frames(container, stream):
                 time = self.count / rate
                 if self.use_times and frame is None:
@@ -155,7 +157,11 @@ class VideoFrames:
                     if self.count and time <= self.last_time:
                         raise UnusableTimesError
                 self.last_time, self.count = time, self.count + 1
-                yield time, partial(self._damaged, self.count - 1) if frame is None else partial(upright_rgb, frame)
+                if frame is None:
+                    yield time, partial(self._damaged, self.count - 1)
+                else:
+                    orientation = orientation or orientation_of(frame)
+                    yield time, partial(upright_rgb, frame, orientation)
         self.at_end = True
 
     def _damaged(self, index: int) -> np.ndarray:
