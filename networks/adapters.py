@@ -275,7 +275,7 @@ def build_network(
     loraplus_lr_ratio, verbose = arguments.pop("loraplus_lr_ratio", None), arguments.pop("verbose", False)
     ignored = [name for name in arguments if name.startswith("conv_")]
     if ignored:
-        print(f"warning: network_args: {' and '.join(ignored)} has no effect: no convolution of the DiT is adapted")
+        print(f"warning: network_args: without effect, as no convolution of the DiT is adapted: {', '.join(ignored)}")
     arguments = {name: value for name, value in arguments.items() if name not in ignored}
     settings = {"multiplier": multiplier, "dropout": neuron_dropout, **arguments}
     adapters = {name: module_type(target, rank, alpha, **settings) for name, target in targets.items()}

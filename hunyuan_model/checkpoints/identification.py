@@ -40,7 +40,7 @@ _PARTS = {
 _RELATED_FILES = {
     "HunyuanVideo 1.5 DiT": r"(^|\.)(byt5_in|cond_type_embedding)\.",
     "FramePack DiT": r"(^|\.)clean_x_embedder\.",
-    "DiT in nvfp4, which is not supported (use the bf16, fp16 or fp8 file)": r"\.weight_scale_2$",
+    "model in nvfp4, which is not supported (use the bf16, fp16 or fp8 file)": r"\.weight_scale_2$",
     "training state (optimizer)": r"(^|\.)exp_avg(_sq)?$",
     "latent cache of this program": r"^latents_\d+x\d+x\d+_",
     "text encoder cache of this program": r"^(llm|clipL)_(float|bfloat)",

@@ -115,7 +115,10 @@ class TrainedNetwork:
         options, adapters = self.options.network, getattr(self.network, "adapters", None)
         dim, alpha = options.network_dim, options.network_alpha
         if adapters:  # rank and alpha of our own networks may come from --network_weights
-            dim, alpha = adapters[0].rank, float(adapters[0].alpha)
+            # Dynamic where they differ, as kohya's tools write it.
+            ranks, alphas = {adapter.rank for adapter in adapters}, {float(adapter.alpha) for adapter in adapters}
+            dim = min(ranks) if len(ranks) == 1 else "Dynamic"
+            alpha = min(alphas) if len(alphas) == 1 else "Dynamic"
         return {"network_dim": dim, "network_alpha": alpha, "network_args": options.arguments}
 
     def parameter_groups(self, learning_rate: float) -> list[dict[str, Any]]:

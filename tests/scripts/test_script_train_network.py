@@ -81,6 +81,16 @@ def test_rank_and_alpha_come_from_the_weights(world, dit, tmp_path):
     assert metadata["ss_network_dim"] == "2" and float(metadata["ss_network_alpha"]) == 6
 
 
+def test_a_lokr_goes_on_with_the_options_that_made_it(world, dit, tmp_path):
+    """The matrices that it stores whole have no rank (T6)."""
+    words = ["--network_module", "networks.lokr", "--network_dim", 8, "--network_args", "factor=4"]
+    first = train(world, dit, tmp_path / "a", *words, "--max_train_steps", 1)
+    assert any(name.endswith("lokr_w2_a") for name in first) and any(name.endswith("lokr_w2") for name in first)
+    weights = ["--network_weights", tmp_path / "a" / "lora.safetensors"]
+    again = train(world, dit, tmp_path / "b", *words, *weights, "--max_train_steps", 1, "--learning_rate", 0)
+    assert all(torch.equal(again[name], tensor) for name, tensor in first.items())
+
+
 def test_base_weights_are_in_the_model_and_not_in_the_lora(world, dit, plain, tmp_path):
     """The first loss with a LoRA merged is the loss at which training that LoRA on would start."""
     output, _ = plain

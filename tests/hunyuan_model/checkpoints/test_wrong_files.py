@@ -121,6 +121,16 @@ def _fp8_nan(folder: Path) -> Path:
     return _saved(folder / "nan.safetensors", stored)
 
 
+def _nvfp4(folder: Path) -> Path:
+    name = "double_blocks.0.img_attn.qkv.weight"
+    tensors = {
+        name: torch.zeros(8, 4, dtype=torch.uint8),
+        f"{name}_scale": torch.ones(8, 1),
+        f"{name}_scale_2": torch.ones(()),
+    }
+    return _saved(folder / "x.safetensors", tensors)
+
+
 def _folder(folder: Path, **files: bytes) -> Path:
     (folder / "model").mkdir()
     for name, content in files.items():
@@ -180,6 +190,7 @@ CASES: dict[str, tuple[Callable[[Path], Path], str]] = {
     "text named .pt": (lambda f: _bytes(f / "x.pt", b"hello, I am a text"), "not a file of torch.save"),
     "web page": (lambda f: _bytes(f / "x.safetensors", b"<!DOCTYPE html><html></html>"), "a web page"),
     "Git LFS pointer": (lambda f: _bytes(f / "x.pt", b"version https://git-lfs.github.com/spec/v1\n"), "Git LFS"),
+    "nvfp4": (_nvfp4, "model in nvfp4, which is not supported .use the bf16, fp16 or fp8 file"),
     "GGUF": (lambda f: _bytes(f / "x.gguf", b"GGUF\x03\x00\x00\x00"), "a GGUF file"),
     "zip without tensors": (lambda f: _zip(f / "x.pt"), "cannot be read"),
     "safetensors cut in its data": (lambda f: _cut(_saved(f / "x.safetensors", _dit()), 0.8), "cut off"),

@@ -50,3 +50,43 @@ def test_a_checkpoint_has_the_asked_precision(tmp_path: Path) -> None:
         run.options.save = SimpleNamespace(save_precision=precision, save_format=["default"])
         run.save(tmp_path / "lora.safetensors", {})
         assert {tensor.dtype for tensor in load_file(tmp_path / "lora.safetensors").values()} == {dtype}
+
+
+def test_a_norm_of_zero_switches_the_limit_off() -> None:
+    """As in musubi-tuner; it once set the whole LoRA to zero (T2)."""
+    for max_norm, largest in ((0, None), (None, None), (0.5, 0.5)):
+        run = trained(scale_weight_norms=max_norm)
+        for adapter in run.network.adapters:
+            torch.nn.init.ones_(adapter.lora_up.weight)
+        before = [adapter.factors().norm() for adapter in run.network.adapters]
+        with torch.no_grad():
+            run.after_update()
+        after = [adapter.factors().norm() for adapter in run.network.adapters]
+        assert after == before if largest is None else max(after) <= largest + 1e-6 < max(before)
+
+
+def test_the_metadata_of_mixed_ranks_are_dynamic() -> None:
+    """As network weights with --dim_from_weights make them; the rank of the first module was written for all (T14)."""
+    run = trained(network_dim=3, network_alpha=1.5)
+    assert (run.facts["network_dim"], run.facts["network_alpha"]) == (3, 1.5)
+    run.network.adapters[1].rank = 5
+    run.network.adapters[1].alpha.fill_(2)
+    assert (run.facts["network_dim"], run.facts["network_alpha"]) == ("Dynamic", "Dynamic")
+
+
+def test_alpha_is_saved_exactly_in_every_dtype(tmp_path: Path) -> None:
+    """0.3 became 0.30078 in bfloat16 (T14)."""
+    run = trained(network_dim=2, network_alpha=0.3)
+    run.network.save_weights(tmp_path / "a.safetensors", torch.bfloat16, {})
+    tensors = load_file(tmp_path / "a.safetensors")
+    alphas = {tensor.item() for name, tensor in tensors.items() if name.endswith(".alpha")}
+    assert alphas == {torch.tensor(0.3).item()}
+    assert {tensor.dtype for name, tensor in tensors.items() if "lora_" in name and "alpha" not in name} == {
+        torch.bfloat16
+    }
+
+
+def test_what_has_no_effect_is_said(capsys: pytest.CaptureFixture) -> None:
+    """musubi-tuner's conv_dim adapts convolutions, of which the blocks have none (T9)."""
+    trained(network_args=["conv_dim=4", "conv_alpha=1"])
+    assert "without effect, as no convolution of the DiT is adapted: conv_dim, conv_alpha" in capsys.readouterr().out
