@@ -159,6 +159,14 @@ def test_buckets_are_filled_once_per_cycle_in_an_order_of_the_seed() -> None:
     assert order(0, 3) == order(0, 3)
 
 
+def test_a_draw_keeps_its_place_within_its_bucket() -> None:
+    """u = 0.3 in bucket b of 8 is (b + 0.3) / 8."""
+    placed = [stratified(0.3, position, 8, seed=7) for position in range(16)]
+    assert sorted(placed) == pytest.approx([(bucket + 0.3) / 8 for bucket in range(8) for _ in range(2)])
+    assert placed[:8] != placed[8:]
+    assert stratified(0.3, 5, None, seed=7) == 0.3
+
+
 def test_buckets_keep_the_distribution_and_lower_its_scatter() -> None:
     options, cdf = ANALYTIC["shift"]
     plain = distance(draw(options, 400), cdf)
