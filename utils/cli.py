@@ -20,6 +20,7 @@ import dataclasses
 import errno
 import json
 import os
+import re
 import sys
 import types
 import typing
@@ -33,6 +34,7 @@ from utils.files import read_toml, user_path
 _UNSET = object()
 # A full, broken or read-only disk, a missing permission and an impossible path are not bugs of ours.
 _DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.EACCES, errno.EPERM)
+_NEGATIVE_NUMBER = re.compile(r"-(\d+\.?\d*|\.\d+)(e[-+]?\d+)?$", re.IGNORECASE)
 _PATH_ERRORS = (errno.ENOTDIR, errno.ENAMETOOLONG)
 
 
@@ -104,7 +106,10 @@ class _Option:
             group.add_argument(flag, action="store_true", default=_UNSET, help=text)
             return
         metavar = "{" + ",".join(self.choices) + "}" if self.choices else self.kind.__name__.upper()
-        group.add_argument(flag, type=self.convert, nargs=self.count, default=_UNSET, metavar=metavar, help=text)
+        action = _Extend if self.count == "*" else "store"
+        group.add_argument(
+            flag, type=self.convert, nargs=self.count, default=_UNSET, metavar=metavar, help=text, action=action
+        )
 
     def convert(self, text: str) -> Any:
         """One value from its text; raises ArgumentTypeError with what was expected."""
@@ -163,8 +168,22 @@ def _options_of(group: type) -> list[_Option]:
     return [_Option.from_field(field, annotations[field.name]) for field in dataclasses.fields(group) if field.metadata]
 
 
+class _Extend(argparse.Action):
+    """`--path a --path b` is `--path a b`."""
+
+    def __call__(
+        self, parser: Any, namespace: argparse.Namespace, values: Any, option_string: str | None = None
+    ) -> None:
+        given = getattr(namespace, self.dest)
+        setattr(namespace, self.dest, values if given is _UNSET else [*given, *values])
+
+
 class _Parser(argparse.ArgumentParser):
     """An ArgumentParser whose errors are UserErrors and whose unknown options get a suggestion."""
+
+    def __init__(self, **arguments: Any) -> None:
+        super().__init__(**arguments)
+        self._negative_number_matcher = _NEGATIVE_NUMBER  # argparse's own takes -5e-1 for an option
 
     def error(self, message: str) -> NoReturn:
         raise UserError(message.removeprefix("argument "))
@@ -176,11 +195,11 @@ class _Parser(argparse.ArgumentParser):
             raise UserError(f"{prefix}unknown option {name}{did_you_mean(name, known)}; --help lists all")
 
 
-def _config_words(path: Path, options: dict[str, _Option]) -> list[str]:
-    """The settings of a TOML file as command-line words. Its sections have no meaning.
+def _config_table(path: Path) -> dict[str, Any]:
+    """The settings of a TOML file. Its sections have no meaning.
 
     Raises:
-        UserError: a key is not an option or is given twice, or a value is of the wrong kind.
+        UserError: not TOML, or a key is given twice.
     """
     table: dict[str, Any] = {}
     for key, value in read_toml(path, "config file").items():
@@ -188,6 +207,15 @@ def _config_words(path: Path, options: dict[str, _Option]) -> list[str]:
             if name in table:
                 raise UserError(f"{path}: '{name}' is given twice")
             table[name] = setting
+    return table
+
+
+def _setting_words(path: Path, table: Mapping[str, Any], options: dict[str, _Option]) -> list[str]:
+    """Settings from a file as command-line words.
+
+    Raises:
+        UserError: a key is not an option, or a value is of the wrong kind.
+    """
     words: list[str] = []
     for name, value in table.items():
         known = options.get(name)
@@ -209,15 +237,26 @@ def _config_words(path: Path, options: dict[str, _Option]) -> list[str]:
 def _config_word(path: Path, known: _Option, value: Any) -> str:
     """One value of a config file as it would be typed; raises UserError if it is of the wrong kind."""
     right = {bool: bool, int: (int, float), float: (int, float)}.get(known.kind, (int, float, str))
-    if not isinstance(value, right) or isinstance(value, bool) != (known.kind is bool):
+    looks_like_an_option = isinstance(value, str) and value.startswith("-") and known.count is not None
+    if not isinstance(value, right) or isinstance(value, bool) != (known.kind is bool) or looks_like_an_option:
         raise UserError(f"{path}: {known.name} = {value!r}: {known.expected} is expected")
     return str(value)
 
 
-def parse_options(description: str, *groups: type, argv: Sequence[str] | None = None) -> list[Any]:
+def parse_options(
+    description: str,
+    *groups: type,
+    argv: Sequence[str] | None = None,
+    expand: Callable[[dict[str, Any]], tuple[Path, Mapping[str, Any]] | None] = lambda given: None,
+) -> list[Any]:
     """Parses the command line (and `--config_file`) into one instance of each group, in order.
 
-    A group's `__post_init__` may check several options together and raise UserError.
+    The command line wins over the config file; there, `--name=false` unsets a flag. A group's `__post_init__` may check
+    several options together and raise UserError.
+
+    Args:
+        expand: called with the options that are given, by name. It may remove some of them, and return a file and the
+            settings in it, which are used for the options that are not given.
 
     Raises:
         UserError: the command line or the config file is wrong.
@@ -231,36 +270,45 @@ def parse_options(description: str, *groups: type, argv: Sequence[str] | None = 
         heading = parser.add_argument_group((group.__doc__ or group.__name__).strip().splitlines()[0])
         for known in members:
             known.add_to(heading)
-    parser.add_argument("--config_file", type=Path, help="TOML file with these options; the command line wins")
+    parser.add_argument(
+        "--config_file",
+        type=Path,
+        help="TOML file with these options; the command line wins, --FLAG=false unsets a flag",
+    )
 
-    given, unknown = parser.parse_known_args(argv)
-    parser.refuse_unknown(unknown)
-    values = vars(given)
-    if given.config_file is not None:
-        values = _from_config(parser, given.config_file, options) | {k: v for k, v in values.items() if v is not _UNSET}
+    values = _given(parser, options, argv)
+    if (config := values.pop("config_file", None)) is not None:
+        values = _from_file(parser, config, _config_table(config), options) | values
+    if (found := expand(values)) is not None:
+        values = _from_file(parser, *found, options) | values
 
-    missing = [f"--{name}" for name, known in options.items() if known.required and values[name] is _UNSET]
+    missing = [f"--{name}" for name, known in options.items() if known.required and name not in values]
     if missing:
         raise UserError(f"required and not given: {', '.join(missing)}")
     return [
-        group(**{known.name: _final(known, values[known.name]) for known in members})
+        group(**{known.name: _final(known, values[known.name]) for known in members if known.name in values})
         for group, members in per_group.items()
     ]
 
 
-def _from_config(parser: _Parser, path: Path, options: dict[str, _Option]) -> dict[str, Any]:
-    words = _config_words(path, options)
+def _given(parser: _Parser, options: dict[str, _Option], words: Sequence[str], place: str = "") -> dict[str, Any]:
+    """The options among the words, by name; `place` begins the message if a word is not an option."""
+    unset = {f"--{known.name}=false": known.name for known in options.values() if known.kind is bool}
+    given, unknown = parser.parse_known_args([word for word in words if word not in unset])
+    parser.refuse_unknown(unknown, place)
+    values = {name: value for name, value in vars(given).items() if value is not _UNSET and value is not None}
+    return values | {unset[word]: False for word in words if word in unset}
+
+
+def _from_file(parser: _Parser, path: Path, table: Mapping[str, Any], options: dict[str, _Option]) -> dict[str, Any]:
+    """Settings from a file, checked as if they were typed."""
     try:
-        parsed, unknown = parser.parse_known_args(words)
+        return _given(parser, options, _setting_words(path, table, options), f"{path}: ")
     except UserError as error:
-        raise UserError(f"{path}: {error}") from None
-    parser.refuse_unknown(unknown, f"{path}: ")
-    return vars(parsed)
+        raise UserError(f"{path}: {str(error).removeprefix(f'{path}: ')}") from None
 
 
 def _final(known: _Option, value: Any) -> Any:
-    if value is _UNSET:
-        return known.default
     return tuple(value) if isinstance(known.count, int) else value
 
 

@@ -109,7 +109,7 @@ def parse_line(line: str, defaults: Request) -> Request:
     prompt, *options = _OPTION.split(line.strip())
     values = {} if not prompt.strip() else {"prompt": prompt.strip()}
     for text in options:
-        name, _, value = text.partition(" ")
+        name, _, value = re.sub(r"\s", " ", text, count=1).partition(" ")
         if _field(name, "--") in {_field(given) for given in values}:
             raise UserError(f"--{name} is given twice")
         values[name] = value.strip()

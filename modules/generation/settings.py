@@ -4,13 +4,12 @@ import dataclasses
 import shlex
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from modules.generation.options import GenerationOptions
 from modules.generation.requests import Request
 from utils.cli import parse_options
-from utils.errors import UserError
 
 MEDIA_SUFFIXES = (".mp4", ".png", ".safetensors")
 # Options about where to run and what to write, which do not describe the video.
@@ -52,52 +51,22 @@ def video_settings(options: GenerationOptions, request: Request) -> dict[str, ob
 
 def parse_generation_options(description: str, argv: Sequence[str] | None = None) -> GenerationOptions:
     """The command line. `--from_file` with a video, image or latent file stands for the settings inside it."""
-    argv = list(sys.argv[1:] if argv is None else argv)
     groups = [field.type for field in dataclasses.fields(GenerationOptions)]
-    path = _media_source(argv)
-    if path is None:
-        return GenerationOptions(*parse_options(description, *groups, argv=argv))
-    from modules.generation.outputs import read_settings
+    names = {field.name for group in groups for field in dataclasses.fields(group)}.difference(_WHERE, _PLAN)
 
-    if not path.is_file():
-        raise UserError(f"--from_file {path}: no such file")
-    made_by = {field.name for group in groups for field in dataclasses.fields(group)}.difference(_WHERE, _PLAN)
-    settings = {name: value for name, value in read_settings(path).items() if name in made_by}
-    return GenerationOptions(*parse_options(description, *groups, argv=[*_words(path, settings, argv), *argv]))
+    def settings_of_media(given: dict[str, object]) -> tuple[Path, dict[str, object]] | None:
+        path = given.get("from_file")
+        if path is None or path.suffix.lower() not in MEDIA_SUFFIXES:
+            return None
+        del given["from_file"]
+        from modules.generation.outputs import read_settings
 
+        settings = {name: value for name, value in read_settings(path).items() if name in names}
+        if "video_path" not in settings:
+            settings.pop("strength", None)  # an earlier version wrote it without a video
+        return path, settings
 
-def _media_source(argv: list[str]) -> Path | None:
-    """Removes `--from_file X` from argv and returns X if it is a video, image or latent file, by its suffix."""
-    for index, word in enumerate(argv):
-        name, equals, value = word.partition("=")
-        if name == "--from_file":
-            value = value if equals else "".join(argv[index + 1 : index + 2])
-            if value.lower().endswith(MEDIA_SUFFIXES):
-                del argv[index : index + (1 if equals else 2)]
-                return Path(value)
-    return None
-
-
-def _words(path: Path, settings: Mapping[str, object], argv: Sequence[str]) -> list[str]:
-    """Settings as command-line words, without those that are on the command line `argv`.
-
-    Raises:
-        UserError: a value would be parsed as another option.
-    """
-    typed = {word.partition("=")[0] for word in argv}
-    words: list[str] = []
-    for name, value in settings.items():
-        if f"--{name}" in typed:
-            continue
-        if value is True:
-            words.append(f"--{name}")
-        elif isinstance(value, list):
-            if any(isinstance(item, str) and item.startswith("-") for item in value):
-                raise UserError(f"{path}: hv_generate_video.py did not write its setting {name} = {value}")
-            words += [f"--{name}", *map(str, value)]
-        else:
-            words.append(f"--{name}={value}")
-    return words
+    return GenerationOptions(*parse_options(description, *groups, argv=argv, expand=settings_of_media))
 
 
 def decode_command(options: GenerationOptions, latents: Path) -> str:

@@ -211,8 +211,29 @@ def test_the_settings_of_a_strangers_file_say_what_to_make_and_nothing_else(tiny
     }
     assert parsed(written | harmful) == parsed(written)
     assert parsed(written).lora.lora_multiplier == [-0.5]
-    with pytest.raises(UserError, match=r"strange\.safetensors: its setting lora_weight"):
+    with pytest.raises(UserError, match=r"strange\.safetensors: lora_weight = '--save_path=x'"):
         parsed({"prompt": "cat", "lora_weight": [dit, "--save_path=x"]})
+
+
+def test_a_media_file_is_found_at_home_and_in_a_config_file(tiny_models, tmp_path, monkeypatch):
+    """The command line wins over the config file, and that over the settings in the media file."""
+    import torch
+
+    from modules.generation.settings import parse_generation_options
+    from utils.safetensors_utils import save_file
+
+    settings = {"prompt": "cat", "seed": 1, "fps": 8, "infer_steps": 9, "strength": 0.5}
+    save_file({"latent": torch.zeros(1)}, tmp_path / "v.safetensors", {"settings": json.dumps(settings)})
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path))
+    (tmp_path / "config.toml").write_text('from_file = "~/v.safetensors"\nfps = 10\nseed = 2\n')
+    models = [f"--{name}={each}" for name, each in vars(tiny_models).items()] + [f"--save_path={tmp_path}"]
+    for words in (["--from_file=~/v.safetensors"], ["--from_file", "~/v.safetensors"]):
+        assert parse_generation_options("", [*models, *words]).prompt.request().prompt == "cat"
+    options = parse_generation_options("", [*models, f"--config_file={tmp_path / 'config.toml'}", "--seed=3"])
+    request = options.prompt.request()
+    assert (request.prompt, request.seed, request.fps, request.steps) == ("cat", 3, 10, 9)
+    assert options.prompt.from_file is None
 
 
 @pytest.mark.parametrize("option", ["--dit", "--vae", "--text_encoder1", "--lora_weight"])

@@ -324,3 +324,38 @@ def test_texts_of_files_cannot_control_the_terminal(capsys: pytest.CaptureFixtur
     with pytest.raises(SystemExit):
         run_script(main)
     assert capsys.readouterr().err == r"error: \x1b]0;title\x07" + "\n"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Several:
+    """several values"""
+
+    factor: list[float] = option([], help="factors")
+    one: float = option(0.0, help="one number")
+    fast: bool = option(False, help="be fast")
+
+
+@pytest.mark.parametrize("text", ["-5e-1", "-.5", "-0.5", "-5.E-1", "-0.05e+1"])
+def test_a_negative_number_is_no_option_in_any_notation(text: str) -> None:
+    assert parse_options("", Several, argv=["--factor", "1", text, "--one", text]) == [
+        Several(factor=[1, -0.5], one=-0.5)
+    ]
+
+
+def test_a_list_may_be_given_in_pieces_and_replaces_that_of_the_file(tmp_path: Path) -> None:
+    (tmp_path / "c.toml").write_text("factor = [9]\n")
+    words = ["--config_file", str(tmp_path / "c.toml")]
+    assert parse_options("", Several, argv=words) == [Several(factor=[9])]
+    assert parse_options("", Several, argv=[*words, "--factor", "1", "2", "--factor", "3"]) == [
+        Several(factor=[1, 2, 3])
+    ]
+    assert parse_options("", Several, argv=["--factor", "4"]) == [Several(factor=[4])]
+
+
+def test_the_command_line_unsets_a_flag_of_the_file(tmp_path: Path) -> None:
+    (tmp_path / "c.toml").write_text("fast = true\n")
+    words = ["--config_file", str(tmp_path / "c.toml")]
+    assert parse_options("", Several, argv=words) == [Several(fast=True)]
+    assert parse_options("", Several, argv=[*words, "--fast=false"]) == [Several(fast=False)]
+    with pytest.raises(UserError, match="--fast"):
+        parse_options("", Several, argv=["--fast=maybe"])

@@ -24,6 +24,12 @@ def test_every_short_option_of_the_reference_tool():
     )
 
 
+def test_a_tab_separates_like_a_space():
+    assert parse_line("A cat\t--w\t960\t--n\tbad \t hat", Request()) == Request(
+        prompt="A cat", width=960, negative_prompt="bad \t hat"
+    )
+
+
 def test_a_silent_line_means_the_reference_defaults():
     request = parse_line("A cat", PREVIEW_DEFAULTS)
     assert (request.width, request.height, request.frames, request.steps) == (256, 256, 1, 20)
