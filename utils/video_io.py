@@ -5,6 +5,7 @@ Pixels are tensors (3, F, H, W), float32 in 0..1.
 
 import contextlib
 import json
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
@@ -65,7 +66,7 @@ def write_frames(
         container = av.open(str(temporary.absolute()), "w", format="mp4", options={"movflags": "+faststart"})
         with container:
             if metadata is not None:
-                container.metadata[METADATA_KEY] = json.dumps(dict(metadata), ensure_ascii=False)
+                container.metadata[METADATA_KEY] = json_text(metadata)
             stream = None
             for index, array in enumerate(frames):
                 stream = stream or _h264_stream(container, rate, array.shape[1], array.shape[0])
@@ -231,6 +232,16 @@ def iterate_frames(path: str | Path) -> Iterator[tuple[np.ndarray, float]]:
         raise UserError(f"{path}: this video has no frames")
 
 
+def json_text(values: Mapping[str, object]) -> str:
+    """The values as JSON that is valid UTF-8.
+
+    Half a surrogate pair, which stands for a byte of a file name that is not UTF-8, is written as its escape sequence.
+    Readers of JSON restore it.
+    """
+    text = json.dumps(dict(values), ensure_ascii=False)
+    return re.sub(r"[\ud800-\udfff]", lambda half: f"\\u{ord(half[0]):04x}", text)
+
+
 def save_image(pixels: Tensor, path: str | Path, metadata: Mapping[str, object] | None = None) -> None:
     """Like `write_image`, for one frame (3, 1, H, W) in 0..1."""
     write_image(to_uint8(pixels)[0].numpy(), path, metadata)
@@ -240,7 +251,7 @@ def write_image(array: np.ndarray, path: str | Path, metadata: Mapping[str, obje
     """Writes (H, W, 3) uint8 as a PNG; the metadata is stored as JSON in the text chunk `comment`."""
     text = PngImagePlugin.PngInfo()
     if metadata is not None:
-        text.add_itxt(METADATA_KEY, json.dumps(dict(metadata), ensure_ascii=False))
+        text.add_itxt(METADATA_KEY, json_text(metadata))
     with atomic_path(path) as temporary:
         Image.fromarray(array).save(temporary, format="PNG", pnginfo=text)
 

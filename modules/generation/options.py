@@ -6,7 +6,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hunyuan_model.attention_modes import ATTENTION_MODES, require_attention
-from modules.generation.requests import MAX_STEPS, Request, read_prompt_file, with_valid_size
+from modules.generation.requests import (
+    MAX_FACTOR,
+    MAX_FPS,
+    MAX_FRAMES,
+    MAX_SIDE,
+    MAX_STEPS,
+    MIN_SHIFT,
+    Request,
+    read_prompt_file,
+    with_valid_size,
+)
 from modules.options import (
     COMPILE_MODES,
     BlockSwapOptions,
@@ -38,20 +48,32 @@ class PromptOptions:
         path="file",
     )
     interactive: bool = option(False, help="read prompts from the terminal one by one; all models stay loaded")
-    video_size: tuple[int, int] = option((256, 256), help="height and width in pixels, multiples of 16", minimum=1)
-    video_length: int = option(129, help="frames, 4n + 1", minimum=1)
+    video_size: tuple[int, int] = option(
+        (256, 256), help="height and width in pixels, multiples of 16", minimum=1, maximum=MAX_SIDE
+    )
+    video_length: int = option(129, help="frames, 4n + 1", minimum=1, maximum=MAX_FRAMES)
     fps: int | None = option(
-        None, help="frames per second of the video (default: 24, or the setting inside saved latents)", minimum=1
+        None,
+        help="frames per second of the video (default: 24, or the setting inside saved latents)",
+        minimum=1,
+        maximum=MAX_FPS,
     )
     infer_steps: int = option(50, help="denoising steps", minimum=1, maximum=MAX_STEPS)
     seed: int | None = option(
         None, help="seed of the noise; drawn at random when omitted, and part of the file name", minimum=0
     )
-    embedded_cfg_scale: float = option(6.0, help="embedded guidance, an input of the distilled model", minimum=0)
-    guidance_scale: float = option(
-        1.0, help="classifier-free guidance; 1 is none, other values need two predictions per step", minimum=0
+    embedded_cfg_scale: float = option(
+        6.0, help="embedded guidance, an input of the distilled model", minimum=0, maximum=MAX_FACTOR
     )
-    flow_shift: float = option(7.0, help="flow shift; 7 is good for 50 steps, 17 for fewer than 20", minimum=1e-6)
+    guidance_scale: float = option(
+        1.0,
+        help="classifier-free guidance; 1 is none, other values need two predictions per step",
+        minimum=0,
+        maximum=MAX_FACTOR,
+    )
+    flow_shift: float = option(
+        7.0, help="flow shift; 7 is good for 50 steps, 17 for fewer than 20", minimum=MIN_SHIFT, maximum=MAX_FACTOR
+    )
     video_path: Path | None = option(None, help="video to start from (video to video)", path="file")
     strength: float | None = option(
         None,

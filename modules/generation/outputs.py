@@ -16,7 +16,7 @@ from torch import Tensor
 from modules.generation.requests import Request
 from utils.errors import UserError, one_line
 from utils.safetensors_utils import load_file, read_header, save_file
-from utils.video_io import read_metadata, save_images, save_video
+from utils.video_io import json_text, read_metadata, save_images, save_video
 
 LATENT_SUFFIX = "_latent.safetensors"
 
@@ -113,7 +113,7 @@ def _latent_metadata(job: Job) -> dict[str, str]:
         "guidance_scale": request.cfg_scale,
         "embedded_cfg_scale": request.guidance,
         "negative_prompt": request.negative_prompt,
-        "settings": json.dumps(dict(job.settings), ensure_ascii=False),
+        "settings": json_text(job.settings),
     }
     return {name: str(value) for name, value in fields.items()}
 

@@ -17,7 +17,13 @@ from utils.files import read_text, read_toml, user_path
 
 SIZE_STEP = 16  # pixels: one latent is 8 pixels wide, one patch of the DiT 2 latents
 FRAME_STEP = 4  # video frames per latent frame after the first
+# The largest values, on the command line and in a line. What is above is a slip of the finger.
 MAX_STEPS = 1000
+MAX_SIDE = 8192  # pixels
+MAX_FRAMES = 16385
+MAX_FPS = 1000
+MAX_FACTOR = 1e4  # guidance and shift; much larger values overflow
+MIN_SHIFT = 1e-6
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,8 +102,20 @@ LINE_HELP = """A prompt, then any of these options; what is not given is taken f
   --i first frame (image)              --video_path, --strength       a video to start from"""
 OTHER_MODELS = {"ei": "end image", "cn": "control video", "ci": "control image", "of": "one-frame options"}
 _TYPES = {field.name: field.type for field in dataclasses.fields(Request)}
-_MINIMUM = {"width": 1, "height": 1, "frames": 1, "seed": 0, "guidance": 0, "cfg_scale": 0, "fps": 1, "strength": 0}
+_LIMITS = {
+    "width": (1, MAX_SIDE),
+    "height": (1, MAX_SIDE),
+    "frames": (1, MAX_FRAMES),
+    "seed": (0, 2**63 - 1),
+    "steps": (1, MAX_STEPS),
+    "guidance": (0, MAX_FACTOR),
+    "cfg_scale": (0, MAX_FACTOR),
+    "flow_shift": (MIN_SHIFT, MAX_FACTOR),
+    "fps": (1, MAX_FPS),
+}
 _OPTION = re.compile(r"(?:^|\s)--(?=[A-Za-z])")
+# What word processors make of two hyphens, before the name of an option.
+_DASHED = re.compile(rf"(?:^|\s)([\u2012-\u2015\u2212]-?)({'|'.join(KEYS)})(?=\s|$)")
 
 
 def parse_line(line: str, defaults: Request) -> Request:
@@ -106,6 +124,8 @@ def parse_line(line: str, defaults: Request) -> Request:
     Raises:
         UserError: an unknown option, or a wrong value.
     """
+    if dashed := _DASHED.search(line):
+        raise UserError(f"{dashed[1]}{dashed[2]}: an option begins with two hyphens; write --{dashed[2]}")
     prompt, *options = _OPTION.split(line.strip())
     values = {} if not prompt.strip() else {"prompt": prompt.strip()}
     for text in options:
@@ -159,14 +179,13 @@ def _converted(name: str, value: object, dashes: str) -> object:
 
 
 def _in_range(field: str, number: float, shown: str) -> float:
-    if field == "steps":  # clamped as in the reference tool, so that files made for it work
-        return min(max(number, 1), MAX_STEPS)
-    if not abs(number) < float("inf") or number < _MINIMUM.get(field, 0) or (field == "flow_shift" and number == 0):
-        raise UserError(f"{shown}: out of range")
     if field == "strength" and not 0 < number <= 1:
         raise UserError(f"{shown}: a number above 0 and up to 1 is expected")
     if field == "seed" and number >= 2**63:
         raise UserError(f"{shown}: seeds are below 2^63")
+    least, most = _LIMITS.get(field, (0, 1))
+    if not least <= number <= most:
+        raise UserError(f"{shown}: out of range, {least:g} to {most:g} is possible")
     return number
 
 

@@ -1,11 +1,15 @@
 """LoRAs in hv_generate_video.py: merged, beside fp8 weights, saved as a model, compared on one page."""
 
+import os
 import re
+import shutil
 
 import pytest
 import torch
 
-from tests.saved_files import saved_latents
+from modules.generation.outputs import read_settings
+from tests.platforms import needs_posix
+from tests.saved_files import only, saved_latents
 
 
 @pytest.fixture
@@ -166,3 +170,14 @@ def test_merged_model_is_a_model_that_samples_like_the_lora(generate, loras, tmp
     assert torch.equal(saved_latents(with_lora), saved_latents(merged))
     plain = generate("--prompt=cat", "--seed=3", "--output_type=latent", folder="plain")
     assert not torch.equal(saved_latents(with_lora), saved_latents(plain))
+
+
+@needs_posix
+def test_a_lora_whose_name_is_not_utf8_stands_in_every_file_and_makes_the_video_again(generate, loras, tmp_path):
+    name = os.fsdecode(os.fsencode(tmp_path) + b"/l\xff.safetensors")
+    shutil.copy(loras[0], name)
+    out = generate("--prompt=cat", "--seed=3", "--output_type=both", "--lora_weight", name)
+    images = generate("--prompt=cat", "--seed=3", "--output_type=images", "--lora_weight", name, folder="images")
+    files = [only(out, "*.mp4"), only(out, "*_latent.safetensors"), only(images, "*") / "00000.png"]
+    assert [read_settings(path)["lora_weight"] for path in files] == [[name]] * 3
+    generate("--prompt=cat", "--seed=3", "--compare", "--lora_weight", name, folder="page")

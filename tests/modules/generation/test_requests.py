@@ -4,7 +4,9 @@ import json
 
 import pytest
 
+from modules.generation.options import PromptOptions
 from modules.generation.requests import PREVIEW_DEFAULTS, Request, parse_line, read_prompt_file, with_valid_size
+from utils.cli import parse_options
 from utils.errors import UserError
 
 
@@ -22,6 +24,35 @@ def test_every_short_option_of_the_reference_tool():
         cfg_scale=1.5,
         flow_shift=7.0,
     )
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "option"),
+    [
+        ("s", "1001", ["--infer_steps"]),
+        ("s", "0", ["--infer_steps"]),
+        ("w", "8193", ["--video_size", "16"]),
+        ("f", "16386", ["--video_length"]),
+        ("g", "10001", ["--embedded_cfg_scale"]),
+        ("l", "10001", ["--guidance_scale"]),
+        ("fs", "10001", ["--flow_shift"]),
+        ("fs", "1e-7", ["--flow_shift"]),
+        ("fps", "1001", ["--fps"]),
+        ("d", str(2**63), ["--seed"]),
+    ],
+)
+def test_a_line_and_the_command_line_have_the_same_limits(name, value, option):
+    for call in (
+        lambda: parse_line(f"cat --{name} {value}", Request()),
+        lambda: parse_options("", PromptOptions, argv=[*option, value]),
+    ):
+        with pytest.raises(UserError):
+            call()
+
+
+def test_dashes_in_a_prompt_are_text():
+    text = "A cat \u2014 well fed \u2014 sits, a man\u2014d 3 and \u2014 w"
+    assert parse_line(text, Request()).prompt == text
 
 
 def test_a_tab_separates_like_a_space():
@@ -48,6 +79,16 @@ def test_a_line_of_options_takes_the_prompt_of_the_defaults():
         ("cat --w 1.5", "--w 1.5: a whole number"),
         ("cat --w", "--w: a value is expected"),
         ("cat --f 0", "--f 0: out of range"),
+        ("cat --s 0", "--s 0: out of range, 1 to 1000"),
+        ("cat --s 1000000000", "out of range, 1 to 1000"),
+        ("cat --w 1000000000", "out of range, 1 to 8192"),
+        ("cat --f 1000000000", "out of range"),
+        ("cat --g 1e40", "out of range"),
+        ("cat --l -1", "out of range"),
+        ("cat --fs 1e-9", "out of range"),
+        ("cat --fps 1000000000", "out of range"),
+        ("cat \u2014w 960", "\u2014w: an option begins with two hyphens; write --w"),
+        ("cat \u2013-seed 3", "write --seed"),
         ("cat --g nan", "--g nan: out of range"),
         ("cat --fs 0", "--fs 0: out of range"),
         ("cat --d -1", "--d -1: out of range"),
