@@ -202,10 +202,18 @@ def _source_at(path: Path, listed: str, is_video: bool, caption: str = "") -> So
     return Source(path, "", kind, listed, caption, size, mtime_ns, problem, absent)
 
 
+def _is_folder(entry: os.DirEntry) -> bool:
+    """False for links that lead nowhere or in circles: they are listed, with the reason why they cannot be used."""
+    try:
+        return entry.is_dir()
+    except OSError:
+        return False
+
+
 def _is_frame_folder(entry: os.DirEntry, caption_extension: str) -> bool:
     """Whether a folder is one video: it holds images, and a caption file lies beside it."""
     return (
-        entry.is_dir()
+        _is_folder(entry)
         and existing_spelling(Path(f"{entry.path}{caption_extension}")).is_file()
         and bool(frame_files(Path(entry.path)))
     )
@@ -217,7 +225,7 @@ def _from_directory(settings: DatasetSettings) -> list[Source]:
         paths = sorted(
             Path(entry.path)
             for entry in entries
-            if (Path(entry.name).suffix.lower() in extensions and entry.is_file())
+            if (Path(entry.name).suffix.lower() in extensions and not _is_folder(entry))
             or (settings.is_video and _is_frame_folder(entry, settings.caption_extension))
         )
     sources = [_source_at(path, path.name, settings.is_video) for path in paths]

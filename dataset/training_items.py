@@ -99,6 +99,7 @@ class _CacheCheck:
         self.latent_problems = _CacheProblems("cache_latents.py")
         self.text_problems = _CacheProblems("cache_text_encoder_outputs.py")
         self.left_out: list[str] = []  # why sources are not used
+        self.not_cached: list[str] = []  # items that the caching run could not encode
         self.by_musubi = 0
 
     def add(self, name: str, source: Source | None) -> None:
@@ -130,7 +131,9 @@ class _CacheCheck:
             if status.kept:
                 f, h, w = item.latent_shape
                 self.items.append(TrainingItem(item.name, item.source, item.path, text, item.bucket_name, f * h * w))
-            elif self.failed.get(item.name) != entry["stamp"]:  # not an item that the caching run could not encode
+            elif self.failed.get(item.name) == entry["stamp"]:
+                self.not_cached.append(item.name)
+            else:
                 self.latent_problems.add(status.reason, item.name)
 
     def _checked_latents(self, name: str, entry: dict[str, Any]) -> Iterator[tuple[Item, CacheStatus]]:
@@ -149,6 +152,12 @@ class _CacheCheck:
         if self.left_out:
             count, first = len(self.left_out), self.left_out[0]
             notes.append(f"{self.directory}: {count} listed files cannot be used and are left out; the first: {first}")
+        if self.not_cached:
+            count, first = len(self.not_cached), self.not_cached[0]
+            notes.append(
+                f"{self.directory}: {count} items could not be cached and are left out; the first: {first}; "
+                "cache_latents.py says why"
+            )
         if self.by_musubi:
             notes.append(f"{self.directory}: {self.by_musubi} latent caches were made by musubi-tuner and are used")
         problems = self.latent_problems.lines(self.directory) + self.text_problems.lines(self.directory)

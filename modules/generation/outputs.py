@@ -137,6 +137,8 @@ def load_latents(path: str | Path) -> tuple[Tensor, dict[str, object]]:
         settings = _saved_settings(path, metadata)
     if not isinstance(latents, Tensor):
         raise UserError(f"{path}: holds no saved latents (a tensor with the key 'latent')")
+    if not latents.is_floating_point():
+        raise UserError(f"{path}: these latents are {latents.dtype}, floating-point numbers are expected")
     latents = latents.float() if latents.ndim == 5 else latents.float().unsqueeze(0)
     if latents.ndim != 5 or latents.shape[0] != 1:
         raise UserError(f"{path}: latents of one video (C, f, h, w) are expected, found {tuple(latents.shape)}")

@@ -333,3 +333,20 @@ def test_a_relative_name_with_a_colon_is_no_protocol(tmp_path: Path, monkeypatch
     write_video(tmp_path / "a.mp4", 5).rename(tmp_path / "12:30.mp4")
     monkeypatch.chdir(tmp_path)
     assert read_media_info(source(Path("12:30.mp4"))).frames == 5
+
+
+def test_interlaced_frames_are_deinterlaced(tmp_path: Path) -> None:
+    """Even lines are light and odd ones dark, as in a fast motion: one of the two fields fills the whole frame."""
+    path = tmp_path / "a.mp4"
+    combed = np.full((64, 128, 3), 60, np.uint8)
+    combed[::2] = 180
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=24, options={"x264-params": "interlaced=1:qp=4"})
+        stream.width, stream.height, stream.pix_fmt = 128, 64, "yuv420p"
+        for _ in range(5):
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(combed, format="rgb24")))
+        container.mux(stream.encode())
+    assert "interlaced" in read_media_info(source(path)).notes
+    luma = clip(path, 0, 5).mean(axis=-1)
+    assert np.abs(np.diff(luma, axis=1)).max() < 12
+    assert np.ptp(luma) < 12

@@ -257,3 +257,15 @@ def test_a_windows_path_in_a_jsonl_file_gets_a_hint(tmp_path: Path) -> None:
     (tmp_path / "list.jsonl").write_text(r'{"image_path": "C:\Users\a.png", "caption": ""}')
     (source,) = list_sources(settings(tmp_path, image_directory=None, image_jsonl_file=str(tmp_path / "list.jsonl")))
     assert "write Windows paths with / or \\\\" in source.problem
+
+
+@needs_posix
+def test_links_that_lead_nowhere_are_named(tmp_path: Path) -> None:
+    for name, target in (("gone", tmp_path / "nothing"), ("loop", tmp_path / "loop.png")):
+        (tmp_path / f"{name}.png").symlink_to(target)
+        write_caption(tmp_path / f"{name}.png")
+    write_caption(write_image(tmp_path / "good.png"))
+    found = {source.name: source.problem for source in list_sources(settings(tmp_path))}
+    assert found.pop("good") is None
+    assert "gone.png: cannot be read: No such file" in found["gone"]
+    assert "loop.png: cannot be read: Too many levels of symbolic links" in found["loop"]

@@ -271,7 +271,9 @@ def test_items_that_could_not_be_cached_are_left_out(config: DatasetConfig) -> N
     (directory / "images1_0064x0064_hv.safetensors").unlink()
     stamp = Manifest.load(directory, "latents").sources["images1"]["stamp"]
     Manifest(directory, "failures-0", {"images1": {"stamp": stamp, "problem": "broken"}}).save()
-    assert TrainingDataset(config, seed=1).num_items == 26
+    dataset = TrainingDataset(config, seed=1)
+    assert dataset.num_items == 26
+    assert any("1 items could not be cached and are left out; the first: images1" in note for note in dataset.notes)
 
 
 def test_a_file_that_could_not_be_opened_is_left_out(config: DatasetConfig, tmp_path: Path) -> None:

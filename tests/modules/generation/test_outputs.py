@@ -60,6 +60,11 @@ def test_latents_come_back_bit_for_bit(tmp_path):
         ("b.safetensors", {"latent": torch.zeros(4, 4)}, r"one video \(C, f, h, w\)"),
         ("c.safetensors", {"latent": torch.zeros(2, 16, 1, 4, 4)}, "one video"),
         ("d.safetensors", {"latent": torch.full((16, 1, 4, 4), float("nan"))}, "NaN or infinity"),
+        (
+            "g.safetensors",
+            {"latent": torch.ones(16, 1, 4, 4, dtype=torch.int32)},
+            "floating-point numbers are expected",
+        ),
         ("e.pt", {"state_dict": {}}, "holds no saved latents"),
         ("f.pt", b"no pickle", "cannot be read"),
     ],
