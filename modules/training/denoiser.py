@@ -88,8 +88,8 @@ class Trained(Protocol):
     def start_step(self) -> None:
         """Called before every step."""
 
-    def after_update(self) -> None:
-        """Called after every optimizer step."""
+    def after_update(self) -> dict[str, float]:
+        """Called after every optimizer step; returns numbers for the log by name."""
 
     def evaluation(self) -> AbstractContextManager[None]:
         """Inside, dropout is off, as it will be when the checkpoint is used."""

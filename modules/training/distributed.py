@@ -5,7 +5,7 @@ from collections.abc import Iterable, Sequence
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
-from torch import Tensor, nn
+from torch import nn
 
 BUCKET_ELEMENTS = 16_000_000
 
@@ -26,9 +26,10 @@ def global_positions(accelerator: Accelerator, batches: Sequence[Sequence[str]])
     return [[position[key] for key in keys] for keys in own], len(everyone)
 
 
-def sum_over_processes(accelerator: Accelerator, values: Tensor) -> Tensor:
-    """The sum of a tensor over all processes."""
-    return accelerator.reduce(values, "sum") if accelerator.num_processes > 1 else values
+def sum_over_processes(accelerator: Accelerator, values: Sequence[float]) -> list[float]:
+    """The sum of each number over all processes, in double precision."""
+    own = torch.tensor(values, dtype=torch.float64, device=accelerator.device)
+    return (accelerator.reduce(own, "sum") if accelerator.num_processes > 1 else own).tolist()
 
 
 def min_over_processes(number: int) -> int:

@@ -88,8 +88,9 @@ class TrainedModel:
     def start_step(self) -> None:
         """Nothing changes from step to step."""
 
-    def after_update(self) -> None:
+    def after_update(self) -> dict[str, float]:
         self.untouched = False
+        return {}
 
     @contextlib.contextmanager
     def evaluation(self) -> Iterator[None]:

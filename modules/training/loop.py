@@ -7,8 +7,8 @@ interrupted and continued at any step, and divided among any number of processes
 import contextlib
 import math
 import statistics
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,8 +21,16 @@ from dataset.image_video_dataset import Batch, TrainingDataset
 from modules.flow_matching import interpolate, velocity_target, weighted_mse
 from modules.training.denoiser import Denoiser, Trained
 from modules.training.distributed import global_positions, sum_gradients, sum_over_processes
-from modules.training.log import BANDS, FIRST_STEPS, MEDIAN_OF_STEPS, TrainingLog, band_name, band_of, smoothed
-from modules.training.optimizers import averaged_weights, try_optimizer
+from modules.training.log import (
+    FIRST_STEPS,
+    MEDIAN_OF_STEPS,
+    StepResult,
+    StepSummary,
+    TrainingLog,
+    describe,
+    smoothed,
+)
+from modules.training.optimizers import averaged_weights, effective_rates, try_optimizer
 from modules.training.options import TrainerOptions
 from modules.training.previews import Previewer
 from modules.training.saver import CheckpointSaver
@@ -32,40 +40,9 @@ from modules.training.stop_requests import StopRequests
 from modules.training.timesteps import loss_weight, sample_sigmas, sigma_at
 from modules.training.validation import QUANTILES, validation_losses
 from utils.cli import print_table
-from utils.errors import UserError
+from utils.errors import UserError, one_line
 
 SPIKE = 4.0  # a loss this many times the median of recent losses is logged with its items
-
-
-@dataclass
-class StepResult:
-    """Losses of the samples of one step on this process."""
-
-    losses: list[Tensor] = field(default_factory=list)
-    sigmas: list[Tensor] = field(default_factory=list)
-    items: list[str] = field(default_factory=list)
-
-    def add(self, losses: Tensor, sigma: Tensor, batch: Batch) -> None:
-        """Adds a batch; losses and sigma are (B,)."""
-        self.losses.append(losses)
-        self.sigmas.append(sigma)
-        self.items += [f"{name} (bucket {batch.bucket})" for name in batch.names]
-
-    def samples(self) -> list[tuple[str, float, float]]:
-        """(item, sigma, loss) of each sample."""
-        if not self.items:
-            return []
-        return list(zip(self.items, torch.cat(self.sigmas).tolist(), torch.cat(self.losses).tolist(), strict=True))
-
-
-@dataclass(frozen=True)
-class StepSummary:
-    """What every process knows of a step: mean losses, and whether any process was asked to quit or to save."""
-
-    loss: float
-    loss_by_band: dict[str, float]
-    quit: bool
-    save: bool
 
 
 @dataclass
@@ -90,18 +67,31 @@ class Trainer:
     saver: CheckpointSaver
     requests: StopRequests
     previewer: Previewer | None = None
+    updates: int = 0  # of the weights, by this process
+    updating: bool = False  # the weights, or what belongs to them, may be half updated
+    stopped: bool = False  # as far as `stopping` knows
 
     def train(self) -> None:
         """Trains from `progress.step` to the end of the plan, or until somebody asks to stop.
 
+        Whatever fails or interrupts a step, the weights of the steps before it are saved.
+
         Raises:
-            UserError: too many consecutive steps were not finite, or a file could not be written.
+            UserError: too many consecutive steps were not finite, none was, or a file could not be written.
         """
+        try:
+            self.begin()
+            self.run_steps()
+        except BaseException:  # a second Ctrl+C is one
+            self.rescue()
+            raise
+        self.finish()
+
+    def run_steps(self) -> None:
+        """The steps, and what follows each."""
         plan, progress = self.plan, self.progress
-        self.begin()
-        summary = None
         with contextlib.closing(read_batches(self.loader)) as batches:
-            while progress.step < plan.total_steps and not (summary and summary.quit):
+            while progress.step < plan.total_steps and not self.stopping():
                 micro_batches = [next(batches) for _ in range(plan.accumulation)]
                 names = [batch.names if batch is not None else [] for batch in micro_batches]
                 positions_of, samples = global_positions(self.accelerator, names)
@@ -110,16 +100,16 @@ class Trainer:
                 for batch, positions in zip(micro_batches, positions_of, strict=True):
                     if batch is None:  # the epoch has no batch left for this process
                         continue
-                    losses, sigma = self.train_batch(batch, positions, samples)
-                    result.add(losses, sigma, batch)
+                    result.add(*self.train_batch(batch, positions, samples), batch)
                 summary = self.summarize(result, samples)
-                self.update(result, summary)
-                progress.step += 1
-                progress.samples += samples
-                self.after_step(summary)
-        self.finish()
+                with self.requests.uninterrupted():
+                    self.update(result, summary)
+                    progress.step += 1
+                    progress.samples += samples
+                    self.updating = False
+                self.after_step(summary.save)
 
-    def train_batch(self, batch: Batch, positions: Sequence[int], samples: int) -> tuple[Tensor, Tensor]:
+    def train_batch(self, batch: Batch, positions: Sequence[int], samples: int) -> tuple[Tensor, Tensor, Tensor]:
         """Adds the gradients of a batch. Its graph is freed on return, before the next batch needs the memory.
 
         Args:
@@ -127,7 +117,7 @@ class Trainer:
             samples: number of items in the global batch.
 
         Returns:
-            The losses and the sigmas of the items, both (B,), without a graph.
+            Losses, losses without weights, and sigmas of the items, all (B,), without a graph.
         """
         options, accelerator, progress, denoiser = self.options, self.accelerator, self.progress, self.denoiser
         latents = denoiser.latents(batch)  # B C f h w
@@ -140,9 +130,10 @@ class Trainer:
         x_t = interpolate(latents, noise, sigma)
         with accelerator.autocast():
             velocity = denoiser.velocity(x_t, sigma, batch)
-        losses = weighted_mse(velocity, velocity_target(latents, noise), weight)  # B
+        errors = weighted_mse(velocity, velocity_target(latents, noise))  # B
+        losses = errors * weight
         accelerator.backward(losses.sum() / samples)
-        return losses.detach(), sigma
+        return losses.detach(), errors.detach(), sigma
 
     def rehearse(self) -> None:
         """Runs forward and backward on the largest batch, so that too little memory shows now and not in an hour.
@@ -167,19 +158,9 @@ class Trainer:
 
     def summarize(self, result: StepResult, samples: int) -> StepSummary:
         """Adds up losses and requests of all processes, so that all of them decide alike."""
-        accelerator, requests = self.accelerator, self.requests
-        if accelerator.is_main_process:
-            requests.poll_files()
-        loss, bands, counts = 0.0, [0.0] * BANDS, [0.0] * BANDS
-        for _, sigma, value in result.samples():
-            loss += value
-            bands[band_of(sigma)] += value
-            counts[band_of(sigma)] += 1
-        own = torch.tensor([loss, requests.quit, requests.save, *bands, *counts], dtype=torch.float64)
-        loss, quits, saves, *sums = sum_over_processes(accelerator, own.to(accelerator.device)).tolist()
-        requests.save = False
-        means = {band_name(i): sums[i] / sums[BANDS + i] for i in range(BANDS) if sums[BANDS + i]}
-        return StepSummary(loss / samples, means, quits > 0, saves > 0)
+        own = [*result.totals(), self.requests.take_save()]
+        *totals, saves = sum_over_processes(self.accelerator, own)
+        return StepSummary.of(totals, samples, saves > 0)
 
     def update(self, result: StepResult, summary: StepSummary) -> None:
         """One optimizer step with the gradients of all processes; none if loss or gradient is not finite."""
@@ -193,10 +174,12 @@ class Trainer:
         norm = torch.nn.utils.clip_grad_norm_(parameters, limit).item()
         rates = self.scheduler.get_last_lr()
         if math.isfinite(summary.loss) and math.isfinite(norm):
+            self.updating = True
             optimizer.step() if scaler is None else scaler.step(optimizer)
-            self.trained.after_update()
+            facts = self.trained.after_update() | effective_rates(optimizer)
+            self.updates += 1
             progress.nonfinite_in_a_row = 0
-            self.log_update(result, summary, norm, rates)
+            self.log_update(result, summary, norm, rates, facts)
         elif scaler is not None and math.isfinite(summary.loss) and scaler.get_scale() > 1:
             self.log.skipped_step()  # float16 gradients overflow until the scaler has found its scale
         else:
@@ -206,19 +189,32 @@ class Trainer:
         self.scheduler.step()  # before the gradients are freed: the schedule of Adafactor reads them
         optimizer.zero_grad(set_to_none=True)
 
-    def log_update(self, result: StepResult, summary: StepSummary, norm: float, rates: Sequence[float]) -> None:
-        """Logs a step that changed the weights; with its items if the loss is unusually high."""
+    def log_update(
+        self,
+        result: StepResult,
+        summary: StepSummary,
+        norm: float,
+        rates: Sequence[float],
+        facts: Mapping[str, float],
+    ) -> None:
+        """Logs a step that changed the weights; with its items if the loss is unusually high.
+
+        Args:
+            facts: further numbers for the log, by name.
+        """
         progress, log = self.progress, self.log
         recent = progress.recent_losses
-        is_spike = len(recent) >= FIRST_STEPS // 2 and summary.loss > SPIKE * statistics.median(recent)
-        recent.append(summary.loss)
+        is_spike = len(recent) >= FIRST_STEPS // 2 and summary.error > SPIKE * statistics.median(recent)
+        recent.append(summary.error)
         del recent[:-MEDIAN_OF_STEPS]
         progress.smoothed_loss = smoothed(progress.smoothed_loss, summary.loss)
         for band, loss in summary.loss_by_band.items():
             progress.loss_by_band[band] = smoothed(progress.loss_by_band.get(band), loss)
         extra = {"spike": describe(gather_object(result.samples()))} if is_spike else {}
         epoch = self.plan.epoch_of(progress.step) + 1
-        log.step(progress.step + 1, epoch, summary.loss, summary.loss_by_band, norm, rates, **extra)
+        log.step(
+            progress.step + 1, epoch, summary.loss, summary.error, summary.loss_by_band, norm, rates, facts, **extra
+        )
         start = statistics.mean(progress.first_losses)
         if progress.step + 1 == FIRST_STEPS and start > 1:
             log.say(
@@ -247,6 +243,12 @@ class Trainer:
                 f"{names}; check --dit and these caches, or lower --learning_rate; saved checkpoints are intact"
             )
 
+    def stopping(self) -> bool:
+        """Whether any process was asked to stop; all processes must call it together."""
+        (asked,) = sum_over_processes(self.accelerator, [self.requests.asked_to_stop()])
+        self.stopped |= asked > 0
+        return self.stopped
+
     def begin(self) -> None:
         """Before the first step: validates the untrained model, and makes previews if --sample_at_first is given."""
         progress = self.progress
@@ -254,33 +256,46 @@ class Trainer:
         if self.validation_set is not None and progress.base_validation_loss is None:
             with self.trained.switched_off():
                 progress.base_validation_loss = self.validate("base_validation_loss")
-        if self.options.previews.sample_at_first and progress.step == 0:
+        if self.options.previews.sample_at_first and progress.step == 0 and not self.stopped:
             self.preview("000000")
+        if progress.evaluation_is_due:
+            self.evaluate()
 
-    def after_step(self, summary: StepSummary) -> None:
+    def after_step(self, asked_to_save: bool) -> None:
         """Validation, previews, checkpoints: in this order, so that a checkpoint knows its validation loss."""
         plan, progress = self.plan, self.progress
-        epoch_ended, epoch = plan.ends_epoch(progress.step - 1), plan.epoch_of(progress.step - 1) + 1
+        self.evaluate()
         is_last = progress.step == plan.total_steps
-        if self.validation_set is not None and (is_last or self.validation_is_due(epoch_ended)):
-            progress.validation_loss = self.validate("validation_loss")
-            progress.validation_step = progress.step
-            if progress.validation_loss is not None:
+        ended = plan.epoch_of(progress.step) if plan.ends_epoch(progress.step - 1) and not is_last else None
+        self.save(asked_to_save, ended)
+        if ended is not None:
+            self.trained.start_epoch()
+
+    def evaluate(self) -> None:
+        """The validation and the previews that are due after a step; broken off, they are made when the run goes on."""
+        plan, progress, previews = self.plan, self.progress, self.options.previews
+        epoch_ended, epoch = plan.ends_epoch(progress.step - 1), plan.epoch_of(progress.step - 1) + 1
+        progress.evaluation_is_due = True
+        due = progress.step == plan.total_steps or self.validation_is_due(epoch_ended)
+        if self.validation_set is not None and due and progress.validation_step != progress.step:
+            loss = self.validate("validation_loss")
+            if self.stopped:
+                return
+            progress.validation_loss, progress.validation_step = loss, progress.step
+            if loss is not None:
                 self.saver.save_best()
-        previews = self.options.previews
         if previews.sample_every_n_epochs is not None:
             if epoch_ended and is_multiple(epoch, previews.sample_every_n_epochs):
                 self.preview(f"e{epoch:06d}")
         elif is_multiple(progress.step, previews.sample_every_n_steps):
             self.preview(f"{progress.step:06d}")
-        self.save(summary, epoch if epoch_ended and not is_last else None)
-        if epoch_ended and not is_last:
-            self.trained.start_epoch()
+        progress.evaluation_is_due = self.stopped
 
-    def save(self, summary: StepSummary, finished_epoch: int | None) -> None:
+    def save(self, asked: bool, finished_epoch: int | None) -> None:
         """Saves the checkpoints that are due after a step, and those that somebody asked for."""
-        save, saver, asked = self.options.save, self.saver, summary.save and not summary.quit
-        with self.log.pause():
+        save, saver = self.options.save, self.saver
+        asked = asked and not self.stopped
+        with self.log.pause(), self.requests.uninterrupted():
             if finished_epoch is not None and is_multiple(finished_epoch, save.save_every_n_epochs):
                 saver.save_epoch(finished_epoch)
             if is_multiple(self.progress.step, save.save_every_n_steps):
@@ -293,11 +308,18 @@ class Trainer:
         return epoch_ended if every is None else is_multiple(self.progress.step, every)
 
     def validate(self, name: str) -> float | None:
-        """The mean validation loss, None if it is not finite; the log gets it under `name`, and its parts by sigma."""
+        """The mean validation loss; the log gets it under `name`, and its parts by sigma.
+
+        None if it is not finite, or if somebody asks to stop before it is known.
+        """
         log, step = self.log, self.progress.step
         sigmas = [sigma_at(quantile, self.options.timesteps) for quantile in QUANTILES]
         with log.pause(), self.trained.evaluation(), averaged_weights(self.optimizer):
-            losses = validation_losses(self.denoiser, self.validation_set, sigmas, self.accelerator, self.progress.seed)
+            losses = validation_losses(
+                self.denoiser, self.validation_set, sigmas, self.accelerator, self.progress.seed, self.stopping
+            )
+        if losses is None:
+            return None
         mean = sum(losses) / len(losses)
         parts = {f"{1000 * sigma:.0f}": loss for sigma, loss in zip(sigmas, losses, strict=True)}
         if not math.isfinite(mean):
@@ -315,29 +337,57 @@ class Trainer:
             return
         with self.log.pause(), self.trained.evaluation(), averaged_weights(self.optimizer):
             if self.accelerator.is_main_process:
-                self.previewer.run(self.denoiser.dit, moment, self.log)
+                self.previewer.run(self.denoiser.dit, moment, self.log, self.requests.asked_to_stop)
             self.accelerator.wait_for_everyone()
+        self.stopping()
 
     def finish(self) -> None:
-        """Saves the last checkpoint; a run that was stopped early saves its state too, to continue from."""
-        save, files, step = self.options.save, self.saver.files, self.progress.step
-        if step < self.plan.total_steps:
-            self.saver.save(files.of_step(step), state=True)
+        """Saves the last checkpoint; a run that was stopped early saves its state too, to continue from.
+
+        Raises:
+            UserError: no step changed the weights.
+        """
+        save, saver, step = self.options.save, self.saver, self.progress.step
+        with self.requests.uninterrupted():
+            if step < self.plan.total_steps and self.updates:
+                saver.save(saver.files.of_step(step), state=True)
+            elif step == self.plan.total_steps and self.updates == 0 and self.log.skipped:
+                raise UserError(
+                    f"nothing was trained and nothing is written: the loss or the gradient of all {self.log.skipped} "
+                    "steps was not finite; check --dit, the caches and --network_weights"
+                )
+            elif step == self.plan.total_steps:
+                saver.save(saver.files.last(), state=save.save_state or save.save_state_on_train_end)
+
+    def rescue(self) -> None:
+        """Saves what was trained when a step cannot be finished; on the main process alone, others may be gone.
+
+        If an update was under way, the checkpoint without a state, because the two may not belong together.
+        """
+        if self.updates == 0 or not self.accelerator.is_main_process:
+            return
+        stem = self.saver.files.of_step(self.progress.step)
+        try:
+            with self.requests.uninterrupted():
+                self.saver.write(stem, state=not self.updating)
+        except Exception as error:
+            self.log.say(f"step {self.progress.step} could not be saved: {one_line(error)}")
         else:
-            self.saver.save(files.last(), state=save.save_state or save.save_state_on_train_end)
+            how = "" if self.updating else f"; to continue:\n  {self.saver.command()}"
+            self.log.say(f"step {self.progress.step} is saved as {stem}{how}")
 
     def close(self) -> None:
-        """Waits for uploads, closes the trackers, and prints what was done."""
+        """Waits for uploads, closes the trackers, and prints what was done, and how a stopped run goes on."""
         self.saver.uploader.close()
         self.accelerator.end_training()
         if self.accelerator.is_main_process:
             rows = [("steps", f"{self.progress.step} of {self.plan.total_steps}"), *self.log.summary()]
             print_table("training", [*rows, *(("written", path) for path in self.saver.written)])
-
-
-def describe(samples: Sequence[tuple[str, float, float]]) -> list[str]:
-    """Samples (item, sigma, loss) in words, for the log."""
-    return [f"{item} at timestep {1000 * sigma:.0f}: loss {loss:.4g}" for item, sigma, loss in samples]
+            if self.progress.step < self.plan.total_steps:
+                how = f"; to continue:\n  {self.saver.command()}"
+                print(
+                    f"\nstopped{how if self.updates else ' before anything was trained; give the same command again'}"
+                )
 
 
 def is_multiple(number: int, of: int | None) -> bool:

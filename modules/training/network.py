@@ -137,11 +137,15 @@ class TrainedNetwork:
     def start_step(self) -> None:
         self._call("on_step_start")
 
-    def after_update(self) -> None:
-        """Scales every module's weight change down to the norm of --scale_weight_norms."""
+    def after_update(self) -> dict[str, float]:
+        """Scales every module's weight change down to the norm of --scale_weight_norms; returns the norms, for the log.
+
+        Networks of other projects may return nothing.
+        """
         max_norm = self.options.network.scale_weight_norms
-        if max_norm:  # 0 is off, as in musubi-tuner
-            self._call("apply_max_norm_regularization", max_norm, self.device)
+        norms = self._call("apply_max_norm_regularization", max_norm, self.device) if max_norm else None  # 0: off
+        names = ("max_norm/keys_scaled", "max_norm/average_key_norm", "max_norm/max_key_norm")
+        return dict(zip(names, map(float, norms), strict=True)) if norms else {}
 
     @contextlib.contextmanager
     def evaluation(self) -> Iterator[None]:

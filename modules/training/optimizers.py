@@ -151,6 +151,12 @@ def averaged_weights(optimizer: "torch.optim.Optimizer") -> Iterator[None]:
             parameter.data.copy_(value)
 
 
+def effective_rates(optimizer: "torch.optim.Optimizer") -> dict[str, float]:
+    """The rate that Prodigy and D-Adaptation really use: their estimate d times the rate of the schedule."""
+    groups = [group for group in optimizer.param_groups if "d" in group]
+    return {f"d_times_lr/{index}": float(group["d"] * group["lr"]) for index, group in enumerate(groups)}
+
+
 def try_optimizer(options: OptimizerOptions, dtype: "torch.dtype", device: "torch.device") -> float:
     """Takes one step on a small matrix; returns the bytes of optimizer state per weight on the device.
 

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Self
+from typing import ClassVar, Self
 
 from modules.generation.requests import PREVIEW_DEFAULTS, Request, read_prompt_file, with_valid_size
 from modules.options import (
@@ -281,6 +281,7 @@ class DistributedOptions:
 class TrainerOptions:
     """The groups that every training script has; a script adds its own groups in a subclass."""
 
+    script: ClassVar[str]
     dataset: DatasetOptions
     training: TrainingOptions
     checkpointing: CheckpointingOptions
@@ -341,15 +342,17 @@ class TrainerOptions:
         ]
 
     def settings(self, seed: int) -> str:
-        """All options as TOML for --config_file, with the seed of the run and without secrets."""
-        seeded = dataclasses.replace(self, training=dataclasses.replace(self.training, seed=seed))
-        return settings_toml(*vars(seeded).values())
+        """All options as TOML for --config_file, with the seed of the run; without secrets and --resume."""
+        training, save = dataclasses.replace(self.training, seed=seed), dataclasses.replace(self.save, resume=None)
+        hub = dataclasses.replace(self.hub, resume_from_huggingface=False)
+        return settings_toml(*vars(dataclasses.replace(self, training=training, save=save, hub=hub)).values())
 
 
 @dataclass(frozen=True)
 class LoraTrainerOptions(TrainerOptions):
     """Every option of hv_train_network.py."""
 
+    script = "hv_train_network.py"
     checkpointing: LoraCheckpointingOptions
     precision: LoraPrecisionOptions
     timesteps: LoraTimestepOptions
@@ -379,6 +382,7 @@ class LoraTrainerOptions(TrainerOptions):
 class FullTrainerOptions(TrainerOptions):
     """Every option of hv_train.py."""
 
+    script = "hv_train.py"
     precision: FullPrecisionOptions
     dit: FullDitOptions
     swap: FullSwapOptions

@@ -1,14 +1,15 @@
 """Videos and images from the model in training, made with the sampler and the decoder of generation."""
 
+import contextlib
 import dataclasses
 import io
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from accelerate import Accelerator
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from hunyuan_model.models import HYVideoDiffusionTransformer
@@ -30,6 +31,26 @@ PreviewPrompt = tuple[Request, Conditioning, Conditioning]
 """A request with its encoded prompt and negative prompt."""
 
 
+class _BrokenOffError(Exception):
+    """Somebody asked to stop."""
+
+
+@contextlib.contextmanager
+def _broken_off_by(stopping: Callable[[], bool], modules: Iterable[nn.Module]) -> Iterator[None]:
+    """Inside, `stopping` is asked before each forward of a module; if it is true, _BrokenOffError is raised."""
+
+    def ask(*_: object) -> None:
+        if stopping():
+            raise _BrokenOffError
+
+    handles = [module.register_forward_pre_hook(ask) for module in modules]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
 class Previewer:
     """Makes the previews of a run on the main process. One that fails is reported, and training goes on.
 
@@ -49,17 +70,21 @@ class Previewer:
         self.prompts, self.decoder = prompts, decoder
         self.files, self.accelerator, self.seed = files, accelerator, seed
 
-    def run(self, dit: HYVideoDiffusionTransformer, moment: str, log: TrainingLog) -> None:
-        """Makes every preview.
+    def run(
+        self, dit: HYVideoDiffusionTransformer, moment: str, log: TrainingLog, stopping: Callable[[], bool]
+    ) -> None:
+        """Makes every preview, unless `stopping`, which is asked before each call of the DiT, says otherwise.
 
         Args:
             moment: part of the file names: the epoch as `e{epoch:06d}` or the step as `{step:06d}`.
         """
         for index, prompt in enumerate(self.prompts):
             try:
-                pixels = self._make(dit, index, moment, *prompt)
+                pixels = self._make(dit, index, moment, stopping, *prompt)
                 _track(self.accelerator, index, pixels, prompt[0], log.progress.step)
                 log.record(log.progress.step, preview=f"{self.files.name}_{moment}_{index:02d}")
+            except _BrokenOffError:
+                break
             except Exception as error:
                 log.record(log.progress.step, preview_failed=index, reason=one_line(error))
                 log.say(f"preview {index + 1} failed, training goes on: {type(error).__name__}: {one_line(error)}")
@@ -70,6 +95,7 @@ class Previewer:
         dit: HYVideoDiffusionTransformer,
         index: int,
         moment: str,
+        stopping: Callable[[], bool],
         request: Request,
         positive: Conditioning,
         negative: Conditioning,
@@ -82,10 +108,11 @@ class Previewer:
         def before_step(step: int, steps: int) -> None:
             bar.update(step - bar.n)
 
-        with bar, self.accelerator.autocast():
+        with bar, self.accelerator.autocast(), _broken_off_by(stopping, [dit]):
             latents = sample_latents(dit, seeded, positive, negative, device=device, before_step=before_step)
         try:
-            pixels = self.decoder.decode(latents)
+            with _broken_off_by(stopping, self.decoder.vae.model.modules()):
+                pixels = self.decoder.decode(latents)
         finally:
             self.decoder.vae.release()
         seed = "" if request.seed is None else f"_{request.seed}"

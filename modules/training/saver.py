@@ -1,6 +1,9 @@
 """Writes checkpoints and states under the names of `modules.training.files`, removes old ones, uploads new ones."""
 
 import contextlib
+import os
+import shlex
+import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping
@@ -138,12 +141,27 @@ class CheckpointSaver:
             UserError: the weights are not finite, or a file cannot be written.
         """
         if self.accelerator.is_main_process:
-            # Before the state, because `averaged_weights` changes schedule-free optimizers and then restores them.
-            with averaged_weights(self.stateful["optimizer"]):
-                self._save_checkpoint(stem)
-            if state:
-                self._save_state(stem)
+            self.write(stem, state)
         self.accelerator.wait_for_everyone()
+
+    def write(self, stem: str, state: bool) -> None:
+        """As `save`, on this process alone."""
+        # Before the state, because `averaged_weights` changes schedule-free optimizers and then restores them.
+        with averaged_weights(self.stateful["optimizer"]):
+            self._save_checkpoint(stem)
+        if state:
+            self._save_state(stem)
+
+    def command(self) -> str:
+        """The command line that continues from the state of the current step."""
+        stem, accelerator, given = self.files.of_step(self.progress.step), self.accelerator, self.options.precision
+        launch = ["accelerate", "launch", "--num_processes", str(accelerator.num_processes)]
+        words = ["python"] if accelerator.num_processes == 1 else launch
+        words += [sys.argv[0] if Path(sys.argv[0]).name == self.options.script else self.options.script]
+        words += ["--config_file", str(self.files.settings(stem)), "--resume", str(self.files.state(stem))]
+        if given.mixed_precision is None:  # it came from accelerate launch
+            words += ["--mixed_precision", accelerator.mixed_precision]
+        return subprocess.list2cmdline(words) if os.name == "nt" else shlex.join(words)
 
     def save_epoch(self, epoch: int) -> None:
         """Saves after an epoch (from 1), then removes what --save_last_n_epochs has just ceased to keep."""

@@ -213,7 +213,7 @@ def follow_schedule(scheduler: "LRScheduler") -> None:
     """
     from torch.optim.lr_scheduler import LambdaLR
 
-    if isinstance(scheduler, LambdaLR):
+    if type(scheduler) is LambdaLR:  # that of Adafactor is derived from it, and asks the optimizer
         step, factors = scheduler.last_epoch, scheduler.lr_lambdas
         rates = [base * factor(step) for base, factor in zip(scheduler.base_lrs, factors, strict=True)]
         for group, rate in zip(scheduler.optimizer.param_groups, rates, strict=True):

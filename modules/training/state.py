@@ -57,6 +57,7 @@ class Progress:
     validation_loss: float | None = None
     validation_step: NonNegativeInt | None = None
     best: list[tuple[float, int]] = field(default_factory=list)  # (validation loss, step), best first
+    evaluation_is_due: bool = False  # validation and previews of this step were broken off
     session_id: NonNegativeInt = 0
     started_at: float = 0.0
     arithmetic: dict[str, Any] = field(default_factory=dict)  # batches per step, batches per epoch, items

@@ -1,6 +1,6 @@
 """The loss on held-out items, always with the same noise and timesteps, so that the curve is smooth."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from accelerate import Accelerator
@@ -17,9 +17,16 @@ QUANTILES = (0.1, 0.3, 0.5, 0.7, 0.9)
 
 @torch.no_grad()
 def validation_losses(
-    denoiser: Denoiser, dataset: TrainingDataset, sigmas: Sequence[float], accelerator: Accelerator, seed: int
-) -> list[float]:
+    denoiser: Denoiser,
+    dataset: TrainingDataset,
+    sigmas: Sequence[float],
+    accelerator: Accelerator,
+    seed: int,
+    stopping: Callable[[], bool],
+) -> list[float] | None:
     """The mean loss over all items of `dataset` at each sigma; the processes share the batches.
+
+    None if `stopping` is true, which all processes ask together before each call of the DiT.
 
     Args:
         dataset: item i is the i-th batch, always in the same order.
@@ -27,13 +34,18 @@ def validation_losses(
         seed: for the noise, which is drawn for each item and sigma.
     """
     totals = torch.zeros(len(sigmas) + 1, dtype=torch.float64, device=accelerator.device)
-    share = range(accelerator.process_index, len(dataset), accelerator.num_processes)
+    rounds = range(0, len(dataset), accelerator.num_processes)
     silent = not accelerator.is_main_process
-    for index in tqdm(share, desc="validation", unit="batch", leave=False, disable=silent):
-        batch = dataset[index]
-        latents = denoiser.latents(batch)
+    for first in tqdm(rounds, desc="validation", unit="batch", leave=False, disable=silent):
+        index = first + accelerator.process_index
+        batch = dataset[index] if index < len(dataset) else None
+        latents = denoiser.latents(batch) if batch is not None else ()
         size = len(latents)
         for place, value in enumerate(sigmas):
+            if stopping():
+                return None
+            if batch is None:
+                continue
             noise = draw_noise(latents, [generator_for(VALIDATION, seed, index, place, item) for item in range(size)])
             sigma = torch.full((size,), value, device=latents.device)
             x_t = interpolate(latents, noise, sigma)
@@ -41,5 +53,5 @@ def validation_losses(
                 velocity = denoiser.velocity(x_t, sigma, batch)
             totals[place] += weighted_mse(velocity, velocity_target(latents, noise)).sum()
         totals[-1] += size
-    totals = sum_over_processes(accelerator, totals)
-    return (totals[:-1] / totals[-1]).tolist()
+    *sums, count = sum_over_processes(accelerator, totals.tolist())
+    return [total / count for total in sums]

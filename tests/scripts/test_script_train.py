@@ -122,7 +122,7 @@ def test_step_checkpoints_live_for_some_steps(world, dit, tmp_path):
 
 
 def test_a_file_save_makes_a_checkpoint_and_save_quit_ends_the_run(world, dit, tmp_path, monkeypatch):
-    ask(monkeypatch, {2: lambda: (tmp_path / "save").touch(), 3: lambda: (tmp_path / "save_quit").touch()})
+    ask(monkeypatch, {2: lambda: (tmp_path / "save").touch(), 4: lambda: (tmp_path / "save_quit").touch()})
     assert train(world, dit, tmp_path, "--max_train_steps", 9, "--save_every_n_steps", 3) == {}
     states = sorted(path.name for path in tmp_path.glob("*-state"))
     assert states == ["lora-step00000003-state", "lora-step00000004-state"]
@@ -135,7 +135,8 @@ def test_a_signal_saves_and_the_resumed_run_equals_an_undisturbed_one(world, dit
     ask(monkeypatch, {2: lambda: signal.raise_signal(number)})
     assert train(world, dit, tmp_path) == {}
     monkeypatch.undo()
-    assert (tmp_path / "lora-step00000003.safetensors").exists()
+    assert [line["step"] for line in log_of(tmp_path)] == [1, 2]  # it came within the update of step 2
+    assert (tmp_path / "lora-step00000002.safetensors").exists()
     assert_same(train(world, dit, tmp_path, "--resume", "auto"), plain[1])
 
 

@@ -68,7 +68,7 @@ def test_request_files_are_taken_once(tmp_path, name, quits):
     (tmp_path / name).touch()
     requests = StopRequests(tmp_path)
     requests.poll_files()
-    assert requests.save and requests.quit == quits and not (tmp_path / name).exists()
+    assert (requests.save, requests.quit) == (not quits, quits) and not (tmp_path / name).exists()
     requests.save = requests.quit = False
     requests.poll_files()
     assert not requests.save and not requests.quit
