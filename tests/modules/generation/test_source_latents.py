@@ -42,12 +42,12 @@ def test_latents_are_unscaled_before_they_are_decoded() -> None:
 
     def decode(given: torch.Tensor) -> torch.Tensor:
         seen.append(given)
-        return torch.tensor([-1.5, -1.0, 0.0, 1.0]).repeat(1, 3, 1, 1, 1)
+        return torch.tensor([-1.5, -0.5, 0.0, 0.6]).repeat(1, 3, 1, 1, 1)
 
     vae = SimpleNamespace(decode=decode, configure_memory=lambda *_: None, parameters=lambda: iter([torch.zeros(1)]))
     pixels = Decoder(SimpleNamespace(model=vae), CPU).decode(torch.full((1, 16, 1, 1, 1), 3.0))
     torch.testing.assert_close(seen[0], torch.full((1, 16, 1, 1, 1), 3.0 / SCALE))
-    assert pixels[0].flatten().tolist() == [0.0, 0.0, 0.5, 1.0]
+    assert pixels[0].flatten().tolist() == pytest.approx([0.0, 0.25, 0.5, 0.8])
 
 
 @pytest.mark.parametrize("words", [{"split_attn": True}, {"split_uncond": True}, {}])

@@ -28,6 +28,7 @@ from modules.memory.plan import (
     fastest_that_needs_less,
     free_main_memory,
     memory_limit,
+    pinned_bytes,
     predict,
 )
 from modules.options import BlockSwapOptions, CompileOptions, DeviceOptions, DitOptions, TextEncoderOptions, VaeOptions
@@ -221,6 +222,7 @@ def test_a_container_may_leave_less_main_memory_than_the_machine(tmp_path: Path,
 
 
 def test_offloaded_activations_are_rounded_up_as_pinned_memory_is() -> None:
+    assert [pinned_bytes(size) for size in (1, 7, 8, 9)] == [1, 8, 8, 16]
     block = BlockUsage(0, 0, 0, 0, (3 * GIB, 5))
     predicted = predict(ModelUsage((block, block), 0, 0), offload=True)
     assert predicted.host == predicted.offloaded == 2 * (4 * GIB + 8)
