@@ -135,6 +135,8 @@ def test_every_clip_of_a_peculiar_file_is_what_a_player_shows(tmp_path: Path, ca
     path, expected = case(tmp_path)
     assert check_all_modes(path, list(expected)) == 1, "the packets told the right number of frames"
     assert [number_of(frame) for frame, _ in iterate_frames(path)] == list(expected), "the reader of --video_path"
+    was_read_wrongly = case in (avi, edit_list, edit_list_in_open_gop)
+    assert read_media_info(source(path)).decoder == (2 if was_read_wrongly else 1), "only these are cached again"
 
 
 def test_a_file_whose_first_frames_never_come_is_counted_again(tmp_path: Path) -> None:

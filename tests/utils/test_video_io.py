@@ -1,6 +1,7 @@
 """Videos and images: exact count, size and rate, close to the tensor, with the settings inside."""
 
 import math
+from types import SimpleNamespace
 
 import av
 import numpy as np
@@ -10,7 +11,7 @@ from PIL import Image
 
 from tests.media_samples import number_of, numbered_frame, turn_video, write_video
 from utils.errors import UserError
-from utils.video_io import read_frames, read_metadata, read_video, save_images, save_video
+from utils.video_io import decoded_frames, read_frames, read_metadata, read_video, save_images, save_video
 
 SETTINGS = {"prompt": 'a cat \u732b "quoted"\nsecond line', "seed": 2**40, "video_size": [48, 80], "strength": 0.5}
 
@@ -114,3 +115,19 @@ def test_without_metadata_and_broken_files_are_errors_in_one_line(tmp_path):
             read_metadata(tmp_path / name)
     with pytest.raises(UserError, match=r"broken\.mp4"):
         read_video(tmp_path / "broken.mp4")
+
+
+def test_damaged_frames_keep_their_place_unless_they_come_first():
+    whole, corrupt = SimpleNamespace(is_corrupt=False), SimpleNamespace(is_corrupt=True)
+
+    def packet(*frames):
+        def decode():
+            if not frames:
+                raise av.error.InvalidDataError(1, "invalid data")
+            return frames
+
+        return SimpleNamespace(decode=decode)
+
+    packets = [packet(), packet(corrupt), packet(whole), packet(corrupt, whole), packet(), packet(whole)]
+    container = SimpleNamespace(demux=lambda stream: packets)
+    assert list(decoded_frames(container, None)) == [whole, None, whole, None, whole]
