@@ -2,12 +2,14 @@
 
 import contextlib
 import functools
+import json
 import os
 import re
 import shutil
 import tomllib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import psutil
 
@@ -225,6 +227,22 @@ def read_text(path: str | os.PathLike, what: str) -> str:
     return text
 
 
+def parse_json(text: str | bytes) -> Any:
+    """Parses JSON. Every JSON that comes from outside is read with it.
+
+    Raises:
+        ValueError: no JSON, a number of thousands of digits, or nested too deeply.
+    """
+    return _decoded(json.loads, text)
+
+
+def _decoded(loads: Callable[[Any], Any], text: str | bytes) -> Any:
+    try:
+        return loads(text)
+    except RecursionError:
+        raise ValueError("brackets are nested too deeply") from None
+
+
 def read_toml(path: str | os.PathLike, what: str) -> dict:
     """Parses a TOML file.
 
@@ -236,7 +254,7 @@ def read_toml(path: str | os.PathLike, what: str) -> dict:
     """
     text = read_text(path, what)
     try:
-        return tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
+        return _decoded(tomllib.loads, text)
+    except ValueError as error:
         hint = "; write Windows paths with / or in 'single quotes'" if "\\" in text else ""
         raise UserError(f"{path}: {what} is not valid TOML: {one_line(error)}{hint}") from None

@@ -10,6 +10,7 @@ from pathlib import Path
 from modules.generation.options import GenerationOptions
 from modules.generation.requests import Request
 from utils.cli import parse_options
+from utils.errors import UserError
 
 MEDIA_SUFFIXES = (".mp4", ".png", ".safetensors")
 # Options about where to run and what to write, which do not describe the video.
@@ -18,6 +19,8 @@ _WHERE = ("device", "save_path", "output_type", "latent_path", "no_metadata", "s
 _PLAN = ("vram_gb", "dry_run")
 # Options that say which videos to make. The settings of one video have its request instead.
 _SOURCES = ("prompt", "from_file", "compare")
+# Options whose files can be seen in the video or in its settings. A stranger's file could name a private one.
+_READ_INTO_THE_VIDEO = ("from_file", "video_path", "image_path")
 
 
 def page_settings(options: GenerationOptions, seed: int) -> dict[str, object]:
@@ -64,6 +67,12 @@ def parse_generation_options(description: str, argv: Sequence[str] | None = None
         settings = {name: value for name, value in read_settings(path).items() if name in names}
         if "video_path" not in settings:
             settings.pop("strength", None)  # an earlier version wrote it without a video
+        for name in _READ_INTO_THE_VIDEO:
+            if name in settings and name not in given:
+                raise UserError(
+                    f"{path}: was made from {settings[name]}. A file's settings cannot name what is read into a video: "
+                    f"give --{name}" + (" and the other options instead of this file" if name == "from_file" else "")
+                )
         return path, settings
 
     return GenerationOptions(*parse_options(description, *groups, argv=argv, expand=settings_of_media))

@@ -215,6 +215,30 @@ def test_the_settings_of_a_strangers_file_say_what_to_make_and_nothing_else(tiny
         parsed({"prompt": "cat", "lora_weight": [dit, "--save_path=x"]})
 
 
+@pytest.mark.parametrize("name", ["from_file", "video_path", "image_path"])
+def test_a_strangers_file_never_names_what_is_read_into_a_video(tiny_models, tmp_path, name):
+    """Before, the lines of a secret text stood in the settings of the new videos."""
+    import torch
+
+    from modules.generation.settings import parse_generation_options
+    from utils.errors import UserError
+    from utils.video_io import save_video
+
+    secret, own = tmp_path / "secret.txt", tmp_path / "own.txt"
+    secret.write_text("my secret\n")
+    own.write_text("cat\n")
+    video = tmp_path / "strange.mp4"
+    settings = {"prompt": "cat", "seed": 3} if name != "from_file" else {"seed": 3}
+    save_video(torch.zeros(3, 1, 16, 16), video, 24, settings | {name: str(secret)})
+    models = [f"--{model}={path}" for model, path in vars(tiny_models).items()] + [f"--save_path={tmp_path / 'out'}"]
+    words = [*models, "--from_file", str(video)]
+    with pytest.raises(UserError, match=rf"strange\.mp4: was made from .*secret\.txt\..* give --{name}"):
+        parse_generation_options("", words)
+    if name != "from_file":
+        options = parse_generation_options("", [*words, f"--{name}={own}"])
+        assert (getattr(options.prompt, name), options.prompt.seed) == (own, 3)
+
+
 def test_a_media_file_is_found_at_home_and_in_a_config_file(tiny_models, tmp_path, monkeypatch):
     """The command line wins over the config file, and that over the settings in the media file."""
     import torch
