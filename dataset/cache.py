@@ -16,6 +16,7 @@ import torch
 
 from utils.device_utils import dtype_word
 from utils.errors import UserError
+from utils.files import parse_json
 from utils.safetensors_utils import TensorInfo, load_file, read_header, save_file
 
 ARCHITECTURE = "hunyuan_video"
@@ -211,8 +212,10 @@ def _header(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str]] | CacheS
 def _changes(metadata: Mapping[str, str], expected: Mapping[str, Any]) -> str:
     """The keys of `expected` whose values differ from the file's provenance, separated by commas."""
     try:
-        found = json.loads(metadata[PROVENANCE_KEY])
-    except json.JSONDecodeError:
+        found = parse_json(metadata[PROVENANCE_KEY])
+    except ValueError:
+        found = None
+    if not isinstance(found, dict):
         return "its metadata is damaged"
     expected = {"version": CACHE_VERSION, **expected}
     return ", ".join(key for key, value in expected.items() if found.get(key) != value)

@@ -13,8 +13,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator
 
-from utils.errors import UserError, did_you_mean
-from utils.files import clean_path, read_text, read_toml, user_path
+from utils.errors import UserError, did_you_mean, one_line
+from utils.files import clean_path, parse_json, read_text, read_toml, user_path
 
 SIZE_STEP = 16  # pixels: the VAE shrinks sides by 8, and a token of the DiT covers 2x2 latents
 SECTIONS = ("general", "datasets", "validation")
@@ -225,10 +225,12 @@ def _parse(path: Path) -> tuple[dict[str, Any], str]:
     if path.suffix.lower() != ".json":
         return read_toml(path, "dataset config"), text
     try:
-        return json.loads(text), text
+        return parse_json(text), text
     except json.JSONDecodeError as error:
         hint = "; write Windows paths with / or \\\\" if "\\" in text else ""
         raise UserError(f"{path}, line {error.lineno}: dataset config is not valid JSON: {error.msg}{hint}") from None
+    except ValueError as error:
+        raise UserError(f"{path}: dataset config is not valid JSON: {one_line(error)}") from None
 
 
 def _check_keys(section: _Section, values: Any, allowed: tuple[str, ...]) -> None:

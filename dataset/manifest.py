@@ -14,7 +14,7 @@ from typing import Any
 
 from dataset.cache import CACHE_VERSION, require_usable
 from utils.errors import UserError
-from utils.files import write_text
+from utils.files import parse_json, write_text
 from utils.safetensors_utils import load_file
 
 # Kind of the manifests in which each process of a caching script lists the items that failed.
@@ -63,7 +63,7 @@ class Manifest:
         """One manifest file alone; empty if it is missing or damaged."""
         manifest = cls(directory, kind)
         try:
-            values = json.loads(manifest.path.read_text(encoding="utf-8"))
+            values = parse_json(manifest.path.read_text(encoding="utf-8"))
             if values["version"] == CACHE_VERSION:
                 manifest.sources, manifest.intact = dict(values["sources"]), dict(values[INTACT_KEY])
                 manifest.trusted = dict(values.get("trusted", {}))

@@ -1,6 +1,5 @@
 """What the caching scripts print: warnings about each dataset before a model is loaded, and the outcome at the end."""
 
-import json
 import sys
 from collections import Counter
 from collections.abc import Sequence
@@ -13,6 +12,7 @@ from dataset.scan import ScannedDataset, ScannedSource
 from dataset.text_caching import CUT_KEY, CaptionDataset, CaptionEntry
 from utils.cli import print_table
 from utils.errors import UserError
+from utils.files import parse_json
 from utils.safetensors_utils import read_header
 
 NATIVE_FPS = 24.0
@@ -186,8 +186,8 @@ def _cut_text(path: Path) -> str:
     """The end of the caption that was cut off, as its cache file says; empty if none was or the file does not say."""
     _, metadata = read_header(path)
     try:
-        return json.loads(metadata[PROVENANCE_KEY])[CUT_KEY]
-    except (KeyError, ValueError):
+        return parse_json(metadata[PROVENANCE_KEY])[CUT_KEY]
+    except (KeyError, ValueError, TypeError):
         return ""
 
 

@@ -17,8 +17,8 @@ from pathlib import Path, PurePath, PurePosixPath
 from typing import Any
 
 from dataset.config_utils import DatasetSettings
-from utils.errors import UserError
-from utils.files import clean_path, read_text, user_path
+from utils.errors import UserError, one_line
+from utils.files import clean_path, parse_json, read_text, user_path
 
 IMAGE_EXTENSIONS = frozenset(
     [".png", ".jpg", ".jpeg", ".webp", ".bmp", ".avif", ".jxl", ".heic", ".heif", ".tif", ".tiff"]
@@ -246,10 +246,13 @@ def _from_jsonl(settings: DatasetSettings) -> Iterator[Source]:
         place = f"{file}, line {number}"
         unusable = Source(Path(place), "", key[:5], Path(place).name)
         try:
-            entry = json.loads(line)
+            entry = parse_json(line)
         except json.JSONDecodeError as error:
             hint = "; write Windows paths with / or \\\\" if "\\" in line else ""
             yield replace(unusable, problem=f"{place}: not valid JSON: {error.msg}{hint}")
+            continue
+        except ValueError as error:
+            yield replace(unusable, problem=f"{place}: not valid JSON: {one_line(error)}")
             continue
         missing = [word for word in (key, "caption") if not isinstance(entry, dict) or not _is_text(entry.get(word))]
         if missing:

@@ -5,7 +5,6 @@ transformers 5 can replace the pre-tokenizer of a byte-level Llama 3 tokenizer, 
 """
 
 import hashlib
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -15,7 +14,7 @@ from torch import Tensor
 
 from hunyuan_model.clip_bpe import clip_bpe_tokenizer
 from utils.errors import UserError, one_line
-from utils.files import read_text
+from utils.files import parse_json, read_text
 
 # The text around a video's prompt (hyvideo/constants.py of HunyuanVideo), and how many tokens stand before the prompt.
 VIDEO_TEMPLATE = (
@@ -181,7 +180,7 @@ def _load(path: Path) -> Tokenizer:
     text = read_text(path, "tokenizer")
     try:
         if path.name == VOCABULARY_FILE:
-            return clip_bpe_tokenizer(json.loads(text), _merges(path.with_name(MERGES_FILE)))
+            return clip_bpe_tokenizer(parse_json(text), _merges(path.with_name(MERGES_FILE)))
         return Tokenizer.from_str(text)
     except UserError:
         raise

@@ -4,7 +4,7 @@ import hashlib
 import json
 from pathlib import Path
 
-from utils.files import write_text
+from utils.files import parse_json, write_text
 
 LARGE = 64 << 20  # bytes; a smaller file is hashed in less than a tenth of a second
 
@@ -46,7 +46,7 @@ class ContentHashes:
 def _read(memory: Path) -> dict[str, str]:
     """What the file keeps; nothing if it is missing or damaged, for then the files are only read again."""
     try:
-        known = json.loads(memory.read_text("utf-8"))
-    except (OSError, ValueError, RecursionError):
+        known = parse_json(memory.read_text("utf-8"))
+    except (OSError, ValueError):
         return {}
     return known if isinstance(known, dict) else {}

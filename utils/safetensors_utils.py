@@ -13,7 +13,7 @@ from typing import BinaryIO
 import torch
 
 from utils.errors import UserError, one_line
-from utils.files import atomic_path
+from utils.files import atomic_path, parse_json
 
 # Names of the format's dtypes (https://github.com/huggingface/safetensors, "Format"). The reference implementation
 # sorts tensors by dtype in this order. We do the same, because some programs identify a file by a hash of its bytes.
@@ -68,12 +68,12 @@ def read_header(path: str | os.PathLike) -> tuple[dict[str, TensorInfo], dict[st
             if not 2 <= length <= min(MAX_HEADER_BYTES, size - 8):
                 found = "the file is empty" if size == 0 else f"{size:,} bytes, header of {length:,} bytes claimed"
                 raise UserError(f"{path}: not a safetensors file, or cut off ({found}); download or make it again")
-            header = json.loads(file.read(length))
+            header = parse_json(file.read(length))
     except UserError:
         raise
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror}") from None
-    except (ValueError, RecursionError):
+    except ValueError:
         raise UserError(f"{path}: not a safetensors file (its header is not JSON)") from None
     infos = header.values() if isinstance(header, dict) else []
     if any(isinstance(info, dict) and info.get("dtype") == BLOCK_SCALE for info in infos):

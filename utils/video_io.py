@@ -25,7 +25,7 @@ from PIL import Image, PngImagePlugin, UnidentifiedImageError
 from torch import Tensor
 
 from utils.errors import UserError, one_line
-from utils.files import atomic_folder, atomic_path
+from utils.files import atomic_folder, atomic_path, parse_json
 
 ENCODER_OPTIONS = {
     # Visually lossless for H.264; the default of 23 loses fine grain.
@@ -272,8 +272,8 @@ def read_metadata(path: str | Path) -> dict[str, object] | None:
     path = Path(path)
     text = _image_comment(path) if path.suffix.lower() == ".png" else _video_comment(path)
     try:
-        metadata = json.loads(text)
-    except json.JSONDecodeError:
+        metadata = parse_json(text)
+    except ValueError:
         return None
     return metadata if isinstance(metadata, dict) else None
 

@@ -4,7 +4,6 @@ Opening a checkpoint reads only headers. Tensors are read one by one, when they 
 """
 
 import hashlib
-import json
 import pickle
 import re
 import zipfile
@@ -18,7 +17,7 @@ import torch
 from torch import Tensor
 
 from utils.errors import UserError, one_line
-from utils.files import read_text
+from utils.files import parse_json, read_text
 from utils.safetensors_utils import TensorInfo, read_header, read_tensor
 
 # Keys under which a .pt file may hold its state dict: the official DiT has `module` (DeepSpeed), the VAE `state_dict`.
@@ -231,7 +230,7 @@ def _model_files(folder: Path) -> list[Path]:
 
 def _shards(index: Path) -> list[Path]:
     try:
-        names = sorted(set(json.loads(read_text(index, "index of shards"))["weight_map"].values()))
+        names = sorted(set(parse_json(read_text(index, "index of shards"))["weight_map"].values()))
     except (ValueError, KeyError, AttributeError, TypeError):
         raise UserError(f"{index}: not an index of shards") from None
     if not names:
@@ -247,7 +246,7 @@ def _config(path: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
     beside = path.with_name("config.json")
     text = metadata.get("config") or (read_text(beside, "model config") if beside.is_file() else "{}")
     try:
-        config = json.loads(text)
+        config = parse_json(text)
     except ValueError as error:
         raise UserError(f"{beside if beside.is_file() else path}: its config is not JSON: {one_line(error)}") from None
     return config if isinstance(config, dict) else {}

@@ -3,7 +3,6 @@
 All files of a video begin with its stem (modules/generation/jobs.py). A file gets its final name when it is complete.
 """
 
-import json
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
@@ -15,6 +14,7 @@ from torch import Tensor
 
 from modules.generation.requests import Request
 from utils.errors import UserError, one_line
+from utils.files import parse_json
 from utils.safetensors_utils import load_file, read_header, save_file
 from utils.video_io import json_text, read_metadata, save_images, save_video
 
@@ -164,7 +164,7 @@ def read_settings(path: Path) -> dict[str, object]:
 
 def _json_object(text: str) -> dict[str, object] | None:
     try:
-        value = json.loads(text)
+        value = parse_json(text)
     except ValueError:
         return None
     return value if isinstance(value, dict) else None

@@ -6,14 +6,13 @@ Training previews (`--sample_prompts`) and generation (`--from_file`, `--interac
 """
 
 import dataclasses
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from utils.errors import UserError, did_you_mean, one_line
-from utils.files import read_text, read_toml, user_path
+from utils.files import parse_json, read_text, read_toml, user_path
 
 SIZE_STEP = 16  # pixels: one latent is 8 pixels wide, one patch of the DiT 2 latents
 FRAME_STEP = 4  # video frames per latent frame after the first
@@ -230,8 +229,8 @@ def _toml_entries(path: Path) -> Entries:
 
 def _json_entries(path: Path) -> Entries:
     try:
-        entries = json.loads(read_text(path, "prompt file"))
-    except json.JSONDecodeError as error:
+        entries = parse_json(read_text(path, "prompt file"))
+    except ValueError as error:
         raise UserError(f"{path}: not valid JSON: {one_line(error)}") from None
     if not isinstance(entries, list):
         raise UserError(f"{path}: a list of prompts is expected")

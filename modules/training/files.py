@@ -7,7 +7,6 @@ A state may be on the Hugging Face Hub. The access token comes from --huggingfac
 `hf auth login`, and is given to huggingface_hub only. Importing this module does not import torch.
 """
 
-import json
 import re
 import shutil
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ import huggingface_hub
 
 from utils.cli import option, unused_options
 from utils.errors import UserError, one_line
-from utils.files import read_text
+from utils.files import parse_json, read_text
 
 PROGRESS_FILE = "train_state.json"
 SETTINGS_FILE = "settings.toml"
@@ -186,9 +185,9 @@ def read_progress(state: Path) -> dict:
         raise UserError(f"--resume {state}: no {PROGRESS_FILE} in it; it is not a state that this trainer saved")
     text = read_text(state / PROGRESS_FILE, "training state")
     try:
-        progress = json.loads(text)
+        progress = parse_json(text)
         version = progress["version"]
-    except (ValueError, RecursionError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError):
         raise damaged(state / PROGRESS_FILE) from None
     if version != STATE_VERSION:
         raise UserError(f"{state}: state version {version}, this trainer reads version {STATE_VERSION}")

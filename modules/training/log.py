@@ -22,7 +22,7 @@ from tqdm import tqdm
 from dataset.image_video_dataset import Batch
 from modules.training.files import TrainingFiles
 from modules.training.state import Progress
-from utils.files import read_text, write_text
+from utils.files import parse_json, read_text, write_text
 
 BANDS = 5  # of equal width in sigma 0..1, for the loss by timestep
 SMOOTHING = 0.98
@@ -254,9 +254,9 @@ def _cut_after(path: Path, run: str, step: int) -> None:
 
 def _is_kept(line: str, run: str, step: int) -> bool:
     try:
-        values = json.loads(line)
+        values = parse_json(line)
         return values["run"] != run or (step > 0 and values["step"] <= step)
-    except (json.JSONDecodeError, KeyError, TypeError):  # a line that a killed run left incomplete
+    except (ValueError, KeyError, TypeError):  # a line that a killed run left incomplete
         return False
 
 

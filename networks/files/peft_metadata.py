@@ -15,6 +15,7 @@ from torch import Tensor
 from networks.factors import SUFFIXES, Factors, LokrFactors
 from networks.files.names import split_key
 from utils.errors import UserError, one_line
+from utils.files import parse_json
 
 PEFT_KEY = "lora_adapter_metadata"
 
@@ -24,7 +25,7 @@ class PeftAlphas:
 
     def __init__(self, text: str | None, source: str):
         try:
-            values = json.loads(text) if text else {}
+            values = parse_json(text) if text else {}
             values = {name.removeprefix("transformer."): value for name, value in values.items()}
             patterns = values.get("alpha_pattern") or {}
             # LoHa and LoKr call it alpha.

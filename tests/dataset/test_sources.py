@@ -269,3 +269,10 @@ def test_links_that_lead_nowhere_are_named(tmp_path: Path) -> None:
     assert found.pop("good") is None
     assert "gone.png: cannot be read: No such file" in found["gone"]
     assert "loop.png: cannot be read: Too many levels of symbolic links" in found["loop"]
+
+
+@pytest.mark.parametrize("line", ["[" * 100_000, '{"image_path": ' + "9" * 5000 + "}"])
+def test_a_jsonl_line_that_is_nested_too_deeply_or_too_long_is_a_problem(tmp_path: Path, line: str) -> None:
+    (tmp_path / "list.jsonl").write_text(line + "\n")
+    (source,) = list_sources(settings(tmp_path, image_directory=None, image_jsonl_file=str(tmp_path / "list.jsonl")))
+    assert "not valid JSON: " in source.problem
