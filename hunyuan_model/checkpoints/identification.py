@@ -13,7 +13,7 @@ import torch
 from hunyuan_model.checkpoints.names import dit_naming, dit_official_shapes, vae_official_name
 from hunyuan_model.checkpoints.tensors import Checkpoint, load_pickle, open_checkpoint
 from utils.device_utils import dtype_word
-from utils.errors import UserError
+from utils.errors import UserError, printable
 from utils.safetensors_utils import TensorInfo, load_file
 
 DIT, VAE, LLM, CLIP, LORA = "DiT", "VAE", "LLM", "CLIP", "LoRA"
@@ -89,7 +89,7 @@ class ModelFile:
         fp8 = "" if self.fp8 == "none" else f"fp8 {self.fp8}"
         size = f"{self.parameters / 1e9:.2f} G" if self.parameters >= 1e8 else f"{self.parameters / 1e6:.2f} M"
         facts = [self.variant, self.layout, self.dtype, fp8, f"{size} parameters", depths]
-        return f"{self.what}: {', '.join(fact for fact in facts if fact)} ({self.path})"
+        return printable(f"{self.what}: {', '.join(fact for fact in facts if fact)} ({self.path})")
 
     def tensors(self, part: str) -> dict[str, TensorInfo]:
         """Headers of the weights of one part by name without prefix, scales excepted.
