@@ -15,7 +15,7 @@ from pathlib import Path
 import huggingface_hub
 
 from utils.cli import option, unused_options
-from utils.errors import UserError, one_line
+from utils.errors import UserError, one_line, printable
 from utils.files import parse_json, read_text
 
 PROGRESS_FILE = "train_state.json"
@@ -23,7 +23,30 @@ SETTINGS_FILE = "settings.toml"
 STATE_SUFFIX = "-state"
 COMPANIONS = r"(\.[\w-]+)?\.safetensors|\.settings\.toml"  # endings of the files of one checkpoint
 STATE_VERSION = 1
+WINDOWS_DEVICES = re.compile(r"(CON|PRN|AUX|NUL|COM\d|LPT\d)(\..*)?", re.I)
+LONGEST_NAME = 150  # bytes; a file system allows 255, and step and ending are added
 REPO_TYPES = ("model", "dataset", "space")
+
+
+def require_file_name(option: str, name: str) -> None:
+    """Checks that a text can be the first part of the name of a file on every system.
+
+    Raises:
+        UserError: it is empty or too long, names a folder or a device of Windows, or holds line breaks and the like.
+    """
+    problem = ""
+    if not name.strip() or name in (".", ".."):
+        problem = "is no name"
+    elif "/" in name or "\\" in name:
+        problem = "names a folder; give that as --output_dir"
+    elif printable(name) != name:
+        problem = "holds line breaks or other control characters"
+    elif WINDOWS_DEVICES.fullmatch(name):
+        problem = "is the name of a device on Windows"
+    elif len(name.encode(errors="replace")) > LONGEST_NAME:
+        problem = f"is longer than {LONGEST_NAME} bytes"
+    if problem:
+        raise UserError(f"{option} {printable(name)!r}: {problem}; a file name such as my-lora is expected")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,8 +70,8 @@ class SaveOptions:
     resume: str | None = option(None, help="state folder to continue from; auto: the newest state of --output_name")
 
     def __post_init__(self) -> None:
-        if self.output_name is not None and Path(self.output_name).name != self.output_name:
-            raise UserError(f"--output_name {self.output_name}: a file name without folders is expected")
+        if self.output_name is not None:
+            require_file_name("--output_name", self.output_name)
         for folder in (self.output_dir, *self.output_dir.parents) if self.output_dir is not None else ():
             if folder.is_file():
                 raise UserError(f"--output_dir {self.output_dir}: {folder} is a file, a folder is expected")
@@ -159,7 +182,7 @@ class TrainingFiles:
     def remove_best(self, step: int) -> None:
         """Removes the checkpoint of a step that no longer has one of the lowest validation losses."""
         pattern = re.compile(f"{re.escape(self.best_of_step(step))}({COMPANIONS})")
-        for path in self.folder.iterdir():
+        for path in self.folder.iterdir() if self.folder.is_dir() else ():
             if pattern.fullmatch(path.name):
                 path.unlink(missing_ok=True)
 

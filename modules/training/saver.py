@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -27,6 +28,20 @@ from utils.errors import UserError, one_line
 from utils.files import write_text
 
 
+def without_folders(settings: Any) -> Any:
+    """Settings of datasets with the names of files and folders instead of their paths, which concern nobody else."""
+    if isinstance(settings, list):
+        return [without_folders(value) for value in settings]
+    if not isinstance(settings, dict):
+        return settings
+    return {
+        key: re.split(r"[\\/]", value.rstrip("\\/"))[-1]
+        if isinstance(value, str) and key.endswith(("_directory", "_file"))
+        else without_folders(value)
+        for key, value in settings.items()
+    }
+
+
 @contextlib.contextmanager
 def writing(path: Path) -> Iterator[None]:
     """Turns a failed write into one line; files that were complete before stay complete."""
@@ -34,7 +49,7 @@ def writing(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise UserError(
-            f"{path}: cannot be written: {one_line(error)}; the files before it are intact: "
+            f"{path}: cannot be written: {error.strerror or one_line(error)}; the files before it are intact: "
             "make room and continue with --resume auto"
         ) from error
 
@@ -244,7 +259,7 @@ class CheckpointSaver:
             lr_scheduler=options.scheduler.description,
             lr_warmup_steps=options.scheduler.lr_warmup_steps.of(plan.total_steps),
             mixed_precision=self.accelerator.mixed_precision,
-            datasets=self.train_set.description(),
+            datasets=without_folders(self.train_set.description()),
             sd_model_name=str(options.dit.dit),
             vae_name=options.vae.vae and str(options.vae.vae),
             validation=progress.validation_facts(),

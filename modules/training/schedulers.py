@@ -35,6 +35,9 @@ SCHEDULES = (
 )
 
 
+REX_FLOOR = 0.01  # share of the rate at which rex ends, as in musubi-tuner; the paper has 0
+
+
 class Steps(float):
     """A number of steps, or a share of all steps: `100`, `0.05` or `5%`."""
 
@@ -68,7 +71,7 @@ class SchedulerOptions:
         None, help="time scale of inverse_sqrt; unset: the warm-up steps", minimum=1
     )
     lr_scheduler_min_lr_ratio: float | None = option(
-        None, help="lowest rate, as a share of --learning_rate", minimum=0, maximum=1
+        None, help="lowest rate, as a share of --learning_rate; unset: 0.01 for rex, else 0", minimum=0, maximum=1
     )
     lr_scheduler_type: str | None = option(
         None, help="class to use instead of --lr_scheduler: dotted path, or a name in torch.optim.lr_scheduler"
@@ -263,7 +266,7 @@ def _own(options: SchedulerOptions, optimizer: "Optimizer", warmup: int, total: 
         pairs, last = parse_step_rules(options.arguments["step_rules"])
         return LambdaLR(optimizer, functools.partial(piecewise_factor, pairs=pairs, last=last))
     shape = {"rex_alpha": 0.1, "rex_beta": 0.9} | options.arguments
-    floor = options.lr_scheduler_min_lr_ratio or 0.0
+    floor = REX_FLOOR if options.lr_scheduler_min_lr_ratio is None else options.lr_scheduler_min_lr_ratio
     return LambdaLR(optimizer, functools.partial(rex_factor, warmup=warmup, total=total, floor=floor, **shape))
 
 

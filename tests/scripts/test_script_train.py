@@ -45,12 +45,14 @@ def test_names_of_checkpoints_states_and_settings(world, dit, tmp_path):
     assert read_header(tmp_path / "lora-000001.safetensors")[1]["modelspec.title"] == "lora"
 
 
-def test_metadata_and_tensors_of_the_lora(plain):
+def test_metadata_and_tensors_of_the_lora(plain, dit):
     output, lora = plain
     infos, metadata = read_header(output / "lora.safetensors")
     assert metadata["ss_steps"] == "4" and metadata["ss_network_dim"] == "4" and metadata["ss_seed"] == "7"
     assert metadata["modelspec.architecture"] == "hunyuan-video/lora" and len(metadata["sshs_model_hash"]) == 64
     assert all(info.dtype == torch.float32 for info in infos.values())
+    assert not [value for value in metadata.values() if str(output.parent) in value or str(dit.parent) in value]
+    assert '"image_directory": "absent", "cache_directory": "cache"' in metadata["ss_datasets"]
     assert any(lora[name].any() for name in lora if "lora_up" in name)
 
 
@@ -112,6 +114,12 @@ def test_rotation_keeps_the_last_checkpoints_and_other_files(world, dit, tmp_pat
     ]  # fmt: skip
     assert sorted(path.name for path in tmp_path.glob("*-state")) == ["lora-000004-state", "lora-state"]
     assert (tmp_path / "lora-notes.txt").exists()
+
+
+def test_a_removed_output_folder_is_made_again(world, dit, tmp_path, monkeypatch):
+    ask(monkeypatch, {2: lambda: shutil.rmtree(tmp_path / "out")})
+    words = ["--validation_split", 0.4, "--validate_every_n_steps", 1, "--keep_best", 1, "--save_last_n_steps", 1]
+    assert train(world, dit, tmp_path / "out", *words, "--save_every_n_steps", 1)
 
 
 def test_step_checkpoints_live_for_some_steps(world, dit, tmp_path):

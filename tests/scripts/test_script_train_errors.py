@@ -126,11 +126,11 @@ WRONG = {
         ["--sample_prompts", "{}/image.txt", *MODELS], "image.txt: prompt 1: previews cannot start from an image",
     ),
     "a kind that a format has not": (
-        ["--network_module", "networks.lokr", "--save_format", "diffusers"], "diffusers: .* is no plain LoRA",
+        ["--network_module", "networks.lokr", "--save_format", "diffusers"], "diffusers: .* is a LoKr, which",
     ),
     "tensorboard nowhere": (["--log_with", "tensorboard"], "--log_with tensorboard needs --logging_dir"),
     "no steps": (["--max_train_steps", "0"], "0 is too small: the minimum is 1"),
-    "a name with folders": (["--output_name", "a/b"], "--output_name a/b: a file name without folders"),
+    "a name with folders": (["--output_name", "a/b"], "--output_name 'a/b': names a folder"),
     "a file as folder": (["--output_dir", "{}/typo.toml"], "typo.toml is a file, a folder is expected"),
     "a folder in a file": (["--output_dir", "{}/typo.toml/x"], "typo.toml is a file, a folder is expected"),
     "state of another rank": (["--resume", "{}/good/lora-state", "--network_dim", "8"], "saved from another network"),

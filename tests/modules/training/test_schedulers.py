@@ -139,7 +139,8 @@ def test_piecewise_constant_is_that_of_diffusers() -> None:
 
 
 def test_paper_rex_by_arguments() -> None:
-    options = SchedulerOptions(lr_scheduler="rex", lr_scheduler_args=["rex_alpha=0.5", "rex_beta=0.5"])
+    arguments = ["rex_alpha=0.5", "rex_beta=0.5"]
+    options = SchedulerOptions(lr_scheduler="rex", lr_scheduler_args=arguments, lr_scheduler_min_lr_ratio=0)
     # Chen et al. 2021, table 1: (1 - z) / (1/2 + 1/2 (1 - z)) with z = step / total.
     assert rates(options) == pytest.approx([(1 - s / TOTAL) / (0.5 + 0.5 * (1 - s / TOTAL)) for s in range(TOTAL)])
 
@@ -280,3 +281,7 @@ def test_a_schedule_without_a_rate_for_every_step_is_one_line_before_the_first(o
 def test_a_schedule_as_long_as_the_run_is_long_enough():
     options = {"lr_scheduler_type": "OneCycleLR", "lr_scheduler_args": ["max_lr=0.1", "total_steps=4"]}
     try_schedule(SchedulerOptions(**options), sgd(), 4)
+
+
+def test_rex_ends_at_a_hundredth_of_the_rate_as_in_the_reference_tool():
+    assert rates(SchedulerOptions(lr_scheduler="rex"), TOTAL + 1)[-1] == pytest.approx(0.01)

@@ -7,7 +7,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from modules.training.files import TrainingFiles, find_state
+from modules.training.files import SaveOptions, TrainingFiles, find_state
+from modules.training.saver import without_folders
 from modules.training.state import Progress, load_state, save_state
 from utils.errors import UserError
 
@@ -79,3 +80,23 @@ def test_infinite_weights_in_a_state_are_one_line(tmp_path):
     save_file(infinite, tmp_path / "state" / "trained.safetensors")
     with pytest.raises(UserError, match=r"trained.safetensors: is damaged"):
         load_state(tmp_path / "state", WEIGHT, {})
+
+
+@pytest.mark.parametrize("name", ["", " ", ".", "..", "a\nb", "a\x1b[31m", "CON", "nul.txt", "a/b", "a\\b", "x" * 151])
+def test_a_name_that_is_no_file_name_is_refused(name):
+    with pytest.raises(UserError, match=r"^--output_name .*; a file name such as my-lora is expected$") as raised:
+        SaveOptions(output_name=name)
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("name", ["my-lora", "Kätzchen v2.1", "console", "x" * 150])
+def test_other_names_are_taken(name):
+    assert SaveOptions(output_name=name).output_name == name
+
+
+def test_metadata_name_files_and_folders_without_their_paths():
+    given = {
+        "datasets": [{"image_directory": "/home/me/cats/", "video_jsonl_file": "C:\\me\\a.jsonl", "num_repeats": 2}]
+    }
+    named = {"datasets": [{"image_directory": "cats", "video_jsonl_file": "a.jsonl", "num_repeats": 2}]}
+    assert without_folders(given) == named
