@@ -28,9 +28,41 @@ TRAINED_FILE = "trained.safetensors"
 OPTIMIZER_FILE = "optimizer.pt"
 
 Options = TypeVar("Options", bound=TrainerOptions)
-# Options that influence the weights: all options of these groups, and the further ones below.
-_GROUPS = ("optimizer", "scheduler", "timesteps", "network", "tuning", "dit")
-_FURTHER = ("guidance_scale", "max_grad_norm", "mixed_precision")
+# Every option influences the weights, a new one too, except those of these groups and these. Some of them change the
+# rounding. Of seed, length and batches of the run, others tell.
+_WITHOUT_INFLUENCE = {
+    "groups": [
+        "save",
+        "previews",
+        "metadata",
+        "hub",
+        "log",
+        "distributed",
+        "vae",
+        "text",
+        "swap",
+        "checkpointing",
+        "compile",
+        "attention",
+    ],
+    "options": [
+        "max_data_loader_n_workers",
+        "persistent_data_loader_workers",
+        "max_train_steps",
+        "max_train_epochs",
+        "seed",
+        "dry_run",
+        "gradient_accumulation_steps",
+        "max_nonfinite_steps",
+        "cuda_cudnn_benchmark",
+        "validate_every_n_steps",
+        "keep_best",
+        "show_timesteps",
+        "block_swap_h2d_only",
+        "block_swap_ring_size",
+        "vram_gb",
+    ],
+}
 _COMPARED_AS_CLASSES = ("optimizer_type", "lr_scheduler", "lr_scheduler_type")
 # What is read of the settings of a state, and its types.
 _READ = {"learning_rate": (int, float), "optimizer_args": list, "lr_scheduler_args": list}
@@ -197,8 +229,8 @@ def resumed_options(options: Options, state: Path | None) -> tuple[Options, list
     notes = [
         f"--resume: {name} is {now.get(name, 'unset')} and was {saved.get(name, 'unset')}: "
         f"{effects.get(name, _TAKES_EFFECT)}"
-        for name in _names(options)
-        if now.get(name) != saved.get(name)
+        for name, unsaid in _defaults(options, now).items()
+        if now.get(name) != saved.get(name, unsaid)
     ]
     groups = {
         group: dataclasses.replace(getattr(options, group), **{name: saved[name] for name in names if name in saved})
@@ -232,8 +264,16 @@ def _flat(sections: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for table in tables for name, value in table.items()}
 
 
-def _names(options: TrainerOptions) -> list[str]:
-    """The options that influence the weights, apart from those that `_check_classes` compares."""
-    groups = [vars(options)[name] for name in _GROUPS if name in vars(options)]
-    names = [field.name for group in groups for field in dataclasses.fields(group)]
-    return [name for name in (*names, *_FURTHER) if name not in _COMPARED_AS_CLASSES]
+def _defaults(options: TrainerOptions, now: Mapping[str, Any]) -> dict[str, Any]:
+    """The options that influence the weights, apart from those that `_check_classes` compares.
+
+    Their values are what a state that does not name them was saved with: the default.
+    """
+    chosen = {"fp8_base"} if getattr(options, "memory", None) and options.memory.vram_gb is not None else set()
+    without = {*_WITHOUT_INFLUENCE["options"], *_COMPARED_AS_CLASSES, *chosen}
+    groups = [group for name, group in vars(options).items() if name not in _WITHOUT_INFLUENCE["groups"]]
+    known = [(group, field) for group in groups for field in dataclasses.fields(group) if field.name not in without]
+    return {
+        field.name: now.get(field.name) if getattr(group, field.name) == field.default else None
+        for group, field in known
+    }

@@ -171,3 +171,25 @@ def test_a_schedule_that_is_too_short_is_found_before_the_first_step(world, dit,
     with pytest.raises(UserError, match=r"OneCycleLR with max_lr=0.1 total_steps=2: has no rate after step 3 of 4"):
         train(world, dit, tmp_path, *words, "total_steps=2")
     assert train(world, dit, tmp_path, *words, "total_steps=4")
+
+
+def test_every_option_that_influences_the_weights_is_named_and_no_other(world, dit, tmp_path, capsys):
+    train(world, dit, tmp_path, "--max_train_steps", 2, "--save_state_on_train_end")
+    capsys.readouterr()
+    words = ["--resume", "auto", "--max_train_steps", 3, "--fp8_base", "--cuda_allow_tf32", "--network_dropout", 0.1]
+    neutral = [
+        "--save_precision",
+        "bf16",
+        "--gradient_checkpointing",
+        "--max_nonfinite_steps",
+        3,
+        "--metadata_author",
+        "A",
+    ]
+    train(world, dit, tmp_path, *words, *neutral)
+    warned = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning: --resume")]
+    assert warned == [
+        "warning: --resume: cuda_allow_tf32 is True and was False: takes effect from here on",
+        "warning: --resume: network_dropout is 0.1 and was unset: takes effect from here on",
+        "warning: --resume: fp8_base is True and was False: takes effect from here on",
+    ]
