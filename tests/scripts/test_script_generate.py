@@ -389,8 +389,8 @@ def test_a_training_preview_has_the_same_latents(generate, tiny_models, tmp_path
     log = SimpleNamespace(record=lambda *_, **__: None, say=pytest.fail, progress=SimpleNamespace(step=1))
     dit = load_dit(tiny_models.dit, dtype=torch.float32)
     prompts = [(request, encoded["cat"], encoded["dog"])]
-    decoder = SimpleNamespace(decode=decode, vae=SimpleNamespace(release=lambda: None))
-    Previewer(prompts, decoder, files, Accelerator(cpu=True), seed=0).run(dit, "e000001", log)
+    decoder = SimpleNamespace(decode=decode, vae=SimpleNamespace(release=lambda: None, model=torch.nn.Identity()))
+    Previewer(prompts, decoder, files, Accelerator(cpu=True), seed=0).run(dit, "e000001", log, lambda: False)
     (tmp_path / "prompts.txt").write_text(line)
     out = generate("--from_file", tmp_path / "prompts.txt", "--output_type=latent")
     assert torch.equal(seen[0][0], saved_latents(out))
