@@ -31,7 +31,11 @@ class MergeOptions:
     save_merged_model: Path = option(help="file to write (.safetensors)")
     exclude_single_blocks: bool = option(False, help="do not apply LoRAs to the single blocks")
     dtype: str | None = option(None, help="dtype of the output; unset: that of the checkpoint", choices=DTYPE_NAMES)
-    fp8: bool = option(False, help="write the Linear weights of the blocks as fp8 with scales (ComfyUI's layout)")
+    fp8: bool = option(
+        False,
+        help="write the weights of all Linear layers as fp8 with scales, for every ComfyUI; for this repository's "
+        "scripts, write bfloat16 instead and give them --fp8 or --fp8_base, which keep modulation exact",
+    )
     device: str | None = option(None, help="device that computes; CUDA if available, else the CPU")
 
     def __post_init__(self) -> None:

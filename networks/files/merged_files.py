@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from hunyuan_model.checkpoints import DitTensors, is_quantized_in_dit, open_dit
+from hunyuan_model.checkpoints import DitTensors, open_dit
 from hunyuan_model.quantization import FP8, FP8_MAX
 from networks.merging import Changes, ChangesByTensor, MergeReport, match_loras, merge_into_weight
 from utils.safetensors_utils import streamed_file
 
-# ComfyUI's scaled fp8 (docs/formats.md 2.8a): a marker, and one float32 scale beside each fp8 weight.
+# ComfyUI's scaled fp8 (docs/formats.md 2.8a): a marker, and one float32 scale beside the weight of every Linear layer.
 MARKER, SCALE = "scaled_fp8", "scale_weight"
 
 
@@ -40,11 +40,12 @@ def merge_files(
     """Writes a DiT file with official names in which the LoRAs are merged.
 
     Args:
-        dit_path: DiT file in any layout; fp8 with or without scales.
+        dit_path: DiT file in any layout; fp8 with or without scales. If its fp8 has scales and `dtype` is None, the
+            weights of all Linear layers are written as scaled fp8, as with `fp8`.
         loras: (path, multiplier) of LoRA files of any format.
         output: safetensors file.
         dtype: dtype of the output's tensors that are not fp8; None keeps the dtype of each tensor, fp8 included.
-        fp8: write the Linear weights of the blocks as scaled fp8.
+        fp8: write the weights of all Linear layers as scaled fp8.
         device: device that computes.
         exclude_single_blocks: leave the single blocks as they are.
 
@@ -111,11 +112,13 @@ def _scale_name(name: str) -> str:
 def _stored(dit: DitTensors, name: str, dtype: torch.dtype | None, fp8: bool) -> _Stored:
     """How the tensor `name` will be written; `dtype` and `fp8` as in `merge_files`."""
     source = dit.dtype(name)
-    if fp8 and len(dit.shapes[name]) == 2 and is_quantized_in_dit(_module(name)):
+    kept = dit.file.fp8 if dtype is None and not fp8 else "none"
+    # Under the marker, older ComfyUI casts the weight of every Linear to fp8, so none can be left without a scale.
+    if (fp8 or kept not in ("none", "plain")) and len(dit.shapes[name]) == 2:
         return _Stored(FP8, True)
-    if source.itemsize == 1 and dtype is None and not fp8:
-        return _Stored(FP8, dit.file.fp8 != "plain")
-    return _Stored(dtype or (torch.bfloat16 if source.itemsize == 1 else source), False)
+    if source.itemsize == 1:
+        return _Stored(FP8 if kept == "plain" else dtype or torch.bfloat16, False)
+    return _Stored(dtype or source, False)
 
 
 def _write(
