@@ -28,7 +28,7 @@ from hunyuan_model.checkpoints import is_quantized_in_dit
 from hunyuan_model.models import HunyuanVideoConfig, HYVideoDiffusionTransformer
 from hunyuan_model.quantization import quantize_linears
 from modules.memory.measure import measure_dit
-from modules.memory.plan import GIB, MOMENTS, Prediction, predict
+from modules.memory.plan import GIB, Prediction, predict
 from tests.small_dit import prepare
 from utils.cli import print_table
 from utils.device_utils import is_out_of_memory, release_memory
@@ -36,6 +36,7 @@ from utils.files import write_text
 
 TEXT_TOKENS = 64
 RANK = 32
+ADAM_STATE_BYTES = 8  # of each trained weight, in float32
 KINDS = ("none", "selective", "full", "offload")
 SHAPES = {  # latents (B, C, f, h, w)
     "image 960x544": (1, 16, 1, 68, 120),
@@ -216,7 +217,9 @@ def predicted(
 
     usage = measure_dit(config, shape, TEXT_TOKENS, dtype, case.fp8, True, apply)
     swapped = swapped_blocks(case.swap, config.depth_double, config.depth_single)
-    return predict(usage, swapped, trained=trained, moments=MOMENTS, offload=case.checkpointing == "offload")
+    return predict(
+        usage, swapped, trained=trained, state_bytes=ADAM_STATE_BYTES, offload=case.checkpointing == "offload"
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> list[Comparison]:

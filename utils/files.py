@@ -45,14 +45,10 @@ def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
         raise UserError(f"{path}: is a folder, a file name is expected")
     path.parent.mkdir(parents=True, exist_ok=True)
     _remove_leftovers_once(path.parent.absolute())
-    # A file name has at most 255 bytes. A long one is cut, so that the temporary name does not exceed that.
-    stem = path.name.encode()[:200].decode(errors="ignore")
-    temporary = path.with_name(f"{stem}.{os.getpid()}{TEMPORARY_SUFFIX}")
+    temporary = _temporary(path)
     try:
         yield temporary
-        with open(temporary, "rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+        _rename_to(path, temporary)
     except BaseException as error:
         temporary.unlink(missing_ok=True)
         names_no_file = type(error) is OSError and error.errno is not None and error.filename is None
@@ -60,6 +56,29 @@ def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
             with contextlib.suppress(AttributeError):  # errors of PyAV cannot be changed
                 error.filename = str(path)
         raise
+
+
+@contextlib.contextmanager
+def atomic_path_of_same_name(path: Path) -> Iterator[Path]:
+    """Like `atomic_path`, but the temporary path has the name of `path`, in a temporary folder beside it.
+
+    For code of other projects, which may choose the format by the end of the name.
+    """
+    with temporary_folder(path) as folder:
+        yield folder / path.name
+        _rename_to(path, folder / path.name)
+
+
+def _temporary(path: Path) -> Path:
+    # A file name has at most 255 bytes. A long one is cut, so that the temporary name does not exceed that.
+    stem = path.name.encode()[:200].decode(errors="ignore")
+    return path.with_name(f"{stem}.{os.getpid()}{TEMPORARY_SUFFIX}")
+
+
+def _rename_to(path: Path, temporary: Path) -> None:
+    with open(temporary, "rb+") as file:
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
 
 
 @contextlib.contextmanager
@@ -95,7 +114,7 @@ def temporary_folder(beside: Path) -> Iterator[Path]:
     """
     beside.parent.mkdir(parents=True, exist_ok=True)
     _remove_leftovers_once(beside.parent.absolute())
-    folder = beside.with_name(f"{beside.name}.{os.getpid()}{TEMPORARY_SUFFIX}")
+    folder = _temporary(beside)
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
     try:

@@ -24,8 +24,7 @@ DEVICE_OVERHEAD = 0.7 * GIB
 FRAGMENTATION = 1.05
 # Sizes of the VAE's tiles in pixels, None for no tiles. Larger tiles come closer to the result without tiles.
 TILE_SIZES = (None, 256, 128, 64)
-# Bytes per trained parameter: float32 weight and gradient, and Adam's two moments in float32 or 8 bits.
-WEIGHT_AND_GRADIENT, MOMENTS, MOMENTS_8BIT = 8, 8, 2
+WEIGHT_AND_GRADIENT = 8  # bytes per trained parameter, in float32
 
 
 def required_device_memory(tensors: int) -> int:
@@ -101,7 +100,7 @@ class Prediction:
 
     Attributes:
         weights: frozen weights on the device.
-        trained: trained weights, their gradients and the optimizer's moments, on the device.
+        trained: trained weights, their gradients and the optimizer's states, on the device.
         saved: activations that are kept on the device for the backward pass.
         working: temporary tensors of one block, on the device.
         swapped: weights of swapped blocks in main memory.
@@ -150,7 +149,7 @@ def predict(
     swapped: Sequence[int] = (),
     ring_size: int = 2,
     trained: int = 0,
-    moments: int = MOMENTS,
+    state_bytes: float = 0.0,
     offload: bool = False,
 ) -> Prediction:
     """The peak of a training step, or of a sampling step if nothing is trained.
@@ -160,7 +159,7 @@ def predict(
         swapped: indices of the swapped blocks.
         ring_size: number of block swap's device buffers.
         trained: number of trained parameters.
-        moments: bytes per trained parameter that the optimizer keeps.
+        state_bytes: what the optimizer keeps of each trained parameter.
         offload: the blocks' inputs are kept in main memory for the backward pass.
     """
     in_main_memory = {index: usage.blocks[index].matrices for index in swapped}
@@ -171,7 +170,7 @@ def predict(
     saved = usage.streams if offload else sum(block.saved for block in usage.blocks)
     return Prediction(
         weights=usage.outside + all_blocks - swapped_bytes + ring,
-        trained=trained * (WEIGHT_AND_GRADIENT + moments),
+        trained=int(trained * (WEIGHT_AND_GRADIENT + state_bytes)),
         saved=usage.streams + saved,
         working=max(block.working for block in usage.blocks),
         swapped=swapped_bytes,

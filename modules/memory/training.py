@@ -33,7 +33,7 @@ def plan_memory(run: TrainingSetup[LoraTrainerOptions], module: ModuleType, trai
         trained: number of trained weights.
 
     Raises:
-        UserError: no settings fit.
+        UserError: no settings fit, or the optimizer does not work with float32 weights.
     """
     options, accelerator = run.options, run.accelerator
     config = checkpoints.read_dit_config(options.dit.dit)
@@ -41,7 +41,7 @@ def plan_memory(run: TrainingSetup[LoraTrainerOptions], module: ModuleType, trai
     shape = (len(batch.latents), config.in_channels, *batch.latents.shape[2:])
     text_tokens = int(batch.text_mask.sum(1).max())
     dtype = default_dtype(options.dit.dit_dtype, accelerator.device, on_gpu="bfloat16")
-    moments = planner.MOMENTS_8BIT if "8bit" in options.optimizer.optimizer_type.lower() else planner.MOMENTS
+    state_bytes = try_optimizer(options.optimizer, torch.float32, accelerator.device)
 
     @functools.cache
     def measured(fp8: bool, checkpointing: str) -> ModelUsage:
@@ -56,7 +56,7 @@ def plan_memory(run: TrainingSetup[LoraTrainerOptions], module: ModuleType, trai
             swapped_blocks(settings.blocks_to_swap, *depths),
             options.memory.block_swap_ring_size,
             trained,
-            moments,
+            state_bytes,
             settings.checkpointing == "offload",
         )
 

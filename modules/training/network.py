@@ -32,6 +32,7 @@ from networks.files.lora_files import load_native, read_lora, require_formats, w
 from networks.merging import weight_changes
 from utils.device_utils import DTYPES, default_dtype
 from utils.errors import UserError, did_you_mean, one_line
+from utils.files import atomic_path_of_same_name
 from utils.plugins import refuse_taken
 
 OWN_MODULES = ["networks.lora", "networks.loha", "networks.lokr"]
@@ -169,7 +170,8 @@ class TrainedNetwork:
     def save(self, path: Path, metadata: Mapping[str, str]) -> list[Path]:
         """Writes the network, and beside it the other formats of --save_format; returns the paths."""
         dtype = DTYPES[self.options.save.save_precision or "float32"]
-        self.network.save_weights(str(path), dtype, dict(metadata))
+        with atomic_path_of_same_name(path) as temporary:  # networks of other projects write in place
+            self.network.save_weights(str(temporary), dtype, dict(metadata))
         return [path, *write_formats(path, self.options.save.save_format)]
 
 

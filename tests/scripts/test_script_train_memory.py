@@ -9,6 +9,7 @@ import modules.training.loop
 from hunyuan_model import checkpoints
 from hunyuan_model.block_swap import swapped_blocks
 from hunyuan_model.checkpoints.stored_tensors import StoredTensors
+from modules.memory.plan import MemoryPlan
 from modules.training.network import load_model
 from modules.training.options import LoraTrainerOptions
 from tests.training_world import command, train, write_world
@@ -44,6 +45,16 @@ def test_all_processes_choose_by_the_gpu_that_has_the_least_free(world, tiny_mod
     monkeypatch.setattr("modules.training.distributed.gather_object", lambda numbers: [*numbers, int(6.5 * (1 << 20))])
     train(world, tiny_models.dit, tmp_path, "--vram_gb", 0, "--dry_run")
     assert "--fp8_base" in capsys.readouterr().out
+
+
+def test_the_plan_counts_what_the_optimizer_keeps(world, tiny_models, tmp_path, monkeypatch):
+    """Adam's moments were counted for every optimizer (T20). Weight and gradient are 8 bytes of each weight."""
+    sizes, names = [], ("SGD", "AdamW", "Lion", "AdamW8bit", "Adafactor")
+    monkeypatch.setattr(MemoryPlan, "print", lambda plan: sizes.append(plan.predicted(plan.settings).trained))
+    for name in names:
+        train(world, tiny_models.dit, tmp_path, "--dry_run", "--optimizer_type", name, "--lr_scheduler", "constant")
+    each = [8 * size / sizes[0] for size in sizes]
+    assert each == pytest.approx([8, 16, 12, 10, 8], abs=0.1)
 
 
 def out_of_memory(*_, **__):

@@ -19,7 +19,6 @@ from modules.memory.measure import add_step_cache_memory, estimate_vae, measure_
 from modules.memory.meter import BlockUsage, MemoryMeter, ModelUsage, nbytes
 from modules.memory.plan import (
     GIB,
-    MOMENTS_8BIT,
     MemoryPlan,
     Prediction,
     Settings,
@@ -129,7 +128,7 @@ def test_the_sum_of_a_prediction_by_hand() -> None:
     """Four blocks of 3 GiB, of which two are swapped, with two buffers for the larger of these."""
     sizes = (3, 1, 3, 5)
     blocks = tuple(BlockUsage(size * GIB, GIB, 2 * GIB, size * GIB // 2, (GIB, GIB)) for size in sizes)
-    predicted = predict(ModelUsage(blocks, 7 * GIB, 2 * GIB), swapped=[1, 2], trained=1000, moments=8)
+    predicted = predict(ModelUsage(blocks, 7 * GIB, 2 * GIB), swapped=[1, 2], trained=1000, state_bytes=8)
     assert predicted.weights == (7 + 12 + 4 - 4 + 2 * 3) * GIB
     assert predicted.trained == 16_000  # float32 weight, gradient and two moments
     assert predicted.saved == (2 + 8) * GIB and predicted.working == 5 * GIB // 2 and predicted.swapped == 4 * GIB
@@ -137,7 +136,7 @@ def test_the_sum_of_a_prediction_by_hand() -> None:
     alone = predict(ModelUsage(blocks, 7 * GIB, 2 * GIB), swapped=[2], ring_size=2)
     assert alone.weights == (7 + 12 + 4 - 3 + 3) * GIB  # one block needs one buffer
     assert predict(ModelUsage(blocks, 7 * GIB, 2 * GIB), offload=True).saved == (2 + 2) * GIB
-    assert predict(ModelUsage(blocks, 7 * GIB, 2 * GIB), trained=1000, moments=MOMENTS_8BIT).trained == 10_000
+    assert predict(ModelUsage(blocks, 7 * GIB, 2 * GIB), trained=1000, state_bytes=2).trained == 10_000
 
 
 @pytest.mark.parametrize(("words", "batch"), [({}, 2), ({"split_attn": True}, 1), ({"split_uncond": True}, 1)])

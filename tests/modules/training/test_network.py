@@ -1,5 +1,7 @@
 """What the trainer makes of its options for the network, without a run."""
 
+import errno
+import os
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -50,6 +52,26 @@ def test_a_checkpoint_has_the_asked_precision(tmp_path: Path) -> None:
         run.options.save = SimpleNamespace(save_precision=precision, save_format=["default"])
         run.save(tmp_path / "lora.safetensors", {})
         assert {tensor.dtype for tensor in load_file(tmp_path / "lora.safetensors").values()} == {dtype}
+
+
+def test_a_network_of_another_project_replaces_a_checkpoint_only_with_a_whole_one(tmp_path: Path) -> None:
+    run, path = trained(), tmp_path / "lora.safetensors"
+    run.options.save = SimpleNamespace(save_precision=None, save_format=["default"])
+    path.write_bytes(b"before")
+
+    def save_weights(file: str, dtype: torch.dtype, metadata: dict) -> None:
+        assert file.endswith(".safetensors"), "kohya's networks choose the format by it"
+        assert [each.name for each in tmp_path.glob("*.partial")] == [f"lora.safetensors.{os.getpid()}.partial"]
+        Path(file).write_bytes(b"half")
+        if metadata["fails"]:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    run.network.save_weights = save_weights
+    with pytest.raises(OSError, match="No space"):
+        run.save(path, {"fails": "yes"})
+    assert path.read_bytes() == b"before"
+    run.save(path, {"fails": ""})
+    assert path.read_bytes() == b"half" and list(tmp_path.iterdir()) == [path]
 
 
 def test_a_norm_of_zero_switches_the_limit_off() -> None:
