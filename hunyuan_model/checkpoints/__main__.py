@@ -1,14 +1,15 @@
 """Says what model files are.
 
 python -m hunyuan_model.checkpoints FILE...            # what is this?
-python -m hunyuan_model.checkpoints --check FILE...    # is also every tensor there, with its shape, and finite?
+python -m hunyuan_model.checkpoints --check FILE...    # is also every tensor there, finite and undamaged?
 """
 
 import argparse
 from pathlib import Path
 
 from hunyuan_model import checkpoints
-from hunyuan_model.checkpoints.identification import CLIP, DIT, LLM, VAE, identify
+from hunyuan_model.checkpoints.identification import CLIP, DIT, LLM, VAE, fp8_map_path, identify
+from hunyuan_model.checkpoints.tensors import require_checksums
 from utils.cli import print_table, run_script
 from utils.errors import UserError
 
@@ -22,7 +23,8 @@ def main() -> None:
     parser.add_argument(
         "--check",
         action="store_true",
-        help="also load each file on the CPU, and check that every tensor is there, has its shape and is finite",
+        help="also load each file on the CPU, and check that every tensor is there, has its shape and is finite, and "
+        "that a .pt file has the checksums that it was written with",
     )
     options = parser.parse_args()
     files = [identify(path) for path in options.files]
@@ -35,6 +37,9 @@ def main() -> None:
     for file in files if options.check else []:
         if not file.prefixes:
             raise UserError(f"{file.path}: {file.what}: not a model of HunyuanVideo")
+        scales = fp8_map_path(file.checkpoint)
+        for path in [*file.checkpoint.paths, *([scales] if scales else [])]:
+            require_checksums(path)
         for part in file.prefixes:
             getattr(checkpoints, _LOADERS[part])(file.path)
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from utils.errors import UserError, one_line
-from utils.files import parse_json, read_text
+from utils.files import has_right_checksums, parse_json, read_text
 from utils.safetensors_utils import TensorInfo, read_header, read_tensor
 
 # Keys under which a .pt file may hold its state dict: the official DiT has `module` (DeepSpeed), the VAE `state_dict`.
@@ -28,6 +28,7 @@ REMAP_BYTES = 128 << 20
 MOST_REMAPS = 32
 # The bytes of each tensor that `Checkpoint.fingerprint` reads.
 HEAD_BYTES = 256
+_ZIP = b"PK\x03\x04"  # only these four bytes: a header of safetensors may have a length of "PK" bytes
 
 
 class TensorFile(Protocol):
@@ -119,6 +120,21 @@ def load_pickle(path: Path) -> Any:
         raise UserError(f"{path}: cannot be read, cut off or broken: {one_line(error)[:200]}") from None
 
 
+def require_checksums(path: Path) -> None:
+    """Compares the bytes of a .pt file with its checksums; safetensors files have none.
+
+    Raises:
+        UserError: bytes have changed since the file was written.
+    """
+    if _is_zip(path) and not has_right_checksums(path):
+        raise UserError(f"{path}: is damaged, its bytes do not match its checksums; download it again")
+
+
+def _is_zip(path: Path) -> bool:
+    with open(path, "rb") as file:
+        return file.read(len(_ZIP)) == _ZIP
+
+
 @dataclass(frozen=True)
 class Checkpoint:
     """All tensors of a file or of a folder's shards."""
@@ -199,7 +215,7 @@ def open_file(path: Path) -> TensorFile:
         if start.startswith(magic):
             raise UserError(f"{path}: {message}")
     looks_like_safetensors = start[8:9] == b"{" or path.suffix == ".safetensors"
-    return SafetensorsFile(path) if looks_like_safetensors and start[:2] != b"PK" else PtFile(path)
+    return SafetensorsFile(path) if looks_like_safetensors and not start.startswith(_ZIP) else PtFile(path)
 
 
 def _model_files(folder: Path) -> list[Path]:

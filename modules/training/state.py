@@ -21,7 +21,7 @@ from modules.training.files import PROGRESS_FILE, SETTINGS_FILE, STATE_VERSION, 
 from modules.training.optimizers import OptimizerOptions
 from modules.training.options import TrainerOptions
 from utils.errors import UserError, one_line
-from utils.files import atomic_folder, atomic_path, read_toml, write_text
+from utils.files import atomic_folder, atomic_path, has_right_checksums, read_toml, write_text
 from utils.safetensors_utils import iterate_tensors, read_header, streamed_file
 
 TRAINED_FILE = "trained.safetensors"
@@ -177,6 +177,8 @@ def load_state(folder: Path, trained: Mapping[str, Tensor], stateful: Mapping[st
             if not torch.isfinite(saved).all():
                 raise damaged(folder / TRAINED_FILE)
             trained[name].copy_(saved)
+    if not has_right_checksums(folder / OPTIMIZER_FILE):
+        raise damaged(folder / OPTIMIZER_FILE)
     try:
         # Memory-mapped: every process reads it, and in full fine-tuning it is twice as large as the model.
         states = torch.load(folder / OPTIMIZER_FILE, map_location="cpu", weights_only=True, mmap=True)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import av
 import pytest
+import torch
 
 from tests.platforms import needs_posix
 from utils.errors import UserError, did_you_mean, one_line
@@ -15,6 +16,7 @@ from utils.files import (
     atomic_folder,
     atomic_path,
     clean_path,
+    has_right_checksums,
     is_leftover,
     read_text,
     read_toml,
@@ -196,3 +198,25 @@ def test_files_are_as_readable_as_the_umask_says(tmp_path: Path) -> None:
     plain.write_text("x")
     save_file({}, tmp_path / "ours.safetensors")
     assert (tmp_path / "ours.safetensors").stat().st_mode == plain.stat().st_mode
+
+
+def test_every_flipped_byte_of_data_is_noticed_where_torch_wrote_checksums(tmp_path: Path) -> None:
+    path, numbers = tmp_path / "a.pt", torch.arange(3.0)
+    torch.save({"numbers": numbers}, path)
+    good = path.read_bytes()
+    assert has_right_checksums(path)
+    start = good.index(numbers.numpy().tobytes())
+    for place in range(start, start + numbers.nbytes):
+        path.write_bytes(good[:place] + bytes([good[place] ^ 128]) + good[place + 1 :])
+        assert not has_right_checksums(path), place
+    path.write_bytes(good[:-30])
+    assert not has_right_checksums(path) and not has_right_checksums(tmp_path / "absent.pt")
+
+
+def test_a_file_that_torch_wrote_without_checksums_is_not_called_damaged(tmp_path: Path) -> None:
+    torch.serialization.set_crc32_options(False)
+    try:
+        torch.save({"numbers": torch.arange(3.0)}, tmp_path / "a.pt")
+    finally:
+        torch.serialization.set_crc32_options(True)
+    assert has_right_checksums(tmp_path / "a.pt")

@@ -1,5 +1,6 @@
 """What `identify` says of files, told from names and shapes."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,7 @@ from safetensors.torch import save_file
 
 from examples.tiny_models import dit_shapes, random_weights
 from hunyuan_model.checkpoints.identification import identify
+from hunyuan_model.checkpoints.tensors import open_checkpoint
 from tests.hunyuan_model.model_layouts import DIT_LAYOUTS, FP8_LAYOUTS, quantized
 
 SMALL = {"depth_double": 1, "depth_single": 2}
@@ -96,3 +98,9 @@ def test_format_of_a_lora(module: str, format_name: str, tmp_path: Path) -> None
 def test_other_files_of_this_world(name: str, what: str, tmp_path: Path) -> None:
     save_file({name: torch.zeros(2)}, tmp_path / "x.safetensors")
     assert identify(tmp_path / "x.safetensors").what == what
+
+
+def test_a_header_whose_length_is_spelled_pk_does_not_make_a_pt_file(tmp_path: Path) -> None:
+    text = json.dumps({"x": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}).encode().ljust(0x4B50)
+    (tmp_path / "a.safetensors").write_bytes(len(text).to_bytes(8, "little") + text + bytes(4))
+    assert open_checkpoint(tmp_path / "a.safetensors").container == "safetensors"

@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from examples.tiny_models import dit_shapes, random_weights, vae_shapes
 from hunyuan_model.checkpoints.__main__ import main
 from tests.conftest import ROOT
-from tests.hunyuan_model.model_layouts import Weights, quantized
+from tests.hunyuan_model.model_layouts import FP8_LAYOUTS, Weights, quantized
 from utils.cli import run_script
 from utils.safetensors_utils import load_file
 
@@ -303,6 +303,24 @@ def test_wrong_file_is_one_line_and_exit_2(case: str, tmp_path: Path, monkeypatc
     assert lines[0].startswith(f"error: {path.parent if path.is_file() else path}")
     assert re.search(message, lines[0]), lines[0]
     assert sorted(tmp_path.rglob("*")) == before, "something was executed or written"
+
+
+@pytest.mark.parametrize("what", ["weights", "scales"])
+def test_one_flipped_byte_of_a_pt_file_is_noticed(what: str, tmp_path: Path, monkeypatch, capsys) -> None:
+    """torch.load does not compare checksums."""
+    stored, scales, _ = quantized(_dit())
+    last = list(scales)[-1]
+    path = FP8_LAYOUTS["official"](tmp_path, stored, scales)
+    monkeypatch.setattr(sys, "argv", ["checkpoints", "--check", str(path)])
+    main()
+    weights, scale = stored[last].view(torch.uint8).numpy(), torch.tensor(scales[last]).numpy()
+    damaged, written = (path, weights) if what == "weights" else (path.with_stem(f"{path.stem}_map"), scale)
+    content = bytearray(damaged.read_bytes())
+    content[content.index(written.tobytes())] ^= 1
+    damaged.write_bytes(content)
+    code, lines = _run(path, monkeypatch, capsys)
+    assert code == 2
+    assert lines == [f"error: {damaged}: is damaged, its bytes do not match its checksums; download it again"]
 
 
 def _llm_case(tiny_models, folder: Path, change: Callable[[Weights, dict], None]) -> Path:

@@ -71,6 +71,22 @@ def test_flipped_bytes_in_an_optimizer_state_are_one_line(tmp_path):
     assert len(said) > 20 and all("\n" not in line for line in said)
 
 
+def test_one_flipped_byte_of_a_moment_is_one_line(tmp_path):
+    """It was a moment with another value, because torch.load does not compare checksums (R8)."""
+    parameter = torch.nn.Parameter(torch.ones(4))
+    parameter.grad = torch.tensor([1.0, 2.0, 3.0, 4.0])
+    optimizer = torch.optim.AdamW([parameter])
+    optimizer.step()
+    save_state(tmp_path / "state", Progress(seed=1), WEIGHT, {"optimizer": optimizer}, "")
+    load_state(tmp_path / "state", WEIGHT, {"optimizer": optimizer})
+    file = tmp_path / "state" / "optimizer.pt"
+    content = bytearray(file.read_bytes())
+    content[content.index(optimizer.state[parameter]["exp_avg"].numpy().tobytes())] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(UserError, match=r"optimizer.pt: is damaged; resume from another state$"):
+        load_state(tmp_path / "state", WEIGHT, {"optimizer": optimizer})
+
+
 def test_infinite_weights_in_a_state_are_one_line(tmp_path):
     infinite = {"weight": torch.full((2,), float("inf"))}
     with pytest.raises(UserError, match=r"not written: weight would have values that are not finite"):
