@@ -7,6 +7,8 @@ from networks.factors import Factors, LoraFactors
 from networks.files.formats import LoraWeights
 from utils.errors import UserError
 
+FLOAT16_LOSS = 1e-3  # of the norm of dW; more is reported
+
 
 def relative_difference(first: Factors, second: Factors) -> float:
     """|dW1 - dW2| / |dW1| in the Frobenius norm, or the same of the DoRA lengths if that is larger; 0 if equal."""
@@ -68,3 +70,19 @@ def differences(first: LoraWeights, second: LoraWeights) -> dict[str, float]:
     """The relative difference of every module that both have."""
     both = sorted(first.modules.keys() & second.modules.keys())
     return {name: relative_difference(first.modules[name], second.modules[name]) for name in both}
+
+
+def float16_loss(first: LoraWeights, written: LoraWeights) -> str | None:
+    """A sentence about the modules that float16 cannot hold; None if there are none.
+
+    Args:
+        first: what was to be written; only its modules are compared.
+        written: what a float16 file holds.
+    """
+    changes = differences(first, written)
+    coarse = {name: change for name, change in changes.items() if change > FLOAT16_LOSS}
+    if not coarse:
+        return None
+    worst = max(coarse, key=coarse.get)
+    text = f"float16 changes dW of {len(coarse)} of {len(changes)} modules by more than {FLOAT16_LOSS:g} of its norm"
+    return f"{text}, at most {coarse[worst]:.1e} ({worst})"

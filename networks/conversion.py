@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from networks.comparison import differences, worst_difference
+from networks.comparison import float16_loss, worst_difference
 from networks.files.coverage import coverage_rows
 from networks.files.format_table import Format
 from networks.files.formats import LoraWeights, from_tensors
@@ -15,8 +15,6 @@ from networks.lora_ops import reduce_rank
 from utils.errors import UserError
 from utils.files import atomic_path
 from utils.safetensors_utils import load_file, read_header
-
-FLOAT16_LOSS = 1e-3  # of the norm of dW; more is reported
 
 
 def convert_file(
@@ -83,14 +81,8 @@ def _rounding(lora: LoraWeights, tensors: Mapping[str, Tensor], target: Format) 
     """A row about the modules that float16 cannot hold, if there are any."""
     if not any(tensor.dtype == torch.float16 for tensor in tensors.values()):
         return []
-    written = from_tensors(tensors, {}, "output", format_=target)
-    changes = differences(lora, written)
-    coarse = {name: change for name, change in changes.items() if change > FLOAT16_LOSS}
-    if not coarse:
-        return []
-    worst = max(coarse, key=coarse.get)
-    text = f"float16 changes dW of {len(coarse)} of {len(changes)} modules by more than {FLOAT16_LOSS:g} of its norm"
-    return [("rounding", f"{text}, at most {coarse[worst]:.1e} ({worst}); --dtype float32 keeps it")]
+    loss = float16_loss(lora, from_tensors(tensors, {}, "output", format_=target))
+    return [("rounding", f"{loss}; --dtype float32 keeps it")] if loss else []
 
 
 def _verify(lora: LoraWeights, written: Path, output: str, target: Format) -> str:

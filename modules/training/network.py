@@ -5,10 +5,12 @@ kohya's trainers. Optional methods that a network does not have are skipped.
 """
 
 import contextlib
+import dataclasses
 import importlib
 import inspect
 import io
 import math
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
@@ -26,12 +28,15 @@ from modules.training import setup
 from modules.training.options import LoraTrainerOptions, NetworkOptions
 from modules.training.setup import TrainingSetup
 from modules.training.state import check_tensors
-from networks.factors import LokrFactors
+from networks.adapters import AdapterNetwork
+from networks.comparison import float16_loss
+from networks.factors import LokrFactors, LoraFactors
 from networks.files.format_table import FORMATS
+from networks.files.formats import from_tensors
 from networks.files.lora_files import load_native, read_lora, require_formats, write_formats
 from networks.merging import weight_changes
 from utils.device_utils import DTYPES, default_dtype
-from utils.errors import UserError, did_you_mean, one_line
+from utils.errors import UserError, did_you_mean, one_line, printable
 from utils.files import atomic_path_of_same_name
 from utils.plugins import refuse_taken
 
@@ -172,7 +177,24 @@ class TrainedNetwork:
         dtype = DTYPES[self.options.save.save_precision or "float32"]
         with atomic_path_of_same_name(path) as temporary:  # networks of other projects write in place
             self.network.save_weights(str(temporary), dtype, dict(metadata))
-        return [path, *write_formats(path, self.options.save.save_format)]
+        paths = [path, *write_formats(path, self.options.save.save_format)]
+        if dtype == torch.float16 and isinstance(self.network, AdapterNetwork):
+            self._warn_of_rounding(paths)
+        return paths
+
+    def _warn_of_rounding(self, paths: Sequence[Path]) -> None:
+        """Names the modules of float16 files that differ from the trained ones.
+
+        LoHa and LoKr are left out: for a whole DiT, comparing them takes too long to do it at every checkpoint.
+        """
+        tensors = {name: tensor.cpu() for name, tensor in self.network.state_dict().items()}
+        trained = from_tensors(tensors, {}, "the trained network")
+        loras = {name: own for name, own in trained.modules.items() if isinstance(own, LoraFactors)}
+        trained = dataclasses.replace(trained, modules=loras)
+        for path in paths:
+            loss = float16_loss(trained, read_lora(path))
+            if loss:
+                print(printable(f"warning: {path}: {loss}; --save_precision fp32 keeps it"), file=sys.stderr)
 
 
 def check_choices(options: LoraTrainerOptions) -> None:

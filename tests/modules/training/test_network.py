@@ -54,6 +54,36 @@ def test_a_checkpoint_has_the_asked_precision(tmp_path: Path) -> None:
         assert {tensor.dtype for tensor in load_file(tmp_path / "lora.safetensors").values()} == {dtype}
 
 
+@pytest.mark.parametrize("size", [1e-6, 1.0])
+def test_what_float16_cannot_hold_is_said_of_every_format(tmp_path: Path, capsys, size: float) -> None:
+    """The same line as that of convert_lora.py (T1); with alpha = rank, no format has anything to fold."""
+    run = trained(network_dim=4, network_alpha=4)
+    generator = torch.Generator().manual_seed(0)
+    for adapter in run.network.adapters:
+        for factor in (adapter.lora_down, adapter.lora_up):
+            factor.weight.data = torch.randn(factor.weight.shape, generator=generator) * size
+    lost = []
+    for adapter in run.network.adapters:
+        up, down = (factor.weight.data.double() for factor in (adapter.lora_up, adapter.lora_down))
+        exact, rounded = up @ down, up.half().double() @ down.half().double()
+        lost.append(((rounded - exact).norm() / exact.norm()).item())
+    path, formats = tmp_path / "lora.safetensors", ["default", "other", "comfyui"]
+    for precision in ("fp32", "bf16", "fp16"):
+        assert not capsys.readouterr().err
+        run.options.save = SimpleNamespace(save_precision=precision, save_format=formats)
+        run.save(path, {})
+    said = capsys.readouterr().err.splitlines()
+    if size == 1:
+        assert max(lost) < 1e-3 and not said
+        return
+    assert min(lost) > 1e-3
+    files = [path, *(tmp_path / f"lora.{name}.safetensors" for name in formats[1:])]
+    text = f"float16 changes dW of {len(lost)} of {len(lost)} modules by more than 0.001 of its norm, at most"
+    for line, file in zip(said, files, strict=True):
+        assert line.startswith(f"warning: {file}: {text} {max(lost):.1e} (")
+        assert line.endswith("; --save_precision fp32 keeps it")
+
+
 def test_a_network_of_another_project_replaces_a_checkpoint_only_with_a_whole_one(tmp_path: Path) -> None:
     run, path = trained(), tmp_path / "lora.safetensors"
     run.options.save = SimpleNamespace(save_precision=None, save_format=["default"])
