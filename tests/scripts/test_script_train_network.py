@@ -111,13 +111,37 @@ def test_fp8_base_trains_near_the_full_weights(world, dit, plain, tmp_path):
     assert first_loss(tmp_path) != first_loss(plain[0])
 
 
-def test_scale_weight_norms_bounds_every_update(world, dit, plain, tmp_path):
+def test_scale_weight_norms_bounds_every_update_and_logs_the_norms(world, dit, plain, tmp_path):
+    """The norms were thrown away (T11)."""
+
     def norms(lora):
         downs = {name.removesuffix(".lora_down.weight") for name in lora if "lora_down" in name}
         return [(lora[f"{n}.lora_up.weight"] @ lora[f"{n}.lora_down.weight"]).norm().item() for n in downs]
 
     assert max(norms(plain[1])) > 0.05
-    assert max(norms(train(world, dit, tmp_path, "--scale_weight_norms", 0.05))) <= 0.05 + 1e-6
+    saved = norms(train(world, dit, tmp_path, "--scale_weight_norms", 0.05))
+    assert max(saved) <= 0.05 + 1e-6
+    last = log_of(tmp_path)[-1]
+    assert last["max_norm/max_key_norm"] == pytest.approx(max(saved), rel=1e-5)
+    assert last["max_norm/average_key_norm"] == pytest.approx(sum(saved) / len(saved), rel=1e-5)
+    assert 0 < last["max_norm/keys_scaled"] == sum(norm > 0.05 - 1e-6 for norm in saved)
+
+
+def test_the_rate_that_prodigy_found_is_logged(world, dit, tmp_path, monkeypatch):
+    """The log had only the rate of the schedule (T11)."""
+    prodigyopt = pytest.importorskip("prodigyopt")
+    steps, step = [], prodigyopt.Prodigy.step
+
+    def watched(self, closure=None):
+        step(self, closure)
+        steps.append(self.param_groups[0]["d"] * self.param_groups[0]["lr"])
+
+    monkeypatch.setattr(prodigyopt.Prodigy, "step", watched)
+    train(world, dit, tmp_path, "--optimizer_type", "Prodigy", "--learning_rate", 0.5, "--max_train_steps", 10)
+    lines = log_of(tmp_path)
+    assert [line["d_times_lr/0"] for line in lines] == pytest.approx(steps[-10:], rel=1e-6)
+    assert {line["lr"] for line in lines} == {0.5}
+    assert 0.5e-6 <= lines[0]["d_times_lr/0"] < lines[-1]["d_times_lr/0"]  # it begins with d = 1e-6
 
 
 def test_lora_plus_trains_the_second_factor_faster(world, dit, tmp_path):
