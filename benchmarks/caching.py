@@ -29,12 +29,13 @@ from dataset.config_utils import load_dataset_config
 from dataset.latent_caching import (
     LatentWriter,
     Outcome,
-    decode_task,
+    Pending,
     encode_clips,
     members_of_process,
-    plan_tasks,
+    plan_jobs,
 )
-from dataset.scan import scan_datasets
+from dataset.media.ahead import read_ahead
+from dataset.scan import ScannedDataset, scan_datasets
 from examples.tiny_models import write_tiny_models
 from tests.media_samples import write_caption, write_video
 
@@ -71,17 +72,19 @@ def write_clips(folder: Path, count: int, frames: int, size: tuple[int, int]) ->
     return config
 
 
-def tasks_from(config: Path):
+def pending_of(config: Path) -> tuple[ScannedDataset, list[Pending]]:
+    """The dataset, and all its items."""
     with contextlib.redirect_stderr(io.StringIO()):
         (dataset,) = scan_datasets(load_dataset_config(config))
-    return dataset, plan_tasks(dataset, members_of_process(dataset, 0, 1), 1)
+    return dataset, [(dataset, source, item) for source, item in members_of_process(dataset, 0, 1)]
 
 
 def run_writer(config: Path, vae: AveragingVae) -> float:
-    dataset, tasks = tasks_from(config)
-    writer = LatentWriter(vae, torch.device("cpu"), torch.float32, torch.float16, {}, strict=True)
+    dataset, pending = pending_of(config)
+    place, dtypes = torch.device("cpu"), (torch.float32, torch.float16)
+    writer = LatentWriter(vae, place, *dtypes, vae_provenance={}, max_batch_size=1, strict=True)
     start = time.perf_counter()
-    writer.run(tasks, {dataset.heading: Outcome()}, workers=os.cpu_count() or 1, show_progress=False)
+    writer.run(pending, {dataset.heading: Outcome()}, workers=os.cpu_count() or 1, show_progress=False)
     return time.perf_counter() - start
 
 
@@ -100,14 +103,14 @@ def memory(folder: Path) -> Iterator[Comparison]:
 def overlap(folder: Path) -> Iterator[Comparison]:
     config = write_clips(folder, 12, 49, (960, 544))
     vae = AveragingVae(passes=6)
-    _, tasks = tasks_from(config)
+    _, pending = pending_of(config)
     start = time.perf_counter()
-    loaded = [decode_task(task).pixels for task in tasks[:4]]
-    decoding = (time.perf_counter() - start) * len(tasks) / 4
+    loaded = [clip for _, _, clip in read_ahead(plan_jobs(pending[:4], check_counts=True), 1)]
+    decoding = (time.perf_counter() - start) * len(pending) / 4
     start = time.perf_counter()
-    for pixels in loaded:
-        encode_clips(vae, pixels, ["clip"], torch.device("cpu"), torch.float32)
-    encoding = (time.perf_counter() - start) * len(tasks) / 4
+    for clip in loaded:
+        encode_clips(vae, [clip], ["clip"], torch.device("cpu"), torch.float32)
+    encoding = (time.perf_counter() - start) * len(pending) / 4
     both, longer = run_writer(config, vae), max(decoding, encoding)
     yield Comparison("caching 12 clips: time", both, longer, "s", "the longer of decoding and encoding alone", None)
 
