@@ -6,6 +6,7 @@ kohya's trainers. Optional methods that a network does not have are skipped.
 
 import contextlib
 import dataclasses
+import errno
 import importlib
 import inspect
 import io
@@ -17,6 +18,7 @@ from types import ModuleType
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from hunyuan_model import checkpoints
@@ -173,10 +175,17 @@ class TrainedNetwork:
             self._call("set_multiplier", 1.0)
 
     def save(self, path: Path, metadata: Mapping[str, str]) -> list[Path]:
-        """Writes the network, and beside it the other formats of --save_format; returns the paths."""
+        """Writes the network, and beside it the other formats of --save_format; returns the paths.
+
+        Raises:
+            OSError: a file cannot be written.
+        """
         dtype = DTYPES[self.options.save.save_precision or "float32"]
         with atomic_path_of_same_name(path) as temporary:  # networks of other projects write in place
-            self.network.save_weights(str(temporary), dtype, dict(metadata))
+            try:
+                self.network.save_weights(str(temporary), dtype, dict(metadata))
+            except SafetensorError as error:  # what safetensors makes of a full disk
+                raise OSError(errno.EIO, one_line(error), str(path)) from error
         paths = [path, *write_formats(path, self.options.save.save_format)]
         if dtype == torch.float16 and isinstance(self.network, AdapterNetwork):
             self._warn_of_rounding(paths)
