@@ -68,11 +68,16 @@ def run(dataset, tiny_models, monkeypatch, capsys):
         capsys.readouterr()
         script.main()
         run_main.output = capsys.readouterr()
-        _, header, _, row = run_main.output.out.strip().split("Text encoder outputs")[1].split("\n")
-        columns, values = header.split(), row.strip().removeprefix(str(dataset.parent / "cache")).split(maxsplit=6)
-        return dict(zip(columns[2:8], values, strict=False)) | {"because": "".join(values[6:])}
+        return outcome(run_main.output.out, dataset)
 
     return run_main
+
+
+def outcome(printed: str, dataset: Path) -> dict[str, str]:
+    """The row of the last table, by column."""
+    _, header, _, row = printed.strip().split("Text encoder outputs")[1].split("\n")
+    columns, values = header.split(), row.strip().removeprefix(str(dataset.parent / "cache")).split(maxsplit=6)
+    return dict(zip(columns[2:8], values, strict=False)) | {"because": "".join(values[6:])}
 
 
 @pytest.fixture
@@ -419,7 +424,8 @@ def test_killed_runs_go_on_to_the_same_caches(dataset, run, tiny_models):
         assert enough <= len(caches(dataset))
     (dataset.parent / "cache" / "cat_hv_te.safetensors.4194305.partial").write_bytes(b"half")
     before = len(caches(dataset))
-    assert counts(run()) == (43 - before, 0, before, 0)
+    last = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert counts(outcome(last.stdout, dataset)) == (43 - before, 0, before, 0)
     assert not list((dataset.parent / "cache").glob("*.partial"))
     for name, path in caches(dataset).items():
         assert all(torch.equal(tensor, undisturbed[name][key]) for key, tensor in load_file(path).items())
