@@ -143,8 +143,9 @@ def test_an_update_that_fails_half_way_is_saved_without_a_state(world, dit, tmp_
     step, calls = torch.optim.AdamW.step, []
 
     def fails(optimizer, *given):
-        calls.append(1)
-        if len(calls) > 3:
+        if len(optimizer.param_groups[0]["params"]) > 1:  # not the trials before training, which have one parameter
+            calls.append(1)
+        if len(calls) > 2:
             raise RuntimeError("a kernel failed")
         return step(optimizer, *given)
 
